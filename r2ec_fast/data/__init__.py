@@ -1,0 +1,25 @@
+"""Interaction files -> id map, splits, next-item examples; a generated catalog."""
+
+from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
+from r2ec_fast.data.types import (
+    Catalog,
+    Examples,
+    History,
+    IdMap,
+    InteractionData,
+    RecDataset,
+    UnknownIdError,
+)
+
+__all__ = [
+    "Catalog",
+    "Examples",
+    "History",
+    "IdMap",
+    "InteractionData",
+    "LoadReport",
+    "RecDataset",
+    "ReportLine",
+    "StageLine",
+    "UnknownIdError",
+]

@@ -1,0 +1,318 @@
+"""The typed values every later stage takes: ids, catalog, histories, examples, a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from r2ec_fast.data.report import LoadReport
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UnknownIdError(KeyError):
+    """An external id that the id map does not hold; the message names it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class IdMap:
+    """External ids (any hashable, usually text) <-> internal ids 0..N-1. Frozen.
+
+    Args:
+        ids: the external ids; position i is internal id i. A repeated id raises ValueError.
+    """
+
+    __slots__ = ("_index", "_ids")
+
+    def __init__(self, ids: Sequence[Hashable]) -> None:
+        self._ids = tuple(ids)
+        self._index = {external: i for i, external in enumerate(self._ids)}
+        if len(self._index) != len(self._ids):
+            seen: set[Hashable] = set()
+            repeated = next(x for x in self._ids if x in seen or seen.add(x))
+            raise ValueError(f"ids: every id must occur once, got {repeated!r} more than once")
+
+    @property
+    def ids(self) -> tuple[Hashable, ...]:
+        """The external ids in internal order."""
+        return self._ids
+
+    def encode(self, ids: Sequence[Hashable]) -> np.ndarray:
+        """Internal ids [n] int64 of external `ids`; UnknownIdError names the first unknown."""
+        if isinstance(ids, str):
+            raise TypeError(
+                f"ids: expected a sequence of ids, got the text {ids!r}; pass [{ids!r}]"
+            )
+        try:
+            return np.fromiter((self._index[x] for x in ids), dtype=np.int64)
+        except KeyError as error:
+            raise UnknownIdError(self._explain(error.args[0])) from None
+
+    def decode(self, internal: Sequence[int] | np.ndarray) -> list[Hashable]:
+        """External ids of internal ids; raises IndexError for one outside 0..N-1."""
+        out = []
+        for i in np.asarray(internal, dtype=np.int64).reshape(-1).tolist():
+            if not 0 <= i < len(self._ids):
+                raise IndexError(f"internal: expected 0..{len(self._ids) - 1}, got {i}")
+            out.append(self._ids[i])
+        return out
+
+    def _explain(self, external: Hashable) -> str:
+        message = f"unknown id {external!r}: not one of the {len(self._ids)} known ids"
+        other = str(external) if not isinstance(external, str) else None
+        if other is not None and other in self._index:
+            message += f"; ids are text here, did you mean {other!r}?"
+        return message
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, external: object) -> bool:
+        return external in self._index
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IdMap) and self._ids == other._ids
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+    def __repr__(self) -> str:
+        return f"IdMap({len(self._ids)} ids)"
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """The items. Row i of `fields` describes internal item i.
+
+    Args:
+        ids: external item ids.
+        fields: [N] rows; a text column "title" without nulls or blanks, and any further columns
+            (description, average_rating, rating_number, genres, brand, ...).
+    """
+
+    ids: IdMap
+    fields: pl.DataFrame
+
+    def __post_init__(self) -> None:
+        if "title" not in self.fields.columns:
+            raise ValueError(f"fields: expected a column 'title', got {self.fields.columns}")
+        if self.fields.height != len(self.ids):
+            raise ValueError(
+                f"fields: expected one row per id ({len(self.ids)}), got {self.fields.height}"
+            )
+        title = self.fields["title"]
+        if title.dtype != pl.String:
+            raise TypeError(f"fields: column 'title' must be text, got {title.dtype}")
+        blank = (title.is_null() | (title.str.strip_chars() == "")).arg_true()
+        if len(blank):
+            item = self.ids.ids[blank[0]]
+            raise ValueError(
+                f"fields: every item needs a title, got none for item {item!r} "
+                f"({len(blank)} items without title)"
+            )
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles in internal order."""
+        return self.fields["title"].to_list()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """What is known of one user before a target event.
+
+    Args:
+        items: [L] int64 internal ids, oldest first.
+        timestamps: [L] int64 unix seconds, or None where the source has no times.
+        ratings: [L] float32, NaN where missing, or None where the source has no ratings.
+        target_time: unix seconds of the event to predict, or None.
+    """
+
+    items: np.ndarray
+    timestamps: np.ndarray | None = None
+    ratings: np.ndarray | None = None
+    target_time: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("timestamps", "ratings"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.items):
+                raise ValueError(
+                    f"{name}: expected {len(self.items)} values, one per item, got {len(value)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, eq=False)
+class InteractionData:
+    """Users' events over a catalog, ragged by user.
+
+    Args:
+        users: external user ids.
+        catalog: the items.
+        offsets: [U+1] int64; user u owns events offsets[u]..offsets[u+1]-1.
+        item: [E] int64 internal item ids, a user's events ordered by (time, external item id);
+            without times, in the order of the file.
+        timestamp: [E] int64 unix seconds, or None.
+        rating: [E] float32, NaN where missing, or None.
+        report: what was read, dropped and changed on the way.
+    """
+
+    users: IdMap
+    catalog: Catalog
+    offsets: np.ndarray
+    item: np.ndarray
+    timestamp: np.ndarray | None
+    rating: np.ndarray | None
+    report: LoadReport
+
+    def __post_init__(self) -> None:
+        events = len(self.item)
+        if self.offsets.shape != (len(self.users) + 1,):
+            raise ValueError(
+                f"offsets: expected shape [{len(self.users) + 1}], got {list(self.offsets.shape)}"
+            )
+        if self.offsets[0] != 0 or self.offsets[-1] != events or (np.diff(self.offsets) < 0).any():
+            raise ValueError(f"offsets: expected to rise from 0 to the {events} events")
+        for name in ("timestamp", "rating"):
+            value = getattr(self, name)
+            if value is not None and len(value) != events:
+                raise ValueError(f"{name}: expected {events} values, got {len(value)}")
+        if events and (self.item.min() < 0 or self.item.max() >= len(self.catalog)):
+            raise ValueError(
+                f"item: expected internal ids in 0..{len(self.catalog) - 1}, "
+                f"got {self.item.min()}..{self.item.max()}"
+            )
+
+    @property
+    def num_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.catalog)
+
+    @property
+    def num_events(self) -> int:
+        return len(self.item)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Next-item examples: predict event `position` (>= 1) of `user` from the events before it.
+
+    Args:
+        user: [X] int64 internal user ids.
+        position: [X] int64 index of the target within the user's events.
+    """
+
+    user: np.ndarray
+    position: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.user.shape != self.position.shape or self.user.ndim != 1:
+            raise ValueError(
+                "user, position: expected two arrays of one length, "
+                f"got shapes {list(self.user.shape)} and {list(self.position.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def __getitem__(self, index: slice | np.ndarray) -> Examples:
+        """A subset, by slice, mask or index array."""
+        return Examples(np.atleast_1d(self.user[index]), np.atleast_1d(self.position[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class RecDataset:
+    """Interactions split into training, validation and test examples.
+
+    Args:
+        data: the events of all users, all splits.
+        train, valid, test: disjoint examples, each in time order where times exist.
+        settings: how the data was loaded and split; plain JSON values.
+    """
+
+    data: InteractionData
+    train: Examples
+    valid: Examples
+    test: Examples
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def history(self, user: int, position: int, window: int | None = None) -> History:
+        """The last `window` events (None: all) of internal `user` before event `position`.
+
+        `position` may be the number of the user's events: everything known, nothing to predict.
+        """
+        data = self.data
+        if not 0 <= user < data.num_users:
+            raise IndexError(f"user: expected 0..{data.num_users - 1}, got {user}")
+        first, last = int(data.offsets[user]), int(data.offsets[user + 1])
+        if not 1 <= position <= last - first:
+            raise IndexError(
+                f"position: expected 1..{last - first} for user {user}, got {position}"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected >= 1 events or None, got {window}")
+        end = first + position
+        begin = first if window is None else max(first, end - window)
+        times = data.timestamp
+        return History(
+            items=data.item[begin:end],
+            timestamps=None if times is None else times[begin:end],
+            ratings=None if data.rating is None else data.rating[begin:end],
+            target_time=int(times[end]) if times is not None and end < last else None,
+        )
+
+    def target(self, examples: Examples) -> np.ndarray:
+        """[X] int64 internal ids of the items to predict."""
+        return self.data.item[self.data.offsets[examples.user] + examples.position]
+
+    def exclude(
+        self, examples: Examples, window: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items not to be ranked: all earlier events of the user, or the last `window` of them.
+
+        Returns:
+            values int64 [E] internal item ids (repeats stay), offsets int64 [X+1].
+        """
+        import torch  # here, so that preparing files never pays for it
+
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected >= 1 events or None, got {window}")
+        count = examples.position if window is None else np.minimum(examples.position, window)
+        offsets = np.zeros(len(examples) + 1, dtype=np.int64)
+        np.cumsum(count, out=offsets[1:])
+        begin = self.data.offsets[examples.user] + examples.position - count
+        index = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], count)
+        return torch.from_numpy(self.data.item[index]), torch.from_numpy(offsets)
+
+    def save(self, directory: str | Path) -> None:
+        """Write Parquet tables and manifest.json into `directory`, all or nothing."""
+        from r2ec_fast.data.store import save_dataset
+
+        save_dataset(self, directory)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RecDataset:
+        """Read what `save` wrote; raises ValueError for a directory that is not a whole dataset."""
+        from r2ec_fast.data.store import load_dataset
+
+        return load_dataset(directory)
