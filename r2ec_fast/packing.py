@@ -108,8 +108,8 @@ def to_rows(rows: Any, name: str = "rows") -> Rows:
         np.cumsum(lengths, out=offsets[1:])
     else:
         raise TypeError(
-            f"{name} must be a sequence of token rows, a pair (values, offsets), a jagged tensor or "
-            f"an Arrow list array, got {type(rows).__name__}"
+            f"{name} must be a sequence of token rows, a pair (values, offsets), a jagged tensor "
+            f"or an Arrow list array, got {type(rows).__name__}"
         )
     values = _integers(values, f"{name} values")
     offsets = _integers(offsets, f"{name} offsets").astype(np.int64, copy=False)
@@ -188,9 +188,9 @@ def pack_histories(
     )  # fmt: skip
     if backend not in ("auto", "cpp", "numpy"):
         raise ValueError(f'backend must be "auto", "cpp" or "numpy", got {backend!r}')
-    if backend == "cpp":
-        raise RuntimeError("the C++ packer is not built")
-    return [_from_numpy(fields, request.pin_memory) for fields in packing_reference.pack(request)]
+    if backend == "numpy" or (backend == "auto" and _extension() is None):
+        return [_from_numpy(f, request.pin_memory) for f in packing_reference.pack(request)]
+    return _pack_cpp(request)
 
 
 @functools.cache
@@ -201,6 +201,84 @@ def _extension() -> Any | None:
     except ModuleNotFoundError:
         warnings.warn(_BUILD_HINT, RuntimeWarning, stacklevel=3)
         return None
+
+
+def _plan(request: Request) -> Any:
+    try:
+        extension = importlib.import_module("r2ec_fast._packing")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f'backend="cpp": {_BUILD_HINT}') from error
+    alone = request.completions is None
+    return extension.Plan(
+        request.prompts[1],
+        len(request.prompts[0]),
+        None if alone else request.completions[1],
+        0 if alone else len(request.completions[0]),
+        0 if alone else request.num_generations,
+        request.max_tokens,
+        request.pad_to_multiple_of,
+        request.share_prompts and not alone,
+        request.oversize == "alone",
+    )
+
+
+_ARENAS = {  # field: (what it has an entry for, dtype)
+    "input_ids": ("tokens", torch.int64),
+    "position_ids": ("tokens", torch.int64),
+    "seq_idx": ("tokens", torch.int32),
+    "labels": ("tokens", torch.int64),
+    "cu_seq_lens_q": ("cumulative", torch.int32),
+    "cu_seq_lens_k": ("cumulative", torch.int32),
+    "kv_index": ("keys", torch.int64),
+    "predict_from": ("predicted", torch.int64),
+    "targets": ("predicted", torch.int64),
+    "trajectory": ("predicted", torch.int64),
+    "source": ("predicted", torch.int64),
+    "readout": ("readouts", torch.int64),
+}
+
+
+def _pack_cpp(request: Request) -> list[PackedBatch]:
+    """Every field of all batches is one allocation, which the batches are views of."""
+    plan = _plan(request)
+    starts = plan.starts
+    sizes = {name: np.diff(at).tolist() for name, at in starts.items()}
+    sizes["cumulative"] = (np.diff(starts["sequences"]) + 1).tolist()
+    left_out = {"labels": not request.labels, "readout": not request.readout}
+    left_out["kv_index"] = not request.share_prompts or request.completions is None
+    arenas = {
+        name: _allocate(sum(sizes[per]), dtype, request.pin_memory)
+        for name, (per, dtype) in _ARENAS.items()
+        if not left_out.get(name)
+    }
+    plan.fill(
+        request.prompts[0],
+        np.zeros(0, np.int64) if request.completions is None else request.completions[0],
+        request.targets,
+        {name: arena.numpy() for name, arena in arenas.items()},
+        request.threads,
+    )
+    columns: dict[str, Sequence] = {
+        "kv_index": [None] * plan.num_batches,
+        "labels": [None] * plan.num_batches,
+        "readout": [torch.empty(0, dtype=torch.int64)] * plan.num_batches,
+        "groups": torch.from_numpy(plan.groups).split(sizes["groups"]),
+        "num_tokens": plan.num_tokens,
+        "max_length_q": plan.max_length_q,
+        "max_length_k": plan.max_length_k,
+    }
+    for name, arena in arenas.items():
+        as_row = name in ("input_ids", "position_ids", "seq_idx", "labels")
+        columns[name] = (arena[None] if as_row else arena).split(sizes[_ARENAS[name][0]], dim=-1)
+    names = [field.name for field in dataclasses.fields(PackedBatch)]
+    return [PackedBatch(*row) for row in zip(*(columns[name] for name in names), strict=True)]
+
+
+def _allocate(size: int, dtype: torch.dtype, pin: bool) -> torch.Tensor:
+    if pin and size:
+        return torch.empty(size, dtype=dtype, pin_memory=True)
+    # numpy asks the kernel for huge pages, torch.empty does not; page faults are most of the time.
+    return torch.from_numpy(np.empty(size, np.int32 if dtype == torch.int32 else np.int64))
 
 
 def _from_numpy(fields: dict[str, Any], pin: bool) -> PackedBatch:
