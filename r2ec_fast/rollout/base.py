@@ -1,0 +1,111 @@
+"""What every rollout engine returns, and the protocol it follows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+FINISH_REASONS = ("answer", "eos", "length")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """B * G sampled reasonings, ragged. Row r is sample `r % G` of prompt `r // G`.
+
+    A row holds the completion alone: the sampled tokens, ending with the marker. The marker was
+    sampled (finish reason "answer"), or it was appended, because an end-of-text token was drawn
+    ("eos"; that token is dropped) or the length ran out ("length").
+
+    Attributes:
+        values: int64 [E], token ids.
+        offsets: int64 [B * G + 1]; row r is `values[offsets[r]:offsets[r + 1]]`, never empty.
+        sampled: bool [E], False for appended marker tokens.
+        log_prob: float32 [E], log-probability under the sampling temperature and the full
+            vocabulary; 0 where not sampled.
+        finish_reason: B * G of "answer", "eos", "length".
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    sampled: np.ndarray
+    log_prob: np.ndarray
+    finish_reason: list[str]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 [E]: `values`, with -100 (no loss) at appended marker tokens."""
+        return np.where(self.sampled, self.values, np.int64(-100))
+
+    def __len__(self) -> int:
+        return len(self.finish_reason)
+
+    def row(self, index: int) -> np.ndarray:
+        """int64 [R_index]: the tokens of one row."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+class RolloutEngine(Protocol):
+    """G reasonings for each prompt. See `TransformersEngine.generate` for the arguments."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        user_keys: Sequence[int],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        step: int = 0,
+        greedy: bool = False,
+    ) -> Rollouts: ...
+
+
+@dataclass
+class Trajectory:
+    """One row while it grows."""
+
+    tokens: list[int] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+def assemble(rows: Sequence[Trajectory], marker_ids: Sequence[int]) -> Rollouts:
+    """Close every row with the marker and lay the rows end to end."""
+    tail = [] if not rows else list(marker_ids)
+    values, sampled, log_prob, lengths = [], [], [], []
+    for row in rows:
+        added = [] if row.finish_reason == "answer" else tail
+        values += row.tokens + added
+        sampled += [True] * len(row.tokens) + [False] * len(added)
+        log_prob += row.log_prob + [0.0] * len(added)
+        lengths.append(len(row.tokens) + len(added))
+    return Rollouts(
+        values=np.asarray(values, np.int64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        sampled=np.asarray(sampled, bool),
+        log_prob=np.asarray(log_prob, np.float32),
+        finish_reason=[row.finish_reason for row in rows],
+    )
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]],
+    user_keys: Sequence[int],
+    num_generations: int,
+    max_completion_length: int,
+) -> None:
+    """ValueError where the arguments of `generate` do not fit together."""
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be >= 1, got {num_generations}")
+    if max_completion_length < 1:
+        raise ValueError(f"max_completion_length must be >= 1, got {max_completion_length}")
+    if len(user_keys) != len(prompts):
+        raise ValueError(
+            f"user_keys must have one key a prompt: {len(prompts)} prompts, {len(user_keys)} keys"
+        )
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")

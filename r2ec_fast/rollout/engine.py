@@ -1,0 +1,174 @@
+"""Rollouts on transformers: one prefill a prompt, G samples that share it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
+from r2ec_fast.rollout.marker import MarkerStop
+from r2ec_fast.rollout.modes import base_causal_lm, eval_mode
+from r2ec_fast.rollout.noise import row_keys
+from r2ec_fast.rollout.plain import PlainDecoder
+from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
+
+
+class TransformersEngine:
+    """Samples reasonings with a Hugging Face causal LM (or a PeftModel around one).
+
+    Args:
+        model: decoder-only LM. It may be in training mode, with dropout and gradient checkpointing:
+            generation runs in eval mode without gradients and puts everything back.
+        tokenizer: its tokenizer; used to recognise the marker in the decoded tail.
+        marker: text that ends a reasoning.
+        marker_ids: tokens appended where the marker is missing; default: the marker tokenized
+            alone.
+        eos_token_ids: tokens that end a text; default: those of the generation config and the
+            tokenizer.
+
+    Raises:
+        ValueError: the marker tokenizes to nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        marker: str = "<answer>",
+        marker_ids: Sequence[int] | None = None,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop = MarkerStop(tokenizer, marker)
+        if marker_ids is None:
+            marker_ids = tokenizer.encode(marker, add_special_tokens=False)
+        self.marker_ids = [int(token) for token in marker_ids]
+        if not self.marker_ids:
+            raise ValueError(f"marker_ids must hold at least one token; marker is {marker!r}")
+        if eos_token_ids is None:
+            eos_token_ids = _default_eos(model, tokenizer)
+        self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        user_keys: Sequence[int],
+        num_generations: int,
+        max_completion_length: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        step: int = 0,
+        greedy: bool = False,
+        max_tokens_in_flight: int = 32768,
+    ) -> Rollouts:
+        """Sample `num_generations` completions of every prompt.
+
+        Samples depend on (seed, step, user key, sample index, token position) alone, not on which
+        prompts share a batch, up to the rounding of the model's own products.
+
+        Args:
+            prompts: B rows of token ids.
+            user_keys: B integers that name the examples; the key of the noise.
+            num_generations: G.
+            max_completion_length: most tokens SAMPLED per completion; an appended marker comes on
+                top.
+            temperature: > 0; also the temperature of the returned log-probabilities.
+            top_k: draw among the k best tokens; 0 = the whole vocabulary.
+            seed: run seed.
+            step: training step, so that the same user gets new samples at the next step.
+            greedy: arg-max instead of a draw (log-probabilities still at `temperature`).
+            max_tokens_in_flight: bound on cached tokens; prompts are split into batches by it, with
+                at least one prompt a batch.
+
+        Returns:
+            Rollouts of B * G rows, in the order of the prompts.
+
+        Raises:
+            ValueError: an empty prompt, keys that do not match, sizes out of range, or a prompt
+                which with its completion exceeds the model's positions.
+        """
+        check_request(prompts, user_keys, num_generations, max_completion_length)
+        if max_tokens_in_flight < 1:
+            raise ValueError(f"max_tokens_in_flight must be >= 1, got {max_tokens_in_flight}")
+        self._check_positions(prompts, max_completion_length)
+        params = SamplingParams(temperature, top_k, greedy)
+        keys = row_keys(user_keys, num_generations, seed=seed, step=step)
+        rows = [Trajectory() for _ in range(len(prompts) * num_generations)]
+        decoder = PlainDecoder(self.model)
+        lengths = [len(prompt) for prompt in prompts]
+        plan = decoder.batches(
+            lengths, num_generations, max_completion_length, max_tokens_in_flight
+        )
+        with torch.no_grad(), eval_mode(self.model), decoder.session():
+            for batch in plan:
+                index = [i * num_generations + g for i in batch for g in range(num_generations)]
+                group = [list(prompts[i]) for i in batch]
+                logits = decoder.start(group, num_generations, max_completion_length)
+                self._decode(
+                    decoder, logits, [rows[r] for r in index], keys[index], params,
+                    max_completion_length,
+                )  # fmt: skip
+        return assemble(rows, self.marker_ids)
+
+    def _decode(
+        self,
+        decoder: PlainDecoder,
+        logits: torch.Tensor,
+        rows: list[Trajectory],
+        keys: torch.Tensor,
+        params: SamplingParams,
+        max_completion_length: int,
+    ) -> None:
+        """Sample until every row is finished; finished rows leave the batch at once."""
+        keys = keys.to(logits.device)
+        for position in range(max_completion_length):
+            drawn = sample_tokens(logits, keys, position, params)
+            alive = []
+            pairs = zip(drawn.tokens.tolist(), drawn.log_prob.tolist(), strict=True)
+            for local, (token, log_prob) in enumerate(pairs):
+                if self._goes_on(rows[local], token, log_prob):
+                    alive.append(local)
+            if not alive or position + 1 == max_completion_length:
+                return
+            keep, tokens = None, drawn.tokens
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive, device=logits.device)
+                rows, keys, tokens = [rows[i] for i in alive], keys[keep], tokens[keep]
+            logits = decoder.step(tokens, keep)
+
+    def _goes_on(self, row: Trajectory, token: int, log_prob: float) -> bool:
+        if token in self.eos_token_ids:
+            row.finish_reason = "eos"
+            return False
+        row.tokens.append(token)
+        row.log_prob.append(log_prob)
+        if self.stop.closes(row.tokens):
+            row.finish_reason = "answer"
+            return False
+        return True
+
+    def _check_positions(
+        self, prompts: Sequence[Sequence[int]], max_completion_length: int
+    ) -> None:
+        config = base_causal_lm(self.model).config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        longest = max(map(len, prompts), default=0)
+        if limit is not None and longest + max_completion_length > limit:
+            raise ValueError(
+                f"the longest prompt ({longest} tokens) plus max_completion_length "
+                f"({max_completion_length}) exceeds the model's {limit} positions"
+            )
+
+
+def _default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    generation = getattr(base_causal_lm(model), "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids

@@ -1,0 +1,57 @@
+"""Put a model into generation mode and back, exactly as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode: no dropout, no checkpointing. Restores each module's own flag."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Run with attention implementation `name`; restores what each (sub-)config had.
+
+    Raises:
+        ValueError: the model cannot switch its attention implementation.
+    """
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs.setdefault(id(config), (config, config._attn_implementation))
+    if all(current == name for _, current in configs.values()):
+        yield
+        return
+    try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise ValueError(
+                f"{type(model).__name__} cannot run with attention implementation {name!r}"
+            )
+        yield
+    finally:
+        for config, current in configs.values():
+            config._attn_implementation_internal = current
+
+
+def base_causal_lm(model: nn.Module) -> nn.Module:
+    """The Hugging Face causal LM inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the token embeddings live: the device of the model's inputs."""
+    return model.get_input_embeddings().weight.device
