@@ -1,0 +1,201 @@
+"""Counting baselines: popularity, first-order Markov counts, item k-nearest-neighbours.
+
+They are fitted on the training events alone (the targets of the training examples and the events
+before them). At prediction they see, like the recommender, the user's own history up to the
+example. Ranking is over the whole catalog without the user's history; the target is never excluded.
+Equal scores are ordered by popularity, then by the lower internal id. Scores are sparse: no
+[examples, items] matrix is formed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    from r2ec_fast.data import Examples, RecDataset
+
+EXAMPLES_PER_BLOCK = 1024
+ITEMS_PER_BLOCK = 1024
+
+
+class Baseline(ABC):
+    """A scorer fitted on the training events of `dataset`; scores are non-negative and zero where
+    nothing is known.
+    """
+
+    name: str
+
+    def __init__(self, dataset: RecDataset) -> None:
+        self.dataset = dataset
+        users, items, positions = _training_events(dataset)
+        self.num_items = len(dataset.data.catalog)
+        counts = np.bincount(items, minlength=self.num_items)
+        # place of every item in the popularity order: the tie-break of all baselines
+        order = np.lexsort((np.arange(self.num_items), -counts))
+        self.place = np.empty(self.num_items, dtype=np.int64)
+        self.place[order] = np.arange(self.num_items)
+        self._fit(users, items, positions)
+
+    @abstractmethod
+    def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
+        """Learn from training events [E], ordered by (user, position)."""
+
+    @abstractmethod
+    def scores(self, examples: Examples) -> sp.csr_array:
+        """Scores [X, N] float64, sparse: an entry that is not stored is 0."""
+
+    def ranks(self, examples: Examples, *, window: int | None = None) -> np.ndarray:
+        """Rank (from 1) of each example's target, int64 [X].
+
+        Args:
+            examples: what to predict.
+            window: None excludes all earlier events of the user, a number only the newest `window`
+                ones.
+        """
+        blocks = [
+            self._block_ranks(examples[start : start + EXAMPLES_PER_BLOCK], window)
+            for start in range(0, len(examples), EXAMPLES_PER_BLOCK)
+        ]
+        return np.concatenate(blocks) if blocks else np.empty(0, dtype=np.int64)
+
+    def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
+        targets = self.dataset.target(examples)
+        excluded = _keys(*self.dataset.exclude(examples, window), self.num_items)
+        own = np.arange(len(examples)) * self.num_items + targets
+        excluded = np.setdiff1d(excluded, own)
+        return _ranks_from_sparse(self.scores(examples).tocsr(), targets, excluded, self.place)
+
+
+class Popularity(Baseline):
+    """Number of training events of the item."""
+
+    name = "popularity"
+
+    def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
+        pass  # the popularity order, which every baseline has, is all of it
+
+    def scores(self, examples: Examples) -> sp.csr_array:
+        return sp.csr_array((len(examples), self.num_items), dtype=np.float64)
+
+
+class Markov(Baseline):
+    """How often the item directly followed the user's last item in the training events."""
+
+    name = "markov-1"
+
+    def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
+        follows = (users[1:] == users[:-1]) & (positions[1:] == positions[:-1] + 1)
+        pairs = (items[:-1][follows], items[1:][follows])
+        shape = (self.num_items, self.num_items)
+        self.transitions = sp.coo_array((np.ones(len(pairs[0])), pairs), shape=shape).tocsr()
+
+    def scores(self, examples: Examples) -> sp.csr_array:
+        data = self.dataset.data
+        last = data.item[data.offsets[examples.user] + examples.position - 1]
+        return self.transitions[last]
+
+
+class ItemKNN(Baseline):
+    """Sum, over the user's past items, of the cosine similarity of the two items' sets of training
+    users.
+
+    Args:
+        dataset: training events and catalog.
+        neighbours: similarities kept per item, largest first (equal: lower id first).
+    """
+
+    name = "item-knn"
+
+    def __init__(self, dataset: RecDataset, neighbours: int = 100) -> None:
+        if neighbours < 1:
+            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        self.neighbours = neighbours
+        super().__init__(dataset)
+
+    def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
+        shape = (self.dataset.data.num_users, self.num_items)
+        seen = sp.coo_array((np.ones(len(users)), (users, items)), shape=shape).tocsr()
+        seen.data[:] = 1.0
+        norms = np.sqrt(seen.sum(axis=0))
+        by_item = seen.T.tocsr()
+        blocks = []
+        for start in range(0, self.num_items, ITEMS_PER_BLOCK):
+            stop = min(start + ITEMS_PER_BLOCK, self.num_items)
+            together = (by_item[start:stop] @ seen).tocoo()
+            rows, columns = together.coords
+            other = rows + start != columns
+            rows, columns = rows[other], columns[other]
+            cosine = together.data[other] / (norms[rows + start] * norms[columns])
+            blocks.append(self._nearest(rows, columns, cosine, stop - start))
+        self.similarity = sp.vstack(blocks, format="csr")
+
+    def _nearest(
+        self, rows: np.ndarray, columns: np.ndarray, cosine: np.ndarray, num_rows: int
+    ) -> sp.csr_array:
+        order = np.lexsort((columns, -cosine, rows))
+        rows, columns, cosine = rows[order], columns[order], cosine[order]
+        first = np.searchsorted(rows, np.arange(num_rows))
+        near = np.arange(len(rows)) - first[rows] < self.neighbours
+        entries = (cosine[near], (rows[near], columns[near]))
+        return sp.coo_array(entries, shape=(num_rows, self.num_items)).tocsr()
+
+    def scores(self, examples: Examples) -> sp.csr_array:
+        keys = _keys(*self.dataset.exclude(examples), self.num_items)
+        entries = (np.ones(len(keys)), np.divmod(keys, self.num_items))
+        history = sp.coo_array(entries, shape=(len(examples), self.num_items)).tocsr()
+        return history @ self.similarity
+
+
+def counting_baselines(dataset: RecDataset) -> list[Baseline]:
+    """Popularity, Markov-1 and ItemKNN, fitted on the training events of `dataset`."""
+    return [Popularity(dataset), Markov(dataset), ItemKNN(dataset)]
+
+
+def _training_events(dataset: RecDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(user, item, position), each [E], of every event up to the user's last training target."""
+    data, train = dataset.data, dataset.train
+    last = np.full(data.num_users, -1, dtype=np.int64)
+    np.maximum.at(last, train.user, train.position)
+    users = np.repeat(np.arange(data.num_users), np.diff(data.offsets))
+    positions = np.arange(data.num_events) - data.offsets[users]
+    known = positions <= last[users]
+    return users[known], data.item[known], positions[known]
+
+
+def _keys(values: object, offsets: object, num_items: int) -> np.ndarray:
+    """Sorted distinct row * N + item of a ragged set given as (values [E], offsets [B+1])."""
+    offsets = np.asarray(offsets)
+    rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return np.unique(rows * num_items + np.asarray(values))
+
+
+def _ranks_from_sparse(
+    scores: sp.csr_array, targets: np.ndarray, excluded: np.ndarray, place: np.ndarray
+) -> np.ndarray:
+    """Ranks [B] of `targets` by (score descending, place ascending), without the `excluded` keys
+    row * N + item.
+    """
+    num_rows, num_items = scores.shape
+    scores.sum_duplicates()
+    scores.eliminate_zeros()
+    rows = np.repeat(np.arange(num_rows), np.diff(scores.indptr))
+    items, values = scores.indices.astype(np.int64), scores.data
+    is_target = items == targets[rows]
+    target_score = np.zeros(num_rows)
+    target_score[rows[is_target]] = values[is_target]
+
+    keys = rows * num_items + items
+    ahead = place[items] < place[targets[rows]]
+    wins = (values > target_score[rows]) | ((values == target_score[rows]) & ahead)
+    allowed = ~np.isin(keys, excluded, assume_unique=True)
+    ranks = 1 + np.bincount(rows[wins & allowed & ~is_target], minlength=num_rows)
+
+    # a target without a score also loses to the items without one that are more popular
+    taken_rows, taken_items = np.divmod(np.union1d(keys, excluded), num_items)
+    taken_ahead = place[taken_items] < place[targets[taken_rows]]
+    free = place[targets] - np.bincount(taken_rows[taken_ahead], minlength=num_rows)
+    return np.where(target_score > 0, ranks, ranks + free)

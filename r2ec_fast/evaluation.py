@@ -1,0 +1,85 @@
+"""Ranks of the targets -> hit_rate@k, ndcg@k, mrr@k (one target an example)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+METRICS = ("hit_rate", "ndcg", "mrr")
+STDERR = "_stderr"
+
+
+def ranking_metrics(
+    ranks: ArrayLike, ks: Sequence[int] = (5, 10, 20), *, prefix: str = ""
+) -> dict[str, float]:
+    """Means over examples, and their standard errors, from the rank of each example's single
+    target.
+
+    With r the rank: hit_rate@k = [r <= k], ndcg@k = [r <= k] / log2(r + 1), mrr@k = [r <= k] / r.
+
+    Args:
+        ranks: [X] integers >= 1 (1 = best), an array, a CPU tensor or a sequence.
+        ks: cut-offs.
+        prefix: written before every key, e.g. "eval_valid_" for `eval_valid_ndcg@10`.
+
+    Returns:
+        `{prefix}{metric}@{k}` and `{prefix}{metric}@{k}_stderr` (sample standard deviation /
+        sqrt(X), NaN for one example; examples count as independent), and `{prefix}examples` = X.
+
+    Raises:
+        ValueError: `ranks` is empty, not one-dimensional, not integer or below 1, or a cut-off is
+            below 1.
+    """
+    ranks = np.asarray(ranks)
+    if ranks.ndim != 1 or ranks.size == 0:
+        raise ValueError(f"ranks must have shape [X] with X >= 1, got shape {list(ranks.shape)}")
+    if not np.issubdtype(ranks.dtype, np.integer):
+        raise ValueError(f"ranks must be integers, got {ranks.dtype}")
+    if ranks.min() < 1:
+        raise ValueError(f"ranks start at 1, got {ranks.min()}")
+    out: dict[str, float] = {}
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"ks must be at least 1, got {k}")
+        hit = ranks <= k
+        gains = (hit.astype(np.float64), hit / np.log2(ranks + 1.0), hit / ranks)
+        for name, gain in zip(METRICS, gains, strict=True):
+            key = f"{prefix}{name}@{k}"
+            out[key] = float(gain.mean())
+            spread = gain.std(ddof=1) if len(gain) > 1 else math.nan
+            out[f"{key}{STDERR}"] = float(spread / math.sqrt(len(gain)))
+    out[f"{prefix}examples"] = float(len(ranks))
+    return out
+
+
+def metrics_table(
+    rows: Mapping[str, Mapping[str, float]],
+    columns: Sequence[str] = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10", "mrr@10"),
+) -> str:
+    """A Markdown table, one row a method, `mean ± standard error` a cell (a column that a row lacks
+    is a dash).
+
+    Args:
+        rows: name of the method -> its metrics, as `ranking_metrics` without prefix returns them.
+        columns: metrics shown.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one method")
+    lines = [
+        "| method | " + " | ".join(columns) + " | examples |",
+        "|---|" + "---:|" * (len(columns) + 1),
+    ]
+    for name, metrics in rows.items():
+        cells = [_cell(metrics, column) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {metrics['examples']:.0f} |")
+    return "\n".join(lines)
+
+
+def _cell(metrics: Mapping[str, float], column: str) -> str:
+    if column not in metrics:
+        return "–"
+    error = metrics.get(f"{column}{STDERR}", math.nan)
+    return f"{metrics[column]:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
