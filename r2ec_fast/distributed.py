@@ -1,0 +1,67 @@
+"""What the trainer needs of several processes: gradients and candidates summed and gathered.
+
+Each process trains its own users. Gradients of a step are *summed* over processes, because the
+loss is already divided by the counts of the whole step (METHOD section 2). Every function is the
+identity in a single process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather_objects(value: object) -> list:
+    """``value`` of every process, in rank order."""
+    _, size = world()
+    if size == 1:
+        return [value]
+    out: list = [None] * size
+    dist.all_gather_object(out, value)
+    return out
+
+
+def shard(items: Sequence, rank: int | None = None) -> Sequence:
+    """This process's contiguous part of ``items``; the parts of all processes make the whole."""
+    own, size = world()
+    rank = own if rank is None else rank
+    return items[len(items) * rank // size : len(items) * (rank + 1) // size]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [m_r, ...] of every process, concatenated in rank order; no gradient."""
+    _, size = world()
+    if size == 1:
+        return rows.detach()
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over processes, in place."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients of ``parameters`` over processes; a missing one counts as zero."""
+    if world()[1] == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)

@@ -1,0 +1,120 @@
+"""From prompts to user states and ranks, with or without a written reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from r2ec_fast.data import Examples, RecDataset
+    from r2ec_fast.model import R2ecModel
+    from r2ec_fast.prompts import PromptBuilder
+    from r2ec_fast.rollout import TransformersEngine
+
+
+@dataclass(frozen=True)
+class UserStates:
+    """Read-outs of B users: ``states`` [B, d]; ``reasoning``: the tokens written for each (marker
+    included), empty lists in direct mode; ``finish_reason``: as the engine gave it, or "direct"."""
+
+    states: torch.Tensor
+    reasoning: list[list[int]]
+    finish_reason: list[str]
+
+
+@torch.no_grad()
+def user_states(
+    model: R2ecModel,
+    builder: PromptBuilder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    engine: TransformersEngine | None = None,
+    max_completion_length: int = 512,
+    max_tokens: int = 8192,
+) -> UserStates:
+    """Read-outs of user prompts (token ids).
+
+    With an ``engine`` a greedy reasoning of at most ``max_completion_length`` tokens is written
+    first; without one the state is read right after the prompt and the marker (direct mode).
+    ``max_tokens`` bounds a forward pass.
+    """
+    if engine is None:
+        reasoning: list[list[int]] = [[] for _ in prompts]
+        rows = [[*prompt, *builder.marker_ids] for prompt in prompts]
+        finish = ["direct"] * len(rows)
+    else:
+        rollouts = engine.generate(
+            prompts,
+            user_keys=range(len(prompts)),
+            num_generations=1,
+            max_completion_length=max_completion_length,
+            temperature=1.0,
+            top_k=0,
+            seed=0,
+            step=0,
+            greedy=True,
+        )
+        bounds = rollouts.offsets
+        reasoning = [
+            rollouts.values[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+        rows = [[*prompt, *written] for prompt, written in zip(prompts, reasoning, strict=True)]
+        finish = rollouts.finish_reason
+    return UserStates(model.encode_rows(rows, max_tokens), reasoning, finish)
+
+
+@torch.no_grad()
+def rank_examples(
+    model: R2ecModel,
+    builder: PromptBuilder,
+    dataset: RecDataset,
+    examples: Examples,
+    *,
+    engine: TransformersEngine | None = None,
+    max_completion_length: int = 512,
+    max_tokens: int = 8192,
+    exclude_window: bool = False,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank (from 1) and log-probability of each example's target in the whole catalog.
+
+    The items of the user's earlier events are excluded (``exclude_window``: only those shown). The
+    item table is ``model.index`` as it stands. Returns (rank int64 [X], log_prob float32 [X]);
+    raises RuntimeError where the model has no item table. ``progress`` is called with the number
+    of examples done in each batch.
+    """
+    if model.index is None:
+        raise RuntimeError("the model has no item table: call set_items(encode_items(catalog))")
+    window = model.prompts.window
+    ranks, log_probs = [], []
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        prompts = [
+            builder.user_ids(dataset.history(user, position, window))
+            for user, position in zip(part.user, part.position, strict=True)
+        ]
+        users = user_states(
+            model,
+            builder,
+            prompts,
+            engine=engine,
+            max_completion_length=max_completion_length,
+            max_tokens=max_tokens,
+        )
+        stats = model.index.target_stats(
+            users.states,
+            torch.from_numpy(dataset.target(part)).to(model.device),
+            exclude=dataset.exclude(part, window if exclude_window else None),
+        )
+        ranks.append(stats.rank.cpu().numpy())
+        log_probs.append(stats.log_prob.cpu().numpy())
+        if progress is not None:
+            progress(len(part))
+    if not ranks:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return np.concatenate(ranks), np.concatenate(log_probs)

@@ -1,0 +1,466 @@
+"""The training loop: examples -> rollouts -> rewards -> advantages -> loss -> step -> evaluate.
+
+Departures from the paper and its code, each with a test (METHOD section 5):
+- one advantage a trajectory; only the best reasoning(s) of a group train the item action;
+- log-probabilities are stored when sampled, at the sampling temperature; token ids travel;
+- equal targets of a batch are one candidate, never each other's negatives;
+- the batch's target rows enter the table before the rewards are computed, as in the paper;
+- rewards come from the update's own forward pass, so that a step runs the policy once, not twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from r2ec_fast import distributed
+from r2ec_fast.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    trainable_parameters,
+)
+from r2ec_fast.config import RecPOConfig
+from r2ec_fast.data import Examples, RecDataset
+from r2ec_fast.evaluation import ranking_metrics
+from r2ec_fast.inference import rank_examples
+from r2ec_fast.model import R2ecModel
+from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
+from r2ec_fast.rollout import RolloutEngine, TransformersEngine
+
+log = logging.getLogger(__name__)
+
+BEST_METRIC = "eval_valid_ndcg@10"
+
+
+class RecPOTrainer:
+    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
+
+    ``engine`` samples the reasonings (default: transformers, on the model itself). Writes
+    ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and, at the end, ``model/`` (what
+    ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
+
+    Raises ValueError for an empty training split, OSError where output_dir cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: R2ecModel,
+        data: RecDataset,
+        config: RecPOConfig,
+        *,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        if len(data.train) == 0:
+            raise ValueError("data: the training split holds no example")
+        self.output_dir = Path(config.output_dir)
+        _check_writable(self.output_dir)
+        tracker = None if config.report_to == "none" else config.report_to
+        self.accelerator = Accelerator(log_with=tracker, project_dir=str(self.output_dir))
+        set_seed(config.seed)
+        self.config, self.data, self.model = config, data, model
+        self._prepare_model()
+        self.builder = model.prompt_builder(data.data.catalog)
+        self.engine = engine or TransformersEngine(
+            model.backbone,
+            model.tokenizer,
+            marker=model.prompts.emb_token,
+            marker_ids=self.builder.marker_ids,
+        )
+        self.update = PolicyUpdate(model, config)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = _optimizer(config, list(self.parameters.values()))
+        self.scheduler = _scheduler(config, self.optimizer, self.max_steps)
+        self.step, self.refreshed_at, self.validated_at = 0, -1, -1
+        self.best: dict[str, float] = {}
+        self.bad_evaluations = 0
+        self._stop_signal = False
+        self._item_rows: dict[int, list[int]] = {}
+
+    def _prepare_model(self) -> None:
+        model, config = self.model, self.config
+        if config.use_lora and not hasattr(model.backbone, "get_base_model"):
+            model.add_lora(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        if not config.use_lora:
+            # the token table stays: the loss then needs no gradient of [V, d]
+            model.language_model.get_input_embeddings().requires_grad_(False)
+            model.language_model.get_output_embeddings().requires_grad_(False)
+        if config.gradient_checkpointing:
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(self.accelerator.device)
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    @property
+    def users_per_step(self) -> int:
+        """Users of all processes in one optimiser step."""
+        config = self.config
+        users = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return users * distributed.world()[1]
+
+    @property
+    def max_steps(self) -> int:
+        """Rollout batches of the whole run."""
+        if self.config.max_steps >= 0:
+            return self.config.max_steps
+        return math.ceil(self.config.num_train_epochs * len(self.data.train) / self.users_per_step)
+
+    def train(self) -> dict[str, float]:
+        """Run to the end (or the early stop); returns the final validation metrics.
+
+        Continues where ``config.resume_from_checkpoint`` says. SIGTERM ends the run after the
+        current step with a checkpoint.
+        """
+        self._resume()
+        self._start_trackers()
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
+        try:
+            if self.model.index is None:
+                self.refresh_items()
+            with self._progress() as bar:
+                while self.step < self.max_steps and not self._stop_signal:
+                    if self._loop_body():
+                        break
+                    bar.update()
+            return self._finish()
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+            self.accelerator.end_training()
+
+    def _loop_body(self) -> bool:
+        """One step with all that is due after it; True = stop early."""
+        config, started = self.config, time.perf_counter()
+        self.step += 1
+        record = self._train_step(self.step)
+        record |= {"step": self.step, "step_time": time.perf_counter() - started}
+        if self.step % config.logging_steps == 0:
+            self._log(record)
+        if config.refresh_steps and self.step % config.refresh_steps == 0:
+            self.refresh_items()
+        stop = False
+        if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
+            stop = self._validate()
+        if config.save_steps and self.step % config.save_steps == 0:
+            self._save()
+        return stop
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
+        rows = self._target_rows(users)
+        self.model.train()
+        if self.config.objective == "contrastive":
+            record = self.update.contrastive(users, rows, self.builder.marker_ids)
+            return record | self._optimizer_step()
+        started = time.perf_counter()
+        experiences = [self._rollout(batch, step) for batch in users]
+        record = {"rollout_time": time.perf_counter() - started}
+        for _ in range(self.config.num_iterations):
+            record |= self.update.recpo(experiences, rows)
+            record |= self._optimizer_step()
+        return record | _completion_stats(experiences) | self._staleness(step)
+
+    def _rollout(self, users: UserBatch, step: int) -> Experience:
+        config = self.config
+        rollouts = self.engine.generate(
+            users.prompts,
+            user_keys=users.keys,
+            num_generations=config.num_generations,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=config.seed,
+            step=step,
+        )
+        return Experience.of(users, rollouts, self.accelerator.device)
+
+    def _optimizer_step(self) -> dict[str, float]:
+        parameters = list(self.parameters.values())
+        distributed.sum_gradients(parameters)
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def _examples(self, step: int, accumulation: int) -> tuple[Examples, np.ndarray]:
+        """This process's examples of one accumulation step, and their numbers in the split.
+
+        The order is a permutation for each epoch, drawn from (seed, epoch): a function of the step
+        alone, so that a resumed run needs no state.
+        """
+        size, total = self.config.per_device_train_batch_size, len(self.data.train)
+        rank, processes = distributed.world()
+        first = (step - 1) * self.users_per_step + accumulation * size * processes + rank * size
+        at = np.arange(first, first + size)
+        index = np.empty(size, np.int64)
+        for epoch in np.unique(at // total):
+            order = np.random.default_rng([self.config.seed, int(epoch)]).permutation(total)
+            own = at // total == epoch
+            index[own] = order[at[own] % total]
+        return self.data.train[index], index
+
+    def _user_batch(self, step: int, accumulation: int) -> UserBatch:
+        examples, index = self._examples(step, accumulation)
+        window = self.model.prompts.window
+        pairs = zip(examples.user, examples.position, strict=True)
+        return UserBatch(
+            prompts=[self.builder.user_ids(self.data.history(u, p, window)) for u, p in pairs],
+            targets=self.data.target(examples),
+            exclude=self.data.exclude(examples),
+            keys=index.tolist(),
+        )
+
+    def _target_rows(self, users: Sequence[UserBatch]) -> dict[int, list[int]]:
+        """Tokens of every distinct target of the step, of all processes."""
+        own = np.concatenate([batch.targets for batch in users])
+        wanted = np.unique(np.concatenate(distributed.gather_objects(own))).tolist()
+        for item in wanted:
+            if item not in self._item_rows:
+                self._item_rows[item] = self.builder.item_ids(item)
+        return {item: self._item_rows[item] for item in wanted}
+
+    def refresh_items(self) -> None:
+        """Re-encode the whole catalog, each process a part, and rebuild the table."""
+        own = distributed.shard(range(len(self.data.data.catalog)))
+        rows = [self.builder.item_ids(i) for i in own]
+        states = self.model.encode_rows(rows, self.config.max_tokens_per_microbatch)
+        self.model.set_items(distributed.gather_rows(states), scan=self.config.index_scan)
+        self.refreshed_at = self.step
+
+    def _staleness(self, step: int) -> dict[str, float]:
+        return {"item_table_age": step - 1 - self.refreshed_at}
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def evaluate(
+        self, split: str = "valid", *, reasoning: bool | None = None, samples: int | None = None
+    ) -> dict[str, float]:
+        """Full-catalog ranking of a split: hit_rate, ndcg and mrr at 5, 10, 20.
+
+        Re-encodes the catalog first, so that the table is the model's own. ``reasoning`` defaults
+        to the run's ``eval_reasoning``; ``samples`` to ``eval_samples`` (0 = all). Keys are
+        ``eval_{split}_ndcg@10`` and so on, ``.../se`` the standard errors.
+        """
+        reasoning = self.config.reasons if reasoning is None else reasoning
+        if self.refreshed_at != self.step:
+            self.refresh_items()
+        examples = sample_examples(
+            self.data, split, self.config.eval_samples if samples is None else samples,
+            self.config.seed,
+        )  # fmt: skip
+        own = distributed.shard(np.arange(len(examples)))
+        ranks, _ = rank_examples(
+            self.model,
+            self.builder,
+            self.data,
+            examples[own],
+            engine=self.engine if reasoning else None,
+            max_completion_length=self.config.max_completion_length,
+            max_tokens=self.config.max_tokens_per_microbatch,
+        )
+        ranks = np.concatenate(distributed.gather_objects(ranks))
+        return {f"eval_{split}_{k}": v for k, v in ranking_metrics(ranks).items()}
+
+    def _validate(self) -> bool:
+        """Evaluate, keep the best checkpoint; True = patience is over."""
+        metrics = self.evaluate("valid")
+        self._log({"step": self.step, **metrics})
+        self.validated_at = self.step
+        if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
+            self.best, self.bad_evaluations = metrics, 0
+            if self.accelerator.is_main_process:
+                save_checkpoint(self.output_dir / "best", self.model, self.optimizer, self._state())
+        else:
+            self.bad_evaluations += 1
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.bad_evaluations >= patience
+
+    def _finish(self) -> dict[str, float]:
+        if self._stop_signal:
+            self._save()
+            log.info("stopped by SIGTERM after step %d; the run can be resumed", self.step)
+            return {}
+        if self.validated_at != self.step:
+            self._validate()
+        self._save()
+        metrics = self.best
+        self.accelerator.wait_for_everyone()
+        if self.config.load_best_model_at_end:
+            load_checkpoint(self.output_dir / "best", self.model)
+            self.refreshed_at = self.step
+        else:
+            metrics = self.evaluate("valid")
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(self.output_dir / "model", self.data.data.catalog)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    # ---- checkpoints and logs -------------------------------------------------------------------
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "best": self.best,
+            "bad_evaluations": self.bad_evaluations,
+            "refreshed_at": self.refreshed_at,
+            "validated_at": self.validated_at,
+            "scheduler": self.scheduler.state_dict(),
+            "config": self.config.to_dict(),
+        }
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            target = self.output_dir / f"checkpoint-{self.step}"
+            save_checkpoint(target, self.model, self.optimizer, self._state())
+            prune_checkpoints(self.output_dir, self.config.save_total_limit)
+
+    def _resume(self) -> None:
+        wanted = self.config.resume_from_checkpoint
+        metrics = self.output_dir / "metrics.jsonl"
+        if wanted is None:
+            if self.accelerator.is_main_process:
+                metrics.unlink(missing_ok=True)
+            return
+        path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
+        if path is None:
+            raise FileNotFoundError(f"resume_from_checkpoint: no checkpoint in {self.output_dir}")
+        state = load_checkpoint(path, self.model, self.optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.best = state["step"], state["best"]
+        self.bad_evaluations = state["bad_evaluations"]
+        self.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
+        if self.accelerator.is_main_process and metrics.is_file():
+            _truncate_metrics(metrics, self.step)
+        log.info("resumed from %s after step %d", path, self.step)
+
+    def _start_trackers(self) -> None:
+        if self.config.report_to != "none":
+            settings = {k: v for k, v in self.config.to_dict().items() if v is not None}
+            self.accelerator.init_trackers("r2ec", config=settings)
+
+    def _log(self, record: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
+        log.info(" | ".join(shown))
+        if self.config.report_to != "none":
+            values = {k: v for k, v in record.items() if k != "step"}
+            self.accelerator.log(values, step=int(record["step"]))
+
+    def _progress(self) -> tqdm:
+        # disable=None: shown on a terminal only
+        hidden = None if self.accelerator.is_main_process else True
+        title = f"train ({self.config.objective})"
+        return tqdm(total=self.max_steps, initial=self.step, desc=title, disable=hidden)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._stop_signal = True
+
+
+def sample_examples(data: RecDataset, split: str, samples: int, seed: int) -> Examples:
+    """A seeded sample of a split in its own order, or all of it (``samples`` 0).
+
+    Raises ValueError for an unknown split.
+    """
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"split: expected train, valid or test, got {split!r}")
+    examples = getattr(data, split)
+    if not samples or samples >= len(examples):
+        return examples
+    drawn = np.random.default_rng([seed, len(examples)]).choice(
+        len(examples), samples, replace=False
+    )
+    return examples[np.sort(drawn)]
+
+
+def _completion_stats(experiences: Sequence[Experience]) -> dict[str, float]:
+    lengths = np.concatenate([np.diff(e.rollouts.offsets) for e in experiences])
+    reasons = np.concatenate([e.rollouts.finish_reason for e in experiences])
+    stats = {
+        "completions/mean_length": lengths.mean(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (reasons == "length").mean(),
+        "completions/eos_ratio": (reasons == "eos").mean(),
+    }
+    return {k: float(v) for k, v in stats.items()}
+
+
+def _optimizer(config: RecPOConfig, parameters: list[torch.nn.Parameter]):
+    if config.optim == "paged_adamw_8bit":
+        try:
+            from bitsandbytes.optim import PagedAdamW8bit
+        except ImportError as error:
+            raise ImportError(
+                "optim='paged_adamw_8bit' needs `pip install bitsandbytes`"
+            ) from error
+        kind = PagedAdamW8bit
+    else:
+        kind = torch.optim.AdamW
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _scheduler(config: RecPOConfig, optimizer: torch.optim.Optimizer, steps: int):
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=steps * config.num_iterations,
+    )
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"output_dir: cannot write to {directory}: {error.strerror}"
+        ) from error
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``, which the resumed run writes again."""
+    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    shutil.move(temporary, path)
+
+
+def _step_in(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # the line a killed process was writing
+        return math.inf
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
