@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 METRICS = ("hit_rate", "ndcg", "mrr")
-STDERR = "_stderr"
+STDERR = "/se"
 
 
 def ranking_metrics(
@@ -26,7 +26,7 @@ def ranking_metrics(
         prefix: written before every key, e.g. "eval_valid_" for `eval_valid_ndcg@10`.
 
     Returns:
-        `{prefix}{metric}@{k}` and `{prefix}{metric}@{k}_stderr` (sample standard deviation /
+        `{prefix}{metric}@{k}` and `{prefix}{metric}@{k}/se` (sample standard deviation /
         sqrt(X), NaN for one example; examples count as independent), and `{prefix}examples` = X.
 
     Raises:

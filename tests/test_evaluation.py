@@ -21,7 +21,7 @@ def test_three_ranks_by_hand():
     assert metrics["ndcg@5"] == pytest.approx((1 + 1 / math.log2(5)) / 3)
     assert metrics["mrr@10"] == pytest.approx((1 + 1 / 4) / 3)
     spread = math.sqrt(((1 - 2 / 3) ** 2 * 2 + (2 / 3) ** 2) / 2)
-    assert metrics["hit_rate@5_stderr"] == pytest.approx(spread / math.sqrt(3))
+    assert metrics["hit_rate@5/se"] == pytest.approx(spread / math.sqrt(3))
     assert metrics["examples"] == 3
 
 
@@ -34,17 +34,17 @@ def test_keys_carry_the_prefix_and_tensors_are_taken():
     metrics = ranking_metrics(torch.tensor([1, 2]), ks=(10,), prefix="eval_valid_")
     assert set(metrics) == {
         "eval_valid_hit_rate@10",
-        "eval_valid_hit_rate@10_stderr",
+        "eval_valid_hit_rate@10/se",
         "eval_valid_ndcg@10",
-        "eval_valid_ndcg@10_stderr",
+        "eval_valid_ndcg@10/se",
         "eval_valid_mrr@10",
-        "eval_valid_mrr@10_stderr",
+        "eval_valid_mrr@10/se",
         "eval_valid_examples",
     }
 
 
 def test_one_example_has_no_standard_error():
-    assert math.isnan(ranking_metrics([3])["ndcg@10_stderr"])
+    assert math.isnan(ranking_metrics([3])["ndcg@10/se"])
 
 
 @pytest.mark.parametrize(
