@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "r2ec_config.json"
 INDEX_FILE = "item_index.safetensors"
+CATALOG_FILE = "catalog.parquet"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -168,7 +169,7 @@ class R2ecModel(nn.Module):
     def encode_items(self, catalog: Catalog, *, max_tokens: int = 8192) -> torch.Tensor:
         """The item table: read-outs of all item prompts, [N, d], in the order of internal ids."""
         builder = self.prompt_builder(catalog)
-        return self.encode_rows([builder.item_ids(i) for i in range(len(catalog))], max_tokens)
+        return self.encode_rows(builder.items_ids(range(len(catalog))), max_tokens)
 
     @torch.no_grad()
     def encode_rows(self, rows: Sequence[Sequence[int]], max_tokens: int = 8192) -> torch.Tensor:
@@ -210,12 +211,18 @@ class R2ecModel(nn.Module):
             model.index = ItemIndex.load(path / INDEX_FILE)
         return model
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], catalog: Catalog | None = None
+    ) -> None:
         """Write model (or adapter), tokenizer, settings and item table, in the Hub's layout.
+
+        With ``catalog`` the items' ids and texts go beside the table, so that a recommender can
+        name what it recommends.
 
         Everything goes to a temporary directory first, so an interrupted call leaves ``directory``
         as it was.
         """
+        from r2ec_fast.data.store import save_catalog
         from r2ec_fast.files import replaced_directory
 
         with replaced_directory(directory) as temporary:
@@ -229,6 +236,8 @@ class R2ecModel(nn.Module):
             (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
             if self.index is not None:
                 self.index.save(temporary / INDEX_FILE)
+            if catalog is not None:
+                save_catalog(catalog, temporary / CATALOG_FILE)
 
     def add_lora(
         self,

@@ -234,16 +234,16 @@ class RecPOTrainer:
         """Tokens of every distinct target of the step, of all processes."""
         own = np.concatenate([batch.targets for batch in users])
         wanted = np.unique(np.concatenate(distributed.gather_objects(own))).tolist()
-        for item in wanted:
-            if item not in self._item_rows:
-                self._item_rows[item] = self.builder.item_ids(item)
+        new = [item for item in wanted if item not in self._item_rows]
+        self._item_rows |= dict(zip(new, self.builder.items_ids(new), strict=True))
         return {item: self._item_rows[item] for item in wanted}
 
     def refresh_items(self) -> None:
         """Re-encode the whole catalog, each process a part, and rebuild the table."""
         own = distributed.shard(range(len(self.data.data.catalog)))
-        rows = [self.builder.item_ids(i) for i in own]
-        states = self.model.encode_rows(rows, self.config.max_tokens_per_microbatch)
+        states = self.model.encode_rows(
+            self.builder.items_ids(own), self.config.max_tokens_per_microbatch
+        )
         self.model.set_items(distributed.gather_rows(states), scan=self.config.index_scan)
         self.refreshed_at = self.step
 
