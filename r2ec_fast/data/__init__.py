@@ -1,6 +1,8 @@
 """Interaction files -> id map, splits, next-item examples; a generated catalog."""
 
+from r2ec_fast.data.load import load_interactions
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
+from r2ec_fast.data.splits import make_splits
 from r2ec_fast.data.types import (
     Catalog,
     Examples,
@@ -22,4 +24,6 @@ __all__ = [
     "ReportLine",
     "StageLine",
     "UnknownIdError",
+    "load_interactions",
+    "make_splits",
 ]

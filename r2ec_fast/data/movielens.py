@@ -1,0 +1,100 @@
+"""MovieLens' directory layouts: 100k, 1m, 25m and latest-small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from r2ec_fast.data.reader import ReadStats, TextFormat, add_read_lines, read_blocks
+from r2ec_fast.data.report import LoadReport
+
+GENRES_100K = (
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+)
+_ITEM_100K = ("movieId", "title", "released", "video", "url", *GENRES_100K)
+_EVENTS = ("userId", "movieId", "rating", "timestamp")
+
+
+@dataclass(frozen=True)
+class MovieLensLayout:
+    """Files and formats of one MovieLens directory."""
+
+    name: str
+    events: Path
+    event_form: TextFormat
+    items: Path
+    item_form: TextFormat
+
+    def read_items(self, report: LoadReport) -> pl.DataFrame:
+        """Raw item table: item_id, title, genres."""
+        stats = ReadStats()
+        columns = list(_ITEM_100K) if self.name == "100k" else ["movieId", "title", "genres"]
+        raw = pl.concat(list(read_blocks(self.items, columns, self.item_form, stats)))
+        add_read_lines(stats, report)
+        if self.name == "100k":
+            flags = [
+                pl.when(pl.col(genre) == "1").then(pl.lit(genre)).alias(genre)
+                for genre in GENRES_100K
+            ]
+            genres = pl.concat_str(flags, separator="|", ignore_nulls=True)
+            raw = raw.select("movieId", "title", genres.alias("genres"))
+        return raw.rename({"movieId": "item_id"}).select("item_id", "title", "genres")
+
+
+def find_movielens(directory: str | Path) -> MovieLensLayout:
+    """Recognise a MovieLens directory; raises ValueError listing what was looked for."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"path: expected a MovieLens directory, got the file {directory}")
+    latin = "latin-1"  # the files of 1998 and 2003
+    layouts = [
+        MovieLensLayout(
+            "csv",
+            directory / "ratings.csv",
+            TextFormat("csv"),
+            directory / "movies.csv",
+            TextFormat("csv"),
+        ),
+        MovieLensLayout(
+            "1m",
+            directory / "ratings.dat",
+            TextFormat("tsv", "::", None, latin, _EVENTS),
+            directory / "movies.dat",
+            TextFormat("tsv", "::", None, latin, ("movieId", "title", "genres")),
+        ),
+        MovieLensLayout(
+            "100k",
+            directory / "u.data",
+            TextFormat("tsv", "\t", None, latin, _EVENTS),
+            directory / "u.item",
+            TextFormat("tsv", "|", None, latin, _ITEM_100K),
+        ),
+    ]
+    for layout in layouts:
+        if layout.events.exists() and layout.items.exists():
+            return layout
+    pairs = ", ".join(f"{x.events.name} + {x.items.name}" for x in layouts)
+    raise ValueError(
+        f"path: {directory} is no MovieLens directory; expected one of: {pairs}; "
+        f"found {sorted(p.name for p in directory.iterdir())[:20]}"
+    )
