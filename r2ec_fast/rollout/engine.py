@@ -1,5 +1,6 @@
 """Rollouts on transformers: one prefill a prompt, G samples that share it."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,11 @@ from r2ec_fast.rollout.modes import base_causal_lm, eval_mode
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.plain import PlainDecoder
 from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
+from r2ec_fast.rollout.shared import SharedPromptDecoder
+
+logger = logging.getLogger(__name__)
+
+DECODERS = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
 
 
 class TransformersEngine:
@@ -26,9 +32,11 @@ class TransformersEngine:
             alone.
         eos_token_ids: tokens that end a text; default: those of the generation config and the
             tokenizer.
+        decoder: "shared" (prompt cache stored and read once for all samples), "plain" (the model's
+            own cache and attention; any architecture), or "auto" (see `choose_decoder`).
 
     Raises:
-        ValueError: the marker tokenizes to nothing.
+        ValueError: the marker tokenizes to nothing, or the decoder cannot run this model.
     """
 
     def __init__(
@@ -39,6 +47,7 @@ class TransformersEngine:
         marker_ids: Sequence[int] | None = None,
         *,
         eos_token_ids: Sequence[int] | None = None,
+        decoder: str = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -50,6 +59,7 @@ class TransformersEngine:
             raise ValueError(f"marker_ids must hold at least one token; marker is {marker!r}")
         if eos_token_ids is None:
             eos_token_ids = _default_eos(model, tokenizer)
+        self.decoder = choose_decoder(model, decoder)
         self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
 
     def generate(
@@ -99,7 +109,7 @@ class TransformersEngine:
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
         rows = [Trajectory() for _ in range(len(prompts) * num_generations)]
-        decoder = PlainDecoder(self.model)
+        decoder = DECODERS[self.decoder](self.model)
         lengths = [len(prompt) for prompt in prompts]
         plan = decoder.batches(
             lengths, num_generations, max_completion_length, max_tokens_in_flight
@@ -117,7 +127,7 @@ class TransformersEngine:
 
     def _decode(
         self,
-        decoder: PlainDecoder,
+        decoder: SharedPromptDecoder | PlainDecoder,
         logits: torch.Tensor,
         rows: list[Trajectory],
         keys: torch.Tensor,
@@ -163,6 +173,25 @@ class TransformersEngine:
                 f"the longest prompt ({longest} tokens) plus max_completion_length "
                 f"({max_completion_length}) exceeds the model's {limit} positions"
             )
+
+
+def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
+    """Name of the decoder to run; "auto": "shared" where it knows the architecture, else "plain".
+
+    Raises:
+        ValueError: an unknown name, or "shared" for a model it cannot run.
+    """
+    if decoder not in ("auto", *DECODERS):
+        raise ValueError(f"decoder must be one of auto, shared, plain, got {decoder!r}")
+    if decoder == "plain":
+        return decoder
+    reason = SharedPromptDecoder.refuses(model)
+    if reason is None:
+        return "shared"
+    if decoder == "shared":
+        raise ValueError(f"decoder 'shared' cannot run this model: {reason}")
+    logger.warning("rollouts use the slower plain decoder: %s", reason)
+    return "plain"
 
 
 def _default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,7 +3,9 @@
 import torch
 from transformers import (
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -36,12 +38,19 @@ CONFIGS = {
         tie_word_embeddings=True,
     ),
     "qwen3": lambda: Qwen3Config(**COMMON),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=7),
     "gemma2": lambda: Gemma2Config(
         **COMMON,
         sliding_window=7,
         query_pre_attn_scalar=8,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **COMMON,
+        sliding_window=7,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
 

@@ -20,9 +20,14 @@ ARGUMENTS = {
 }
 
 
+@pytest.fixture(params=["shared", "plain"])
+def decoder(request):
+    return request.param
+
+
 @pytest.fixture
-def engine(make_model, tokenizer):
-    return TransformersEngine(make_model("llama"), tokenizer, MARKER)
+def engine(make_model, tokenizer, decoder):
+    return TransformersEngine(make_model("llama"), tokenizer, MARKER, decoder=decoder)
 
 
 def full_forward_log_prob(model, prompt, completion, temperature):
@@ -46,9 +51,10 @@ def assert_same(a: Rollouts, b: Rollouts):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-def test_log_probs_equal_a_full_forward_pass(make_model, tokenizer, prompts, name, dtype):
+def test_log_probs_equal_a_full_forward_pass(make_model, tokenizer, prompts, name, dtype, decoder):
     model = make_model(name, dtype)
-    out = TransformersEngine(model, tokenizer, MARKER).generate(prompts, **ARGUMENTS)
+    engine = TransformersEngine(model, tokenizer, MARKER, decoder=decoder)
+    out = engine.generate(prompts, **ARGUMENTS)
     tolerance = 1e-6 if dtype == torch.float64 else 5e-5
     for r in range(len(out)):
         tokens = slice(out.offsets[r], out.offsets[r + 1])
@@ -100,8 +106,8 @@ def _answer_rows(engine):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_samples_do_not_depend_on_the_batch(make_model, tokenizer, prompts, name):
-    engine = TransformersEngine(make_model(name), tokenizer, MARKER)
+def test_samples_do_not_depend_on_the_batch(make_model, tokenizer, prompts, name, decoder):
+    engine = TransformersEngine(make_model(name), tokenizer, MARKER, decoder=decoder)
     whole = engine.generate(prompts, **ARGUMENTS)
     one_by_one = engine.generate(prompts, **ARGUMENTS, max_tokens_in_flight=1)
     assert_same(whole, one_by_one)
@@ -156,9 +162,11 @@ def test_each_prompt_is_prefilled_once(engine, prompts):
 
 
 @pytest.mark.parametrize("wrap", ["plain", "peft"])
-def test_training_mode_is_left_as_it_was(make_model, tokenizer, prompts, wrap):
+def test_training_mode_is_left_as_it_was(make_model, tokenizer, prompts, wrap, decoder):
     model = make_model("gemma2")
-    expected = TransformersEngine(model, tokenizer, MARKER).generate(prompts, **ARGUMENTS)
+    expected = TransformersEngine(model, tokenizer, MARKER, decoder=decoder).generate(
+        prompts, **ARGUMENTS
+    )
     if wrap == "peft":  # B = 0, so the adapter changes nothing yet; its dropout would
         model = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"]))
     model.gradient_checkpointing_enable()
@@ -166,8 +174,8 @@ def test_training_mode_is_left_as_it_was(make_model, tokenizer, prompts, wrap):
     frozen = model.get_input_embeddings()
     frozen.training = False
     before = [module.training for module in model.modules()]
-    out = TransformersEngine(model, tokenizer, MARKER).generate(prompts, **ARGUMENTS)
-    assert_same(out, expected)
+    engine = TransformersEngine(model, tokenizer, MARKER, decoder=decoder)
+    assert_same(engine.generate(prompts, **ARGUMENTS), expected)
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
 

@@ -1,0 +1,87 @@
+"""Shared-prompt decoding: one prefill, one stored cache and one pass over it for all G samples."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from r2ec_fast.rollout import shared_attention
+from r2ec_fast.rollout.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.rollout.shared_cache import SharedPromptCache
+
+# architectures whose rollouts are tested against a full forward pass
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"})
+
+
+class SharedPromptDecoder:
+    """Decodes with `SharedPromptCache` and the `r2ec_rollout` attention implementation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @staticmethod
+    def refuses(model: nn.Module) -> str | None:
+        """Why this decoder cannot run `model`; None if it can."""
+        config = base_causal_lm(model).config
+        if config.model_type not in MODEL_TYPES:
+            return f"model type {config.model_type!r} is not among {sorted(MODEL_TYPES)}"
+        if getattr(config, "use_bidirectional_attention", False):
+            return "the model attends in both directions"
+        return None
+
+    def session(self) -> AbstractContextManager[None]:
+        """The attention implementation this decoder needs, restored afterwards."""
+        shared_attention.register()
+        return attention_implementation(base_causal_lm(self._model), shared_attention.NAME)
+
+    @staticmethod
+    def batches(
+        lengths: Sequence[int], num_generations: int, max_completion_length: int, budget: int
+    ) -> Iterator[list[int]]:
+        """Indices of the prompts of each batch, longest first; a prompt caches P + G * R tokens."""
+        batch: list[int] = []
+        longest = 0
+        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = longest if batch else lengths[index]
+            cost = longest + num_generations * max_completion_length
+            if batch and cost * (len(batch) + 1) > budget:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def start(
+        self, prompts: Sequence[Sequence[int]], num_generations: int, max_completion_length: int
+    ) -> Tensor:
+        """Prefill the prompts one after the other; returns the next-token logits [B * G, V]."""
+        lengths = [len(prompt) for prompt in prompts]
+        self._cache = SharedPromptCache(lengths, num_generations, max_completion_length)
+        device = model_device(self._model)
+        logits = []
+        for index, prompt in enumerate(prompts):
+            self._cache.prompt = index
+            ids = torch.tensor([prompt], device=device)
+            logits.append(self._forward(ids, torch.arange(len(prompt), device=device)[None]))
+        return torch.cat(logits).repeat_interleave(num_generations, 0)
+
+    def step(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """Append one token a row; returns the next-token logits [n, V].
+
+        Args:
+            tokens: int64 [n], the newest token of each row that goes on.
+            keep: int64 [n], the rows (of the previous call) that go on; None = all.
+        """
+        return self._forward(tokens[:, None], self._cache.advance(keep))
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        out = self._model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            rollout_cache=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
