@@ -1,0 +1,319 @@
+"""The certified search: a float first pass in blocks, a running threshold, exact rescoring.
+
+For every query a pool holds the rows that may still be among the best k, with bounds of their raw
+scores. The threshold is the k-th largest lower bound seen; a row whose upper bound is below it can
+neither win nor tie. Queries for which this does not pay (mass ties, k near the number of rows,
+numbers that float32 cannot hold) take the dense path: canonical scores of every row, in blocks.
+Memory is O(B k + block) either way, and results do not depend on which path ran.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..canonical import PADDING_KEY, canonical_scores, from_order_keys, order_keys
+from ..exclude import exclude_rows
+from .bounds import Queries
+
+GROUP = 32  # rows whose maximum meets the threshold first
+_DENSE_SHARE = 8  # k above (rows - excluded) / 8 takes the dense path
+_DENSE_BLOCK = 4096  # rows of a dense block
+_ELEMENTS = 1 << 22  # elements of a dense or a gathered block
+_MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
+
+
+class Table(Protocol):
+    """What a search needs of a table. Rows are positions; ids are what users see."""
+
+    rows: torch.Tensor  # [>= num_rows, d], the stored values
+    ids: torch.Tensor | None  # int64 [num_rows]: the id of each row; None: its position
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def block_rows(self, batch: int) -> int:
+        """Rows of a first-pass block for this many queries."""
+        ...
+
+    def score_block(
+        self, query: Queries, start: int, stop: int, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write raw scores of rows start..stop-1 into ``out`` [stop - start, B].
+
+        Returns the bound of their errors [B], and the rows (int64 [M], or None) whose scores are
+        not bounded by it: their entries in ``out`` are -inf and they are rescored in any case.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """What the last search did.
+
+    Attributes:
+        scan: the first pass that ran: "float32", "bf16", "int8", or "dense" if none.
+        queries: B.
+        candidates_per_k: rows rescored canonically for a result slot (mean; 1 is the least).
+        rescanned_groups: groups of rows opened because their maximum met the threshold.
+        dense_rows: queries that took the dense path.
+    """
+
+    scan: str
+    queries: int
+    candidates_per_k: float
+    rescanned_groups: int
+    dense_rows: int
+
+
+class Excluded:
+    """(query, row) pairs that must not be returned, ordered by row."""
+
+    def __init__(self, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+        """rows: int64 [E], row positions, -1 for none; offsets: int64 [B+1]."""
+        of = exclude_rows(offsets, rows.numel())
+        order = torch.argsort(rows)
+        self.rows, self.of = rows[order], of[order]
+        self.counts = offsets.diff()
+        self.empty = rows.numel() == 0
+
+    def mask(self, start: int, stop: int, scores: torch.Tensor, value: float | int) -> None:
+        """Set the entries of excluded pairs in ``scores`` [stop - start, B] to ``value``."""
+        if self.empty:
+            return
+        edges = torch.tensor([start, stop], device=self.rows.device)
+        low, high = torch.searchsorted(self.rows, edges).tolist()
+        if high > low:
+            scores[self.rows[low:high] - start, self.of[low:high]] = value
+
+    def pick(self, chosen: torch.Tensor) -> "Excluded":
+        """The pairs of the queries in ``chosen`` (bool [B]), renumbered."""
+        picked = object.__new__(Excluded)
+        number = torch.cumsum(chosen, 0) - 1
+        kept = chosen[self.of]
+        picked.rows, picked.of = self.rows[kept], number[self.of[kept]]
+        picked.counts = self.counts[chosen]
+        picked.empty = picked.rows.numel() == 0
+        return picked
+
+    def holds(self, of: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """bool, the shape of ``of``: whether (of, row) is an excluded pair."""
+        count = self.counts.numel()
+        return torch.isin(rows * count + of, self.rows * count + self.of)
+
+
+class _Pool:
+    """Rows that may still be among the best k of each query."""
+
+    def __init__(self, batch: int, k: int, device: torch.device) -> None:
+        self.k, self.capacity = k, 3 * k + 128
+        shape = (batch, self.capacity)
+        self.lower = torch.full(shape, float("-inf"), device=device)
+        self.upper = torch.full(shape, float("-inf"), device=device)
+        self.rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.fill = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.threshold = torch.full((batch,), float("-inf"), device=device)
+        self.failed = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.opened = 0
+
+    def raise_threshold(self, scores: torch.Tensor, error: torch.Tensor, of: torch.Tensor) -> None:
+        """Use the k-th best score of a block [n, B] for the queries ``of``, if it has k rows."""
+        if scores.shape[0] >= self.k and of.numel():
+            best = scores[:, of].T.contiguous().topk(self.k, dim=1, sorted=False).values.amin(1)
+            self.threshold[of] = torch.maximum(self.threshold[of], best - error[of])
+
+    def add_block(self, scores: torch.Tensor, error: torch.Tensor, start: int) -> None:
+        """Take the rows of a block [n, B] (n a multiple of GROUP) that meet the threshold."""
+        fresh = torch.isinf(self.threshold) & ~self.failed
+        if bool(fresh.any()):
+            self.raise_threshold(scores, error, fresh.nonzero()[:, 0])
+        grouped = scores.view(-1, GROUP, scores.shape[1])
+        cut = self.threshold - error
+        best = grouped.amax(1)
+        of, group = ((best >= cut) & (best > float("-inf"))).T.nonzero(as_tuple=True)
+        if not of.numel():
+            return
+        self.opened += of.numel()
+        values = grouped[group, :, of]  # [M, GROUP]
+        hit, slot = ((values >= cut[of, None]) & (values > float("-inf"))).nonzero(as_tuple=True)
+        of, score, row = of[hit], values[hit, slot], start + group[hit] * GROUP + slot
+        of, score, row = self._make_room(of, score, row, scores, error)
+        if of.numel():
+            counts = torch.bincount(of, minlength=self.fill.numel())
+            first = torch.cumsum(counts, 0) - counts
+            place = self.fill[of] + torch.arange(of.numel(), device=of.device) - first[of]
+            self.lower[of, place] = score - error[of]
+            self.upper[of, place] = score + error[of]
+            self.rows[of, place] = row
+            self.fill += counts
+
+    def _make_room(
+        self,
+        of: torch.Tensor,
+        score: torch.Tensor,
+        row: torch.Tensor,
+        scores: torch.Tensor,
+        error: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raise thresholds until the new rows fit; give up on queries where that fails."""
+
+        def overfull() -> torch.Tensor:
+            counts = torch.bincount(of, minlength=self.fill.numel())
+            return (self.fill + counts > self.capacity).nonzero()[:, 0]
+
+        def refilter() -> None:
+            nonlocal of, score, row
+            kept = score >= (self.threshold - error)[of]
+            of, score, row = of[kept], score[kept], row[kept]
+
+        if overfull().numel():
+            self.compact()
+            refilter()
+        if (full := overfull()).numel():
+            self.raise_threshold(scores, error, full)
+            self.compact()
+            refilter()
+        if (full := overfull()).numel():
+            self.failed[full] = True
+            self.threshold[full] = float("inf")
+            self.fill[full] = 0
+            refilter()
+        return of, score, row
+
+    def compact(self) -> None:
+        """Raise thresholds by the pool itself and drop the rows below them."""
+        empty = torch.arange(self.capacity, device=self.fill.device) >= self.fill[:, None]
+        self.lower.masked_fill_(empty, float("-inf"))
+        self.upper.masked_fill_(empty, float("-inf"))
+        best = self.lower.topk(self.k, dim=1, sorted=False).values.amin(1)
+        self.threshold = torch.maximum(self.threshold, best)
+        kept = self.upper >= self.threshold[:, None]
+        kept &= ~empty
+        of, place = kept.nonzero(as_tuple=True)
+        self.fill = kept.sum(1)
+        first = torch.cumsum(self.fill, 0) - self.fill
+        to = torch.arange(of.numel(), device=of.device) - first[of]
+        for field in (self.lower, self.upper, self.rows):
+            field[of, to] = field[of, place]
+
+
+def certified_topk(
+    table: Table, query: Queries, k: int, excluded: Excluded, scan: str = "float32"
+) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
+    """The k best rows of ``table`` for each query, exactly.
+
+    Returns scores float32 [B, k] and ids int64 [B, k], padded with (-inf, -1), and statistics.
+    """
+    batch, device = query.original.shape[0], query.original.device
+    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+    width = min(k, table.num_rows)
+    if batch == 0 or width == 0:
+        return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
+    dense = query.dense | (table.num_rows - excluded.counts < _DENSE_SHARE * width)
+    candidates = opened = 0
+    if not bool(dense.all()):
+        chosen = ~dense
+        part = query if bool(chosen.all()) else query[chosen]
+        found, failed, candidates, opened = _scan(table, part, width, excluded.pick(chosen))
+        keys[chosen, :width] = found
+        dense[chosen] = failed
+    if bool(dense.any()):
+        keys[dense, :width] = _dense_topk(table, query[dense], width, excluded.pick(dense))
+    num_dense = int(dense.sum())
+    ratio = candidates / max(1, (batch - num_dense) * width)
+    name = "dense" if num_dense == batch else scan
+    return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense)
+
+
+def _scan(
+    table: Table, query: Queries, k: int, excluded: Excluded
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Keys [B, k], queries that need the dense path [B], candidates, opened groups."""
+    batch, device = query.original.shape[0], query.original.device
+    pool = _Pool(batch, k, device)
+    height = max(table.block_rows(batch), 2 * k)
+    height = -(-height // GROUP) * GROUP
+    buffer = torch.empty(height, batch, device=device)
+    untrusted = []
+    for start in visiting_order(table.num_rows, height):
+        stop = min(start + height, table.num_rows)
+        size = stop - start
+        scores = buffer[: -(-size // GROUP) * GROUP]
+        scores[size:] = float("-inf")
+        error, doubtful = table.score_block(query, start, stop, scores[:size])
+        excluded.mask(start, stop, scores, float("-inf"))
+        if doubtful is not None:
+            untrusted.append(doubtful)
+            if sum(rows.numel() for rows in untrusted) > _MAX_UNTRUSTED:
+                everyone = torch.ones(batch, dtype=torch.bool, device=device)
+                nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+                return nothing, everyone, 0, pool.opened
+        pool.add_block(scores, error, start)
+    pool.compact()
+    rows = pool.rows[:, : max(1, int(pool.fill.max()))]
+    valid = torch.arange(rows.shape[1], device=device) < pool.fill[:, None]
+    if untrusted:
+        extra = torch.cat(untrusted).expand(batch, -1)
+        of = torch.arange(batch, device=device)[:, None].expand_as(extra)
+        rows = torch.cat([rows, extra], 1)
+        valid = torch.cat([valid, ~excluded.holds(of, extra)], 1)
+    keys = _rescore(table, query, rows, valid, k)
+    scores, _ = from_order_keys(keys)
+    # An infinite score means that the canonical score overflowed: ties the bounds do not see.
+    failed = pool.failed | torch.isinf(scores).any(1)
+    return keys, failed, int(valid[~failed].sum()), pool.opened
+
+
+def visiting_order(num_rows: int, height: int) -> list[int]:
+    """Starts of all blocks, spread over the table by the golden ratio, so that a table sorted by
+    score does not raise the threshold at every block."""
+    count = -(-num_rows // height)
+    order = sorted(range(count), key=lambda block: (block * 0.6180339887498949) % 1.0)
+    return [block * height for block in order]
+
+
+def _rescore(
+    table: Table, query: Queries, rows: torch.Tensor, valid: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The k largest order keys [B, k] of candidate rows [B, C] by canonical score."""
+    batch, width = rows.shape
+    dim = query.original.shape[1]
+    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=rows.device)
+    step = max(1, _ELEMENTS // max(1, width * dim))
+    for start in range(0, batch, step):
+        part = slice(start, min(batch, start + step))
+        chosen = rows[part].masked_fill(~valid[part], 0)
+        scores = canonical_scores(
+            query.original[part], table.rows[chosen], query.similarity, query.temperature
+        )
+        ids = chosen if table.ids is None else table.ids[chosen]
+        own = order_keys(scores, ids).masked_fill(~valid[part], PADDING_KEY)
+        top = own.topk(min(k, width), dim=1).values
+        keys[part, : top.shape[1]] = top
+    return keys
+
+
+def _dense_topk(table: Table, query: Queries, k: int, excluded: Excluded) -> torch.Tensor:
+    """Order keys [B, k] from canonical scores of every row, merged block by block."""
+    batch, device = query.original.shape[0], query.original.device
+    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+    height = max(_DENSE_BLOCK, k)
+    step = max(1, _ELEMENTS // height)
+    for first in range(0, batch, step):
+        part = slice(first, min(batch, first + step))
+        chosen = torch.zeros(batch, dtype=torch.bool, device=device)
+        chosen[part] = True
+        own = excluded.pick(chosen)
+        for start in range(0, table.num_rows, height):
+            stop = min(start + height, table.num_rows)
+            scores = canonical_scores(
+                query.original[part], table.rows[start:stop], query.similarity, query.temperature
+            )
+            if table.ids is None:
+                ids = torch.arange(start, stop, device=device)
+            else:
+                ids = table.ids[start:stop]
+            block = order_keys(scores, ids)
+            own.mask(start, stop, block.T, PADDING_KEY)
+            keys[part] = torch.cat([keys[part], block], 1).topk(k, dim=1).values
+    return keys
