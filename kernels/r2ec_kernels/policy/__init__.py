@@ -1,0 +1,1 @@
+"""What the update is: log-probabilities of a language-model head and the RecPO loss."""

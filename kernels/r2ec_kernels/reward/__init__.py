@@ -1,0 +1,1 @@
+"""How good a trajectory was: rank, probability, reward, advantage."""

@@ -1,0 +1,178 @@
+"""Public functions of the reward room: checks, choice of implementation, documentation."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..canonical import SIMILARITIES
+from ..dispatch import checks_enabled, resolve
+from ..exclude import Exclude, normalize_exclude
+from . import impl_torch, reference
+
+_AVAILABLE = frozenset({"torch", "reference"})
+
+
+class TargetStats(NamedTuple):
+    """What :func:`target_stats` returns."""
+
+    rank: torch.Tensor  # int64 [B], from 1
+    log_prob: torch.Tensor  # float32 [B]
+
+
+class Advantages(NamedTuple):
+    """What :func:`grouped_advantage` returns."""
+
+    advantages: torch.Tensor  # [B, G]
+    best: torch.Tensor  # bool [B, G]
+
+
+def target_stats(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    similarity: str = "dot",
+    temperature: float = 1.0,
+    exclude: Exclude = None,
+    impl: str = "auto",
+) -> TargetStats:
+    """Rank and log-probability of each query's target among all items, in one pass.
+
+    Equal to, with canonical scores ``s`` [B, N] and the excluded items at -inf::
+
+        rank = 1 + (number of items before the target in a stable descending sort of s)
+        log_prob = log_softmax(s, dim=-1).gather(1, targets[:, None])[:, 0]
+
+    The rank is exact: it is the target's position, from 1, in ``item_topk(k=N)``. The target is
+    never excluded. Memory: O(B + block), no [B, N] scores.
+
+    Args:
+        queries: [B, d].
+        items: [N, d].
+        targets: int64 [B], in 0..N-1.
+        similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
+        temperature: scores are divided by it, > 0.
+        exclude: items that do not compete: padded int64 [B, L] with -1 for none, or (values [E],
+            offsets [B+1]).
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or range.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    _check_tables(queries, items, targets, similarity, temperature)
+    impl = resolve(impl, queries.device, "target_stats", _AVAILABLE)
+    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], queries.device)
+    compute = reference.target_stats if impl == "reference" else impl_torch.target_stats
+    with torch.no_grad():
+        rank, log_prob = compute(queries, items, targets, similarity, temperature, values, offsets)
+    return TargetStats(rank, log_prob)
+
+
+def recpo_reward(
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    *,
+    softmax_weight: float = 0.05,
+    ndcg_k: int = 1000,
+) -> torch.Tensor:
+    """RecPO's reward: probability of the target and its gain at its rank (METHOD section 2).
+
+    Equal to ``softmax_weight * exp(log_prob) + (1 - softmax_weight) * ndcg`` with
+    ``ndcg = 1 / log2(rank + 1) if rank <= ndcg_k else 0``.
+
+    Args:
+        rank: int64, any shape, from 1.
+        log_prob: the same shape.
+        softmax_weight: in 0..1.
+        ndcg_k: ranks beyond it earn nothing.
+
+    Returns:
+        float32, the shape of ``rank`` (float64 for float64 log-probabilities).
+    """
+    if rank.shape != log_prob.shape:
+        raise ValueError(
+            f"rank and log_prob: expected one shape, got {list(rank.shape)} and "
+            f"{list(log_prob.shape)}"
+        )
+    if rank.is_floating_point() or not log_prob.is_floating_point():
+        raise TypeError(
+            f"rank and log_prob: expected integers and floats, got {rank.dtype}, {log_prob.dtype}"
+        )
+    if not 0 <= softmax_weight <= 1:
+        raise ValueError(f"softmax_weight: expected a number in 0..1, got {softmax_weight}")
+    if ndcg_k < 1:
+        raise ValueError(f"ndcg_k: expected an integer >= 1, got {ndcg_k}")
+    reward = impl_torch.recpo_reward(rank, log_prob, softmax_weight, ndcg_k)
+    return reward.to(torch.promote_types(log_prob.dtype, torch.float32))
+
+
+def grouped_advantage(
+    rewards: torch.Tensor, *, estimator: str = "grpo", best: int = 1
+) -> Advantages:
+    """Advantage of each trajectory within its group, and the group's best trajectories.
+
+    "grpo": ``(R - mean) / (std + 1e-8)`` with the unbiased std. "rloo": ``R`` minus the mean of
+    the other G - 1 rewards. Both in float64. A group whose rewards are all equal gets exactly 0;
+    a group of one gets 1.
+
+    Args:
+        rewards: [B, G].
+        estimator: "grpo" or "rloo".
+        best: how many trajectories of each group are marked; equal rewards: lower index first.
+
+    Returns:
+        ``Advantages(advantages [B, G], best bool [B, G])``; float32, or float64 for float64.
+    """
+    if not rewards.is_floating_point():
+        raise TypeError(f"rewards: expected floats, got {rewards.dtype}")
+    if rewards.dim() != 2 or rewards.shape[1] == 0:
+        raise ValueError(f"rewards: expected shape [B, G], G >= 1, got {list(rewards.shape)}")
+    if estimator not in ("grpo", "rloo"):
+        raise ValueError(f"estimator: expected 'grpo' or 'rloo', got {estimator!r}")
+    if not 1 <= best <= rewards.shape[1]:
+        raise ValueError(f"best: expected 1..{rewards.shape[1]} (the group), got {best}")
+    if checks_enabled() and not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards: expected finite numbers, got NaN or infinity")
+    advantages, chosen = impl_torch.grouped_advantage(rewards, estimator, best)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return Advantages(advantages.to(dtype), chosen)
+
+
+def _check_tables(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    similarity: str,
+    temperature: float,
+) -> None:
+    for name, table in (("queries", queries), ("items", items)):
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
+        if not table.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {table.dtype}")
+        if table.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, got shape {list(table.shape)}")
+    if queries.shape[1] != items.shape[1]:
+        raise ValueError(
+            f"queries and items: expected [B, d] and [N, d], got {list(queries.shape)} and "
+            f"{list(items.shape)}"
+        )
+    if similarity not in SIMILARITIES:
+        raise ValueError(
+            f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    if targets.shape != queries.shape[:1]:
+        raise ValueError(f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if targets.numel() and (targets.device.type == "cpu" or checks_enabled()):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= items.shape[0]:
+            raise ValueError(
+                f"targets: expected values in 0..{items.shape[0] - 1}, got {low}..{high}"
+            )
