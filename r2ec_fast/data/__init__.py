@@ -3,6 +3,7 @@
 from r2ec_fast.data.load import load_interactions
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
 from r2ec_fast.data.splits import make_splits
+from r2ec_fast.data.synthetic import generate_interactions
 from r2ec_fast.data.types import (
     Catalog,
     Examples,
@@ -24,6 +25,7 @@ __all__ = [
     "ReportLine",
     "StageLine",
     "UnknownIdError",
+    "generate_interactions",
     "load_interactions",
     "make_splits",
 ]
