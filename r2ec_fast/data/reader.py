@@ -21,6 +21,7 @@ BLOCK_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 MAX_BROKEN_SHARE = 0.01  # more broken lines than this: the file is of another format
 PARQUET_ROWS = 1 << 20
+_OPEN_QUOTE = "a quote that never closes; pass quote=None if quotes are ordinary characters there"
 KINDS = ("csv", "tsv", "jsonl", "parquet", "lines")
 
 
@@ -208,12 +209,12 @@ def _parquet_blocks(path: Path, columns: list[str], stats: ReadStats) -> Iterato
         yield frame
 
 
-def _raw(path: Path, stats: ReadStats) -> Iterator[bytes]:
-    """Decompressed bytes in pieces; hashes what lies on disk."""
+def _raw(path: Path, stats: ReadStats, piece_bytes: int) -> Iterator[bytes]:
+    """Decompressed bytes in pieces of at most `piece_bytes`; hashes what lies on disk."""
     digest = hashlib.sha256()
     inflate = zlib.decompressobj(31) if path.suffix == ".gz" else None
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(piece_bytes):
             digest.update(piece)
             stats.bytes_read += len(piece)
             if inflate is None:
@@ -226,7 +227,7 @@ def _raw(path: Path, stats: ReadStats) -> Iterator[bytes]:
                         break
                     inflate = zlib.decompressobj(31)
                 try:
-                    out = inflate.decompress(piece, BLOCK_BYTES)
+                    out = inflate.decompress(piece, piece_bytes)
                 except zlib.error as error:
                     raise ValueError(
                         f"path: {path} is damaged gzip near byte {stats.bytes_read:,}: {error}"
@@ -247,7 +248,7 @@ def _blocks(
     size = 0
     first = True
     wanted = block_bytes
-    for piece in _raw(path, stats):
+    for piece in _raw(path, stats, min(block_bytes, 1 << 20)):
         pieces.append(piece)
         size += len(piece)
         if size < wanted:
@@ -258,10 +259,8 @@ def _blocks(
         cut = _cut(text, form)
         if cut == 0:
             if len(text) > MAX_LINE_BYTES:
-                hint = "; a quote that never closes? pass quote=None" if form.quote else ""
-                raise ValueError(
-                    f"path: {path} has a record longer than {MAX_LINE_BYTES >> 20} MiB{hint}"
-                )
+                what = f"a record longer than {MAX_LINE_BYTES:,} bytes"
+                raise ValueError(f"path: {path} has {_OPEN_QUOTE if form.quote else what}")
             wanted = 2 * len(
                 text
             )  # grows geometrically: a long line is not scanned again and again
@@ -274,7 +273,20 @@ def _blocks(
     if first:
         text = text.removeprefix(b"\xef\xbb\xbf")
     if text:
-        yield text
+        yield _closed(text, path, form, stats)
+
+
+def _closed(text: bytes, path: Path, form: TextFormat, stats: ReadStats) -> bytes:
+    """The file's last block. An open quote may have swallowed one half-written line, not more."""
+    if form.quote is None or form.kind in ("jsonl", "lines"):
+        return text
+    if text.count(form.quote.encode()) % 2 == 0:
+        return text
+    cut = _cut(text, form)
+    if b"\n" in text[cut:].rstrip(b"\r\n"):
+        raise ValueError(f"path: {path} has {_OPEN_QUOTE}")
+    stats.broken_lines += 1
+    return text[:cut]
 
 
 def _cut(text: bytes, form: TextFormat) -> int:

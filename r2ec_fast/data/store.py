@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,13 +129,14 @@ def write_errors(place: str | Path) -> Iterator[None]:
     """Turn a full disk into an OSError which names `place` and says what to do."""
     try:
         yield
-    except OSError as error:
-        number, text = error.errno, str(error)
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # Errors of the Parquet writer arrive without errno.
-        if full or "os error 28" in text or "os error 27" in text or "os error 122" in text:
+    except (OSError, pl.exceptions.PolarsError) as error:
+        number = getattr(error, "errno", None)
+        if number is None:  # the Parquet writer says it in words
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(found.group(1)) if found else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                number or errno.ENOSPC,
+                number,
                 f"no space left to write {place}; nothing was kept. "
                 "Free some space or choose another output directory",
             ) from error
