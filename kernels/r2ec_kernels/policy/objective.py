@@ -144,4 +144,4 @@ def _clip_fractions(
     """Share of the counted entries whose gradient the clip stops: (low, high)."""
     low = (ratio < 1 - config.epsilon) & (advantages < 0) & counted
     high = (ratio > 1 + config.epsilon_high) & (advantages > 0) & counted
-    return mean(low, counted), mean(high, counted)
+    return mean(low.to(ratio.dtype), counted), mean(high.to(ratio.dtype), counted)

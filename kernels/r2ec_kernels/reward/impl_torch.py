@@ -7,7 +7,7 @@ from ..exclude import exclude_rows
 
 BLOCK_SCORES = 1 << 20  # scores of one block: 4 MiB in float32
 BLOCK_BYTES = 8 << 20  # item rows of one block
-PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered to resolve near-ties
+MIN_BLOCK = 512  # item rows of one block, at least
 
 
 def recpo_reward(
@@ -29,7 +29,8 @@ def grouped_advantage(
         return torch.ones_like(values), chosen
     centred = values - values.mean(1, keepdim=True)
     if estimator == "grpo":
-        advantages = centred / (values.std(1, keepdim=True) + 1e-8)
+        variance = centred.square().sum(1, keepdim=True) / (group - 1)
+        advantages = centred / (variance.sqrt() + 1e-8)
     else:
         advantages = centred * (group / (group - 1))
     tied = values.amax(1, keepdim=True) == values.amin(1, keepdim=True)
@@ -72,4 +73,4 @@ def target_stats(
 def _block_rows(batch: int, items: torch.Tensor) -> int:
     by_scores = BLOCK_SCORES // max(batch, 1)
     by_bytes = BLOCK_BYTES // max(items.shape[1] * items.element_size(), 1)
-    return max(512, min(by_scores, by_bytes))
+    return max(MIN_BLOCK, min(by_scores, by_bytes))

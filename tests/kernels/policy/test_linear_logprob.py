@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from r2ec_kernels import linear_logprob
 from r2ec_kernels.policy import impl_torch
 

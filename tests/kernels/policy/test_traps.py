@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from r2ec_kernels import RecPOLossConfig, grouped_advantage, linear_logprob, recpo_loss
 
 GROUPS, GROUP, WIDTH, VOCAB, SOFTCAP = 3, 4, 8, 23, 4.0
