@@ -11,6 +11,7 @@ from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.modes import base_causal_lm, eval_mode
 from r2ec_fast.rollout.noise import row_keys
+from r2ec_fast.rollout.packed import packed_linears
 from r2ec_fast.rollout.plain import PlainDecoder
 from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
 from r2ec_fast.rollout.shared import SharedPromptDecoder
@@ -111,10 +112,15 @@ class TransformersEngine:
         rows = [Trajectory() for _ in range(len(prompts) * num_generations)]
         decoder = DECODERS[self.decoder](self.model)
         lengths = [len(prompt) for prompt in prompts]
-        plan = decoder.batches(
-            lengths, num_generations, max_completion_length, max_tokens_in_flight
+        plan = list(
+            decoder.batches(lengths, num_generations, max_completion_length, max_tokens_in_flight)
         )
-        with torch.no_grad(), eval_mode(self.model), decoder.session():
+        with (
+            torch.no_grad(),
+            eval_mode(self.model),
+            decoder.session(),
+            packed_linears(self.model, len(plan) * max_completion_length),
+        ):
             for batch in plan:
                 index = [i * num_generations + g for i in batch for g in range(num_generations)]
                 group = [list(prompts[i]) for i in batch]

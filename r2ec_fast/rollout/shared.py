@@ -41,9 +41,8 @@ class SharedPromptDecoder:
     ) -> Iterator[list[int]]:
         """Indices of the prompts of each batch, longest first; a prompt caches P + G * R tokens."""
         batch: list[int] = []
-        longest = 0
         for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            longest = longest if batch else lengths[index]
+            longest = lengths[batch[0]] if batch else lengths[index]
             cost = longest + num_generations * max_completion_length
             if batch and cost * (len(batch) + 1) > budget:
                 yield batch
