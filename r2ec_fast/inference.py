@@ -88,8 +88,6 @@ def rank_examples(
     raises RuntimeError where the model has no item table. ``progress`` is called with the number
     of examples done in each batch.
     """
-    if model.index is None:
-        raise RuntimeError("the model has no item table: call set_items(encode_items(catalog))")
     window = model.prompts.window
     ranks, log_probs = [], []
     for start in range(0, len(examples), batch_size):
@@ -106,7 +104,7 @@ def rank_examples(
             max_completion_length=max_completion_length,
             max_tokens=max_tokens,
         )
-        stats = model.index.target_stats(
+        stats = model.target_stats(
             users.states,
             torch.from_numpy(dataset.target(part)).to(model.device),
             exclude=dataset.exclude(part, window if exclude_window else None),

@@ -206,7 +206,7 @@ class PolicyUpdate:
     def _candidates(self, item_rows: dict[int, list[int]]) -> Candidates:
         candidates = Candidates(self.model, item_rows, self.config.max_tokens_per_microbatch)
         if self.model.index is not None:
-            self.model.index.write(candidates.ids, candidates.leaf.detach())
+            self.model.write_items(candidates.ids, candidates.leaf.detach())
         return candidates
 
     def _pack(self, experience: Experience) -> list[PackedBatch]:
@@ -258,7 +258,7 @@ class PolicyUpdate:
         """Rank, probability and reward of each reasoning against the whole table."""
         generations = experience.rewards.shape[1]
         targets = torch.from_numpy(experience.users.targets[groups]).repeat_interleave(generations)
-        found = self.model.index.target_stats(
+        found = self.model.target_stats(
             states,
             targets.to(states.device),
             exclude=select_rows(experience.users.exclude, np.repeat(groups, generations)),
