@@ -21,8 +21,8 @@ def extensions() -> list:
     return [
         Pybind11Extension(
             "r2ec_fast._packing",
-            ["csrc/bindings.cpp", "csrc/packer.cpp"],
-            depends=["csrc/packer.hpp", "csrc/parallel.hpp"],
+            ["csrc/assembler.cpp", "csrc/bindings.cpp", "csrc/packer.cpp"],
+            depends=["csrc/assembler.hpp", "csrc/packer.hpp", "csrc/parallel.hpp"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

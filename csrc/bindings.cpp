@@ -1,4 +1,4 @@
-// Python bindings of the packer. The caller (r2ec_fast/packing.py) checks types and gives messages;
+// Python bindings. The callers (r2ec_fast/packing.py, assembler.py) check types and give messages;
 // sizes are checked here again, so that no call can read or write outside its arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "assembler.hpp"
 #include "packer.hpp"
 
 namespace py = pybind11;
@@ -132,6 +133,97 @@ py::dict starts_of(const r2ec::Plan& plan) {
   return out;
 }
 
+r2ec::SegmentTable table_of(const Int64& offsets, const Int32& values) {
+  return {{offsets.data(), offsets.data() + offsets.size()},
+          {values.data(), values.data() + values.size()}};
+}
+
+std::vector<int64_t> to_vector(const Int64& array) {
+  return {array.data(), array.data() + array.size()};
+}
+
+// Keeps the arrays that the pointers of `view` lead to.
+struct HistoryArrays {
+  Int64 item, first, last;
+  std::optional<Int64> timestamp, target_time;
+  std::optional<py::array_t<float, py::array::c_style>> rating;
+
+  r2ec::Histories view() const {
+    if (timestamp) need(timestamp->size(), item.size(), "timestamp");
+    if (rating) need(rating->size(), item.size(), "rating");
+    need(last.size(), first.size(), "last");
+    if (target_time) need(target_time->size(), first.size(), "target_time");
+    return {item.data(), timestamp ? timestamp->data() : nullptr,
+            rating ? rating->data() : nullptr, item.size(), first.data(), last.data(),
+            target_time ? target_time->data() : nullptr, first.size()};
+  }
+};
+
+py::tuple measure(const r2ec::Assembler& assembler, const HistoryArrays& arrays, int64_t threads) {
+  const auto histories = arrays.view();
+  r2ec::Measured out;
+  {
+    py::gil_scoped_release release;
+    out = assembler.measure(histories, threads);
+  }
+  return py::make_tuple(to_numpy(out.length), to_numpy(out.lines), out.missing.item_tables,
+                        out.missing.ratings, out.missing.units);
+}
+
+void write(const r2ec::Assembler& assembler, const HistoryArrays& arrays, const Int64& lines,
+           const Int64& offsets, Int64& values, int64_t threads) {
+  const auto histories = arrays.view();
+  const auto kept = to_vector(lines), at = to_vector(offsets);
+  for (size_t i = 0; i + 1 < at.size(); ++i)
+    if (at[i] > at[i + 1]) throw std::invalid_argument("offsets must not fall");
+  if (at.empty() || at.front() != 0) throw std::invalid_argument("offsets must start at 0");
+  need(values.size(), at.back(), "values");
+  int64_t* const out = values.mutable_data();
+  py::gil_scoped_release release;
+  assembler.write(histories, kept, at, out, threads);
+}
+
+void bind_assembler(py::module_& module) {
+  using r2ec::Assembler;
+  py::class_<HistoryArrays>(module, "Histories")
+      .def(py::init([](Int64 item, std::optional<Int64> timestamp,
+                       std::optional<py::array_t<float, py::array::c_style>> rating, Int64 first,
+                       Int64 last, std::optional<Int64> target_time) {
+             return HistoryArrays{item, first, last, timestamp, target_time, rating};
+           }),
+           py::arg("item"), py::arg("timestamp"), py::arg("rating"), py::arg("first"),
+           py::arg("last"), py::arg("target_time"));
+  py::class_<Assembler>(module, "Assembler")
+      .def(py::init<std::vector<int32_t>, std::vector<int32_t>, std::vector<int32_t>, int64_t,
+                    int64_t, int64_t, int64_t>(),
+           py::arg("head"), py::arg("bare"), py::arg("suffix"), py::arg("num_items"),
+           py::arg("window"), py::arg("max_tokens"), py::arg("max_days"))
+      .def("set_ages",
+           [](Assembler& self, const Int64& offsets, const Int32& values, const Int64& within_unit,
+              const Int64& within_rest, const Int64& day_rest) {
+             self.set_ages(table_of(offsets, values), to_vector(within_unit),
+                           to_vector(within_rest), to_vector(day_rest));
+           })
+      .def("set_units", [](Assembler& self, const Int64& offsets,
+                           const Int32& values) { self.set_units(table_of(offsets, values)); })
+      .def("clear_items", &Assembler::clear_items)
+      .def("set_items",
+           [](Assembler& self, bool has_age, int ending, const Int64& offsets, const Int32& values,
+              const std::vector<bool>& whole_text) {
+             self.set_items(has_age, ending, table_of(offsets, values), whole_text);
+           })
+      .def("set_ratings",
+           [](Assembler& self, std::vector<float> values, const Int64& newline_offsets,
+              const Int32& newline_values, const Int64& closing_offsets,
+              const Int32& closing_values) {
+             self.set_ratings(std::move(values), table_of(newline_offsets, newline_values),
+                              table_of(closing_offsets, closing_values));
+           })
+      .def("measure", &measure, py::arg("histories"), py::arg("threads"))
+      .def("write", &write, py::arg("histories"), py::arg("lines"), py::arg("offsets"),
+           py::arg("values"), py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_packing, module) {
@@ -149,4 +241,5 @@ PYBIND11_MODULE(_packing, module) {
       .def_property_readonly("max_length_k", &r2ec::Plan::max_length_k)
       .def("fill", &fill_plan, py::arg("prompts"), py::arg("completions"), py::arg("targets"),
            py::arg("arrays"), py::arg("threads"));
+  bind_assembler(module);
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -12,7 +13,8 @@ namespace r2ec {
 constexpr int64_t kMaxThreads = 256;
 
 // Calls work(first, last) for consecutive ranges that cover 0..n-1, of about equal weight; `before`
-// has n + 1 entries, the weight of everything before each index. `work` must not throw.
+// has n + 1 entries, the weight of everything before each index. Rethrows the first range's exception
+// after all have ended.
 template <typename Work>
 void parallel_ranges(const std::vector<int64_t>& before, int64_t threads, const Work& work) {
   const int64_t n = static_cast<int64_t>(before.size()) - 1;
@@ -28,18 +30,27 @@ void parallel_ranges(const std::vector<int64_t>& before, int64_t threads, const 
     cut[i] = std::lower_bound(before.begin() + cut[i - 1], before.end() - 1, weight) -
              before.begin();
   }
+  std::vector<std::exception_ptr> thrown(parts);
+  const auto guarded = [&](int64_t i) {
+    try {
+      work(cut[i], cut[i + 1]);
+    } catch (...) {
+      thrown[i] = std::current_exception();
+    }
+  };
   std::vector<std::thread> running;
   running.reserve(parts - 1);
   int64_t started = 1;
   try {
-    for (; started < parts; ++started)
-      running.emplace_back(work, cut[started], cut[started + 1]);
+    for (; started < parts; ++started) running.emplace_back(guarded, started);
   } catch (const std::system_error&) {
     // The system grants no more threads: this one does what is left.
   }
-  work(cut[0], cut[1]);
-  for (int64_t i = started; i < parts; ++i) work(cut[i], cut[i + 1]);
+  guarded(0);
+  for (int64_t i = started; i < parts; ++i) guarded(i);
   for (auto& thread : running) thread.join();
+  for (const auto& error : thrown)
+    if (error) std::rethrow_exception(error);
 }
 
 }  // namespace r2ec
