@@ -214,7 +214,9 @@ def sort_events(events: CodedEvents, report: LoadReport, *, repeats: str = "keep
         )
 
 
-def drop_outside_core(events: CodedEvents, report: LoadReport, k: int) -> None:
+def drop_outside_core(
+    events: CodedEvents, report: LoadReport, k: int, *, allow_empty: bool = False
+) -> None:
     """Drop users and items with fewer than `k` events, again and again until none is left."""
     if k < 0:
         raise ValueError(f"k_core: expected >= 0, got {k}")
@@ -232,7 +234,7 @@ def drop_outside_core(events: CodedEvents, report: LoadReport, k: int) -> None:
         rounds += 1
     rule = f"users and items with at least {k} events, {rounds} rounds"
     report.add(f"event outside the {k}-core", dropped, "dropped", rule)
-    if not len(events.user):
+    if not len(events.user) and not allow_empty:
         raise ValueError(f"k_core: no event is left of the {k}-core; choose a smaller k")
 
 
@@ -256,7 +258,6 @@ def match_catalog(
     report: LoadReport,
     *,
     missing_text: str = "drop",
-    keep_unused: bool = True,
 ) -> pl.DataFrame:
     """Join events to a cleaned item table (see `unique_items`); returns the catalog's rows.
 
@@ -269,8 +270,6 @@ def match_catalog(
     used[events.item] = True
     seen = pl.DataFrame({"item_id": events.item_ids.filter(pl.Series(used))})
     absent = seen.join(table, on="item_id", how="anti")["item_id"].sort()
-    if not keep_unused:
-        table = table.join(seen, on="item_id", how="semi")
     blank = table.filter(pl.col("title").is_null())["item_id"].sort()
     if missing_text == "refuse" and len(absent) + len(blank):
         if len(absent):

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from r2ec_fast.data.build import (
     EventCollector,
-    drop_outside_core,
     drop_short_users,
     match_catalog,
     sort_events,
@@ -28,6 +28,7 @@ from r2ec_fast.data.reader import (
 )
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.types import InteractionData
+from r2ec_fast.data.window import cut_window
 
 FORMATS = ("auto", "csv", "tsv", "jsonl", "parquet", "recbole", "movielens", "sequences")
 EVENT_ALIASES: dict[str, tuple[str, ...]] = {
@@ -50,6 +51,10 @@ def load_interactions(
     rating_range: tuple[float, float] = (0.0, float("inf")),
     repeats: str = "keep",
     k_core: int = 0,
+    start: str | None = None,
+    end: str | None = None,
+    min_items: int = 0,
+    rollback_months: int = 3,
     missing_text: str = "drop",
     keep_unused_items: bool = True,
     quote: str | None = "auto",
@@ -74,7 +79,10 @@ def load_interactions(
         min_rating: events rated lower, or not rated, are dropped; None keeps all.
         rating_range: (lowest, highest) valid rating; the event of an invalid one stays, unrated.
         repeats: "keep" all events of a user with one item, or only the "first" or "last".
-        k_core: iterative k-core of users and items; 0 or 1 is off.
+        k_core: iterative k-core of users and items (in the window); 0 or 1 is off.
+        start, end: keep the events in [start, end), ISO text such as "2022-10-01"; None is open.
+        min_items: move `start` back while fewer items than this have events.
+        rollback_months: by how many months at a time.
         missing_text: items of events without a row or title in the table: "drop" them with their
             events, "refuse" the data, or "use_id" as their title.
         keep_unused_items: whether catalog items without events stay.
@@ -91,55 +99,58 @@ def load_interactions(
     kind = _kind(path, format)
     report = LoadReport(source=path.name)
     collector = EventCollector(report, rating_range=rating_range, min_rating=min_rating)
-    item_names: dict[str, str] | None = None
-    item_form: TextFormat | None = None
-    if kind == "movielens":
-        layout = find_movielens(path)
-        event_path, event_form, default_items = layout.events, layout.event_form, layout.items
-        item_form = layout.item_form
-    else:
-        event_path, event_form = path, _form(path, kind, quote)
-        default_items = path.with_suffix(".item") if kind == "recbole" else None
+    layout = find_movielens(path) if kind == "movielens" else None
     if kind == "sequences":
-        _collect_sequences(event_path, collector, truncated)
+        _collect_sequences(path, collector, truncated)
     else:
-        _collect_table(event_path, event_form, collector, columns, kind == "recbole", truncated)
+        place, form = (layout.events, layout.event_form) if layout else (path, None)
+        form = form or _form(path, kind, quote)
+        _collect_table(place, form, collector, columns, kind == "recbole", truncated)
     events = collector.finish()
     sort_events(events, report, repeats=repeats)
     events.stage(report, "duplicates and rating rules")
 
-    if items is None and default_items is not None and default_items.exists():
-        items = default_items
-    elif items is not None:
-        item_form = None
-    if items is None:
-        table = pl.DataFrame({"item_id": events.item_ids, "title": events.item_ids})
-        report.add("item without item table", table.height, "changed", "its id is its title")
-    elif kind == "movielens" and item_form is not None:
+    if items is None and kind == "recbole" and path.with_suffix(".item").exists():
+        items = path.with_suffix(".item")
+    if items is not None:
+        table = _read_items(Path(items), quote, report, item_columns, truncated)
+    elif layout is not None:
         table = unique_items(clean_items(layout.read_items(report), report), report)
     else:
-        form = _form(Path(items), "auto", quote)
-        if str(items).endswith(".item"):
-            item_names = _recbole_names(column_names(items, form))
-        table = load_items(
-            items,
-            form,
-            report,
-            item_columns=item_columns,
-            names=item_names,
-            truncated=truncated,
-        )
-    table = match_catalog(
-        events, table, report, missing_text=missing_text, keep_unused=keep_unused_items
-    )
+        table = pl.DataFrame({"item_id": events.item_ids, "title": events.item_ids})
+        report.add("item without item table", table.height, "changed", "its id is its title")
+    table = match_catalog(events, table, report, missing_text=missing_text)
     events.stage(report, "item text")
-    if k_core > 1:
-        drop_outside_core(events, report, k_core)
-        events.stage(report, f"{k_core}-core")
+    cut_window(
+        events,
+        report,
+        start=start,
+        end=end,
+        min_items=min_items,
+        rollback_months=rollback_months,
+        k_core=k_core,
+    )
     if min_user_events > 1:
         drop_short_users(events, report, min_user_events)
         events.stage(report, f"users with >= {min_user_events} events")
+    if not keep_unused_items:
+        used = events.item_ids.gather(np.unique(events.item))
+        table = table.filter(pl.col("item_id").is_in(used.implode()))
     return to_interactions(events, table, report)
+
+
+def _read_items(
+    path: Path,
+    quote: str | None,
+    report: LoadReport,
+    item_columns: Mapping[str, str] | None,
+    truncated: str,
+) -> pl.DataFrame:
+    form = _form(path, "auto", quote)
+    names = _recbole_names(column_names(path, form)) if path.suffix == ".item" else None
+    return load_items(
+        path, form, report, item_columns=item_columns, names=names, truncated=truncated
+    )
 
 
 def _kind(path: Path, format: str) -> str:

@@ -19,6 +19,7 @@ import polars as pl
 
 BLOCK_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
+STRICT_BYTES = 64 << 10  # a refused block this small is read line by line
 MAX_BROKEN_SHARE = 0.01  # more broken lines than this: the file is of another format
 PARQUET_ROWS = 1 << 20
 _OPEN_QUOTE = "a quote that never closes; pass quote=None if quotes are ordinary characters there"
@@ -354,24 +355,35 @@ def _parse(
         stats.blank_lines += len(lines) - len(full)
         return pl.DataFrame({"line": full}, schema=types)
     if form.kind == "jsonl":
-        try:
-            return pl.read_ndjson(block, schema=types)
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-            return _json_lines(block, columns, form, stats)
-    separator = "\t" if form.separator == "::" else form.separator
-    try:
-        frame = pl.read_csv(
-            block,
-            has_header=False,
-            schema=dict.fromkeys(names, pl.String),
-            separator=separator,
-            quote_char=form.quote,
-        )
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
-        frame = _csv_lines(block, names, separator, form, stats)
+        return _strict_or_lines(block, columns, types, form, stats)
+    frame = _strict_or_lines(block, names, dict.fromkeys(names, pl.String()), form, stats)
     blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
     stats.blank_lines += int(blank.sum())
     return frame.filter(~blank).select(columns)
+
+
+def _strict_or_lines(
+    block: bytes,
+    names: list[str],
+    types: dict[str, pl.DataType],
+    form: TextFormat,
+    stats: ReadStats,
+) -> pl.DataFrame:
+    """The strict parser; where it refuses, halves of the block, at last its lines one by one."""
+    try:
+        if form.kind == "jsonl":
+            return pl.read_ndjson(block, schema=types)
+        separator = "\t" if form.separator == "::" else form.separator
+        return pl.read_csv(
+            block, has_header=False, schema=types, separator=separator, quote_char=form.quote
+        )
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        cut = _cut(block[: len(block) // 2], form) if len(block) > STRICT_BYTES else 0
+        if cut == 0:
+            by_line = _json_lines if form.kind == "jsonl" else _csv_lines
+            return by_line(block, names, form, stats)
+    halves = [h for h in (block[:cut], block[cut:]) if h.strip()]
+    return pl.concat([_strict_or_lines(h, names, types, form, stats) for h in halves])
 
 
 def _types(columns: list[str], form: TextFormat) -> dict[str, pl.DataType]:
@@ -419,9 +431,8 @@ def _json_text(value: object) -> str | None:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _csv_lines(
-    block: bytes, names: list[str], separator: str, form: TextFormat, stats: ReadStats
-) -> pl.DataFrame:
+def _csv_lines(block: bytes, names: list[str], form: TextFormat, stats: ReadStats) -> pl.DataFrame:
+    separator = "\t" if form.separator == "::" else form.separator
     csv.field_size_limit(MAX_LINE_BYTES)
     text = io.StringIO(block.decode("utf8"), newline="")
     rows: list[list[str | None]] = []

@@ -69,7 +69,7 @@ def load_dataset(directory: str | Path) -> RecDataset:
         path = directory / name
         if not path.is_file():
             raise ValueError(f"{directory}: damaged dataset, {name} is missing")
-        if _sha256(path) != manifest["files"][name]["sha256"]:
+        if file_sha256(path) != manifest["files"][name]["sha256"]:
             raise ValueError(f"{directory}: damaged dataset, {name} differs from its manifest")
         tables[name] = pl.read_parquet(path)
     items, events, examples = tables["items.parquet"], tables["events.parquet"], tables[FILES[3]]
@@ -194,7 +194,7 @@ def _manifest(dataset: RecDataset, directory: Path) -> dict[str, Any]:
             **{name: len(getattr(dataset, name)) for name in SPLITS},
         },
         "report": data.report.to_dict(),
-        "files": {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files},
+        "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files},
     }
 
 
@@ -206,7 +206,8 @@ def package_version() -> str:
         return "source"
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
