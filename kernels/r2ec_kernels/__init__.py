@@ -1,18 +1,27 @@
-"""Kernels of R2ec for any PyTorch project: item search, rewards and the RecPO loss."""
+"""Exact item search, RecPO rewards and policy losses on torch, with Triton kernels on GPUs."""
 
-from .policy.api import linear_logprob, recpo_loss
-from .policy.config import LogProb, RecPOLoss, RecPOLossConfig
+from . import ops as ops  # registers the torch.library schemas
+from .policy.api import LogProb, RecPOLoss, linear_logprob, recpo_loss
+from .policy.config import RecPOLossConfig
 from .reward.api import Advantages, TargetStats, grouped_advantage, recpo_reward, target_stats
+from .search.api import TopK, item_topk, sharded_topk
+from .search.engine import SearchStats
+from .search.index import ItemIndex
 
 __all__ = [
     "Advantages",
+    "ItemIndex",
     "LogProb",
     "RecPOLoss",
     "RecPOLossConfig",
+    "SearchStats",
     "TargetStats",
+    "TopK",
     "grouped_advantage",
+    "item_topk",
     "linear_logprob",
     "recpo_loss",
     "recpo_reward",
+    "sharded_topk",
     "target_stats",
 ]

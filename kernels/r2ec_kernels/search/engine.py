@@ -23,23 +23,16 @@ _ELEMENTS = 1 << 22  # elements of a dense or a gathered block
 _MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
 
 
-class Table(Protocol):
-    """What a search needs of a table. Rows are positions; ids are what users see."""
+class FirstPass(Protocol):
+    """Raw scores of one batch, block by block."""
 
-    rows: torch.Tensor  # [>= num_rows, d], the stored values
-    ids: torch.Tensor | None  # int64 [num_rows]: the id of each row; None: its position
+    name: str  # of its product, for statistics
+    height: int  # rows of a block
 
-    @property
-    def num_rows(self) -> int: ...
-
-    def block_rows(self, batch: int) -> int:
-        """Rows of a first-pass block for this many queries."""
-        ...
-
-    def score_block(
-        self, query: Queries, start: int, stop: int, out: torch.Tensor
+    def score(
+        self, start: int, stop: int, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Write raw scores of rows start..stop-1 into ``out`` [stop - start, B].
+        """Write raw scores of rows start..stop-1 into ``out`` float32 [stop - start, B].
 
         Returns the bound of their errors [B], and the rows (int64 [M], or None) whose scores are
         not bounded by it: their entries in ``out`` are -inf and they are rescored in any case.
@@ -47,12 +40,22 @@ class Table(Protocol):
         ...
 
 
+class Table(Protocol):
+    """What a search needs of a table. Rows are positions; ids are what users see."""
+
+    rows: torch.Tensor  # [num_rows, d], the stored values
+    ids: torch.Tensor | None  # int64 [num_rows]: the id of each row; None: its position
+
+    def first_pass(self, query: Queries) -> FirstPass: ...
+
+
 @dataclass(frozen=True)
 class SearchStats:
     """What the last search did.
 
     Attributes:
-        scan: the first pass that ran: "float32", "bf16", "int8", or "dense" if none.
+        scan: the product of the first pass, such as "float32", "bf16" or "int8 x bf16"; "dense"
+            where none ran.
         queries: B.
         candidates_per_k: rows rescored canonically for a result slot (mean; 1 is the least).
         rescanned_groups: groups of rows opened because their maximum met the threshold.
@@ -93,6 +96,14 @@ class Excluded:
         kept = chosen[self.of]
         picked.rows, picked.of = self.rows[kept], number[self.of[kept]]
         picked.counts = self.counts[chosen]
+        picked.empty = picked.rows.numel() == 0
+        return picked
+
+    def without(self, targets: torch.Tensor) -> "Excluded":
+        """The pairs other than (b, targets[b])."""
+        picked = object.__new__(Excluded)
+        kept = self.rows != targets[self.of]
+        picked.rows, picked.of, picked.counts = self.rows[kept], self.of[kept], self.counts
         picked.empty = picked.rows.numel() == 0
         return picked
 
@@ -198,7 +209,7 @@ class _Pool:
 
 
 def certified_topk(
-    table: Table, query: Queries, k: int, excluded: Excluded, scan: str = "float32"
+    table: Table, query: Queries, k: int, excluded: Excluded
 ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
     """The k best rows of ``table`` for each query, exactly.
 
@@ -206,41 +217,42 @@ def certified_topk(
     """
     batch, device = query.original.shape[0], query.original.device
     keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
-    width = min(k, table.num_rows)
+    width = min(k, table.rows.shape[0])
     if batch == 0 or width == 0:
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
-    dense = query.dense | (table.num_rows - excluded.counts < _DENSE_SHARE * width)
-    candidates = opened = 0
+    dense = query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width)
+    candidates, opened, name = 0, 0, "dense"
     if not bool(dense.all()):
         chosen = ~dense
         part = query if bool(chosen.all()) else query[chosen]
-        found, failed, candidates, opened = _scan(table, part, width, excluded.pick(chosen))
+        scan = table.first_pass(part)
+        found, failed, candidates, opened = _scan(table, scan, part, width, excluded.pick(chosen))
+        name = scan.name
         keys[chosen, :width] = found
         dense[chosen] = failed
     if bool(dense.any()):
         keys[dense, :width] = _dense_topk(table, query[dense], width, excluded.pick(dense))
     num_dense = int(dense.sum())
     ratio = candidates / max(1, (batch - num_dense) * width)
-    name = "dense" if num_dense == batch else scan
     return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense)
 
 
 def _scan(
-    table: Table, query: Queries, k: int, excluded: Excluded
+    table: Table, scan: FirstPass, query: Queries, k: int, excluded: Excluded
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Keys [B, k], queries that need the dense path [B], candidates, opened groups."""
     batch, device = query.original.shape[0], query.original.device
     pool = _Pool(batch, k, device)
-    height = max(table.block_rows(batch), 2 * k)
+    height = max(scan.height, 2 * k)
     height = -(-height // GROUP) * GROUP
     buffer = torch.empty(height, batch, device=device)
     untrusted = []
-    for start in visiting_order(table.num_rows, height):
-        stop = min(start + height, table.num_rows)
+    for start in visiting_order(table.rows.shape[0], height):
+        stop = min(start + height, table.rows.shape[0])
         size = stop - start
         scores = buffer[: -(-size // GROUP) * GROUP]
         scores[size:] = float("-inf")
-        error, doubtful = table.score_block(query, start, stop, scores[:size])
+        error, doubtful = scan.score(start, stop, scores[:size])
         excluded.mask(start, stop, scores, float("-inf"))
         if doubtful is not None:
             untrusted.append(doubtful)
@@ -304,8 +316,8 @@ def _dense_topk(table: Table, query: Queries, k: int, excluded: Excluded) -> tor
         chosen = torch.zeros(batch, dtype=torch.bool, device=device)
         chosen[part] = True
         own = excluded.pick(chosen)
-        for start in range(0, table.num_rows, height):
-            stop = min(start + height, table.num_rows)
+        for start in range(0, table.rows.shape[0], height):
+            stop = min(start + height, table.rows.shape[0])
             scores = canonical_scores(
                 query.original[part], table.rows[start:stop], query.similarity, query.temperature
             )

@@ -19,55 +19,55 @@ def block_rows(dim: int, batch: int, device: torch.device) -> int:
     return max(256, elements // (dim + 2 * batch))
 
 
+class Float32Pass:
+    """Float32 products of a table's rows, widened block by block where they are narrower."""
+
+    name = "float32"
+
+    def __init__(self, rows: torch.Tensor, norms: torch.Tensor | None, query: Queries) -> None:
+        """rows: [N, d]; norms: float32 [N] of the rows, or None to take them on the way."""
+        self.rows, self.norms, self.query = rows, norms, query
+        self.height = block_rows(rows.shape[1], query.scaled.shape[0], rows.device)
+        self.operand = query.scaled.T.contiguous()
+
+    def score(
+        self, start: int, stop: int, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, query = self.rows[start:stop].float(), self.query
+        torch.mm(rows, self.operand, out=out)
+        if self.norms is None:
+            norms = torch.linalg.vector_norm(rows, dim=1)
+        else:
+            norms = self.norms[start:stop]
+        low, high = (float(edge) for edge in torch.aminmax(norms))
+        trusted = norms <= HUGE
+        if query.similarity == "cosine":
+            if low < 1 / HUGE:
+                trusted &= (norms >= 1 / HUGE) | (rows == 0).all(1)
+            out.mul_(torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None])
+        elif query.similarity == "l2":
+            out.sub_(0.5 * (norms * norms)[:, None])
+        doubtful = None
+        if not bool(trusted.all()):
+            doubtful = (~trusted).nonzero()[:, 0]
+            out[doubtful] = float("-inf")
+            high = float(torch.where(trusted, norms, 0.0).max())
+            doubtful = doubtful + start
+        # Squares below float32's normal range may be lost from the norm.
+        high = high * 1.001 + math.sqrt(rows.shape[1]) * 2.0**-62
+        return query.product_error(torch.tensor(high, device=out.device)), doubtful
+
+
 class PlainTable:
-    """A table [N, d] as the caller holds it; norms are taken on the way."""
+    """A table [N, d] as the caller holds it."""
 
     ids = None
 
     def __init__(self, items: torch.Tensor) -> None:
         self.rows = items
 
-    @property
-    def num_rows(self) -> int:
-        return self.rows.shape[0]
-
-    def block_rows(self, batch: int) -> int:
-        return block_rows(self.rows.shape[1], batch, self.rows.device)
-
-    def score_block(
-        self, query: Queries, start: int, stop: int, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = self.rows[start:stop].float()
-        norms = torch.linalg.vector_norm(rows, dim=1)
-        return score_rows(query, rows, norms, start, out)
-
-
-def score_rows(
-    query: Queries, rows: torch.Tensor, norms: torch.Tensor, start: int, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A float32 first pass over rows [n, d] with float32 norms [n]: see ``Table.score_block``."""
-    torch.mm(rows, query.scaled.T, out=out)
-    low, high = (float(edge) for edge in torch.aminmax(norms))
-    trusted = None
-    if not high <= HUGE:
-        trusted = norms <= HUGE
-    if query.similarity == "cosine":
-        if low < 1 / HUGE:
-            settled = (norms >= 1 / HUGE) | (rows == 0).all(1)
-            trusted = settled if trusted is None else trusted & settled
-        inverse = torch.where(norms > 0, norms.reciprocal(), 0.0)
-        out.mul_(inverse[:, None])
-    elif query.similarity == "l2":
-        out.sub_(0.5 * (norms * norms)[:, None])
-    doubtful = None
-    if trusted is not None and not bool(trusted.all()):
-        doubtful = (~trusted).nonzero()[:, 0]
-        out[doubtful] = float("-inf")
-        high = float(torch.where(trusted, norms, 0.0).max())
-        doubtful = doubtful + start
-    # Squares below float32's normal range may be lost from the norm.
-    bound = torch.tensor(high * 1.001 + math.sqrt(rows.shape[1]) * 2.0**-62, device=out.device)
-    return query.product_error(bound), doubtful
+    def first_pass(self, query: Queries) -> Float32Pass:
+        return Float32Pass(self.rows, None, query)
 
 
 def item_topk(

@@ -1,0 +1,57 @@
+"""Which product a first pass uses: the fastest of those that the index's copies allow, measured.
+
+CPUs differ by two orders of magnitude in what they do with bfloat16 and int8 (AMX, AVX512_BF16 and
+VNNI multiply them; AVX2 has to widen), and the order changes with the batch. So the candidates are
+timed once per process, width and batch class on rows of the index itself. Results never depend on
+the choice: every candidate comes with its error bound.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+_SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's cache
+_REPEATS = 3
+_HOPELESS = 3.0  # times the best on a small sample: not tried on a large one
+
+_timings: dict[tuple, str] = {}
+_lock = threading.Lock()
+
+
+def batch_class(batch: int) -> int:
+    """Batches that share a measurement: rounded up to a power of two."""
+    return 1 << max(0, batch - 1).bit_length()
+
+
+def fastest(key: tuple, runs: dict[str, Callable[[int], None]], rows: int, row_bytes: int) -> str:
+    """The name of the candidate that takes the least time per row.
+
+    Args:
+        key: what a measurement may be reused for.
+        runs: by name, a function that multiplies the first n rows with the batch.
+        rows: rows there are.
+        row_bytes: bytes of the widest candidate's row.
+    """
+    if len(runs) == 1:
+        return next(iter(runs))
+    with _lock:
+        if key not in _timings:
+            _timings[key] = _measure(runs, rows, row_bytes)
+        return _timings[key]
+
+
+def _measure(runs: dict[str, Callable[[int], None]], rows: int, row_bytes: int) -> str:
+    small = {name: _seconds(run, min(rows, 128)) for name, run in runs.items()}
+    limit = _HOPELESS * min(small.values())
+    sample = min(rows, _SAMPLE_BYTES // row_bytes)
+    large = {name: _seconds(runs[name], sample) for name in runs if small[name] <= limit}
+    return min(large, key=large.__getitem__)
+
+
+def _seconds(run: Callable[[int], None], rows: int) -> float:
+    best = float("inf")
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        run(rows)
+        best = min(best, time.perf_counter() - begin)
+    return best

@@ -1,0 +1,285 @@
+"""ItemIndex: a table prepared for searching, that can be written while it is searched."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from ..dispatch import checks_enabled
+from ..exclude import Exclude, normalize_exclude
+from ..reward.api import TargetStats
+from . import files
+from .api import TopK, check_scoring, check_search, check_vectors
+from .bounds import Queries, prepare_queries
+from .choose import batch_class, fastest
+from .codes import PRODUCTS, CodePass, Product, measured_run
+from .engine import Excluded, FirstPass, SearchStats, certified_topk
+from .impl_torch import Float32Pass, block_rows
+from .locks import SharedLock
+from .stats import certified_stats
+from .storage import Storage
+
+SCANS = ("auto", "none", "bf16", "int8")
+
+
+class ItemIndex:
+    """Exact top-K search over item vectors that are added, overwritten and removed in place.
+
+    ``search`` equals ``item_topk`` over the stored rows, bit for bit, whatever ``scan`` is. A
+    low-precision scan multiplies a small copy of the table first and certifies which rows can
+    matter (docs/search.md); it changes time and memory only.
+
+    Searches may run in several threads at once. A write, append or removal waits for running
+    searches and is seen whole or not at all.
+
+    Args:
+        items: [N, d], float32, bfloat16 or float16, finite; N may be 0. The rows are copied.
+        similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
+        temperature: positive.
+        scan: "none" multiplies the rows themselves; "bf16" and "int8" a copy of half or a quarter
+            of a float32 table's size; "auto" keeps the int8 copy and takes, batch size by batch
+            size, whichever product it measured to be faster on this machine.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, range, or a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        items: torch.Tensor,
+        *,
+        similarity: str = "dot",
+        temperature: float = 1.0,
+        scan: str = "auto",
+    ) -> None:
+        check_vectors("items", items)
+        check_scoring(similarity, temperature)
+        if scan not in SCANS:
+            raise ValueError(f"scan: expected one of {', '.join(SCANS)}, got {scan!r}")
+        self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
+        self._kinds = {"none": (), "auto": ("int8",)}.get(scan, (scan,))
+        self._lock = SharedLock()
+        self._last_search: SearchStats | None = None
+        self._storage = Storage(similarity, self._kinds)
+        self._storage.build(_finite("items", items.detach()))
+
+    def __len__(self) -> int:
+        """Live rows."""
+        return self._storage.size
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self._storage.fields["rows"].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored rows."""
+        return self._storage.fields["rows"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._storage.fields["rows"].device
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 [len(index)]: the live ids, ascending."""
+        with self._lock.shared():
+            return (self._storage.place >= 0).nonzero()[:, 0]
+
+    @property
+    def items(self) -> torch.Tensor:
+        """A copy of the rows by id, [highest id + 1, d]; the rows of removed ids are zero."""
+        with self._lock.shared():
+            storage = self._storage
+            table = torch.zeros(
+                storage.place.numel(), self.dim, dtype=self.dtype, device=self.device
+            )
+            table[storage.live("ids")] = storage.live("rows")
+            return table
+
+    @property
+    def last_search(self) -> SearchStats | None:
+        """Statistics of the search that finished last in any thread; None before the first."""
+        return self._last_search
+
+    def search(self, queries: torch.Tensor, k: int, *, exclude: Exclude = None) -> TopK:
+        """The k best live items for each query: ``item_topk`` over the stored rows.
+
+        Args:
+            queries: [B, d].
+            k: at least 0; more than ``len(self)`` is padded with (-inf, -1).
+            exclude: ids that are not returned, padded int64 [B, L] or (values, offsets);
+                removed ids are allowed.
+        """
+        check_search(k, self.similarity, self.temperature)
+        queries = self._checked_queries(queries)
+        with self._lock.shared():
+            query = prepare_queries(queries, self.similarity, self.temperature)
+            table = _View(self, any_scan=True)
+            scores, ids, stats = certified_topk(table, query, k, self._excluded(exclude, queries))
+        self._last_search = stats
+        return TopK(scores, ids)
+
+    def target_stats(
+        self, queries: torch.Tensor, targets: torch.Tensor, *, exclude: Exclude = None
+    ) -> TargetStats:
+        """Exact rank (from 1) and log-probability of each query's target among the live items.
+
+        Args:
+            queries: [B, d].
+            targets: int64 [B], live ids; a target competes even where it is excluded.
+            exclude: as for ``search``.
+        """
+        queries = self._checked_queries(queries)
+        if targets.shape != queries.shape[:1]:
+            raise ValueError(
+                f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}"
+            )
+        with self._lock.shared():
+            rows = self._storage.place[self._live_ids("targets", targets)]
+            query = prepare_queries(queries, self.similarity, self.temperature)
+            table = _View(self, any_scan=False)
+            rank, log_prob = certified_stats(table, query, rows, self._excluded(exclude, queries))
+        return TargetStats(rank, log_prob)
+
+    def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Overwrite the rows [n, d] of live ids int64 [n]; of a repeated id the last row counts.
+
+        Costs O(n d).
+        """
+        rows = self._checked_rows(rows)
+        with self._lock.alone():
+            ids = self._live_ids("ids", ids)
+            if ids.shape[0] != rows.shape[0]:
+                raise ValueError(
+                    f"ids: expected one for each of {rows.shape[0]} rows, got {ids.shape[0]}"
+                )
+            order = torch.argsort(ids, stable=True)
+            ordered = ids[order]
+            last = torch.ones_like(ordered, dtype=torch.bool)
+            last[:-1] = ordered[1:] != ordered[:-1]
+            self._storage.write(ordered[last], rows[order[last]])
+
+    def append(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add rows [n, d]; returns their ids int64 [n], which were never used before."""
+        rows = self._checked_rows(rows)
+        with self._lock.alone():
+            return self._storage.append(rows)
+
+    def remove(self, ids: torch.Tensor) -> None:
+        """Remove live, distinct ids int64 [n]; they are never used again."""
+        with self._lock.alone():
+            ids = self._live_ids("ids", ids)
+            if ids.unique().numel() != ids.numel():
+                raise ValueError("ids: expected distinct ids, got repeats")
+            self._storage.remove(ids)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the live rows, their ids and the settings to one safetensors file."""
+        with self._lock.shared():
+            order = torch.argsort(self._storage.live("ids"))
+            tensors = {
+                "ids": self._storage.live("ids")[order],
+                "rows": self._storage.live("rows")[order],
+            }
+            settings = {
+                "similarity": self.similarity,
+                "temperature": repr(self.temperature),
+                "scan": self.scan,
+                "next_id": str(self._storage.place.numel()),
+            }
+            files.write_tensors(path, tensors, settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> "ItemIndex":
+        """Read an index that ``save`` wrote.
+
+        Raises:
+            ValueError: the file is truncated, changed, or not an index.
+        """
+        tensors, settings = files.read_tensors(path)
+        wanted = {"similarity", "temperature", "scan", "next_id"}
+        if not wanted <= settings.keys() or tensors.keys() != {"ids", "rows"}:
+            raise ValueError(f"{path}: expected an ItemIndex, found {sorted(tensors)}")
+        ids, rows = tensors["ids"].to(device), tensors["rows"].to(device)
+        index = cls(
+            rows,
+            similarity=settings["similarity"],
+            temperature=float(settings["temperature"]),
+            scan=settings["scan"],
+        )
+        index._storage.rename(ids, int(settings["next_id"]))
+        return index
+
+    def _checked_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        check_vectors("queries", queries, dim=self.dim, device=self.device)
+        queries = queries.detach()
+        return _finite("queries", queries) if checks_enabled() else queries
+
+    def _checked_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        check_vectors("rows", rows, dim=self.dim, device=self.device)
+        if rows.dtype != self.dtype:
+            raise TypeError(f"rows: expected {self.dtype} like the index, got {rows.dtype}")
+        return _finite("rows", rows.detach())
+
+    def _live_ids(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1:
+            raise TypeError(f"{name}: expected int64 [n], got {ids.dtype} {list(ids.shape)}")
+        place = self._storage.place
+        ids = ids.to(device=place.device, dtype=torch.int64)
+        known = (ids >= 0) & (ids < place.numel())
+        known &= place[torch.where(known, ids, 0)] >= 0 if place.numel() else known
+        if not bool(known.all()):
+            raise ValueError(f"{name}: expected ids in the index, got {int(ids[~known][0])}")
+        return ids
+
+    def _excluded(self, exclude: Exclude, queries: torch.Tensor) -> Excluded:
+        place = self._storage.place
+        ids, offsets = normalize_exclude(exclude, queries.shape[0], place.numel(), place.device)
+        return Excluded(place[ids], offsets)
+
+    def _product(self, query: Queries) -> tuple[str, Product | None]:
+        """The copy and the product a search of this batch scans; ("none", None): the rows."""
+        storage, batch = self._storage, query.scaled.shape[0]
+        runs: dict[str, Callable[[int], None]] = {}
+        products: dict[str, tuple[str, Product | None]] = {}
+        for kind in self._kinds:
+            codes = storage.fields[f"{kind}.code"]
+            for product in PRODUCTS[kind]:
+                if product.supports(codes, batch):
+                    products[product.name] = (kind, product)
+                    runs[product.name] = measured_run(product, codes, query)
+        if self.scan in ("auto", "none"):
+            rows, operand = storage.fields["rows"], query.scaled.T.contiguous()
+            products["float32"] = ("none", None)
+            runs["float32"] = lambda count: torch.mm(rows[:count].float(), operand)
+        threads = torch.get_num_threads()
+        key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), threads)
+        return products[fastest(key, runs, storage.size, 4 * self.dim)]
+
+
+class _View:
+    """The live rows during one search."""
+
+    def __init__(self, index: ItemIndex, any_scan: bool) -> None:
+        self.index, self.any_scan = index, any_scan
+        self.rows, self.ids = index._storage.live("rows"), index._storage.live("ids")
+
+    def first_pass(self, query: Queries) -> FirstPass:
+        storage = self.index._storage
+        kind, product = self.index._product(query) if self.any_scan else ("none", None)
+        if product is None:
+            return Float32Pass(self.rows, storage.live("norm"), query)
+        height = block_rows(self.index.dim, query.scaled.shape[0], self.rows.device)
+        return CodePass(storage.copy(kind), storage.mean, product, query, height)
+
+
+def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:
+    for start in range(0, vectors.shape[0], 65536):
+        block = vectors[start : start + 65536]
+        if not bool(torch.isfinite(block).all()):
+            row = start + int((~torch.isfinite(block)).any(1).nonzero()[0, 0])
+            raise ValueError(f"{name}: expected finite values, row {row} holds NaN or infinity")
+    return vectors

@@ -1,0 +1,123 @@
+"""The rows of an index: tensors of one length that grow, move and are overwritten together."""
+
+import torch
+
+from ..canonical import MAX_ITEMS
+from .codes import ROW_MULTIPLE, encode, mean_row
+
+_BLOCK = 8192  # rows encoded at once
+_SEED = 20240607  # of the row permutation
+
+
+class Storage:
+    """Rows in a random order, their ids, norms and codes.
+
+    ``fields`` holds tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d],
+    ids, norm and those of ``codes.encode``, prefixed by the copy's kind ("int8.code"). A random
+    order makes every block alike, whatever order the items came in. ``place[id]`` is the row of an
+    id, -1 once removed.
+    """
+
+    def __init__(self, similarity: str, kinds: tuple[str, ...]) -> None:
+        self.similarity, self.kinds = similarity, kinds
+        self.fields: dict[str, torch.Tensor] = {}
+        self.size = 0
+        self.place = torch.empty(0, dtype=torch.int64)
+        self.mean = torch.empty(0)
+
+    def build(self, items: torch.Tensor) -> None:
+        """Take a table [N, d]; item i gets id i."""
+        count = items.shape[0]
+        generator = torch.Generator().manual_seed(_SEED)
+        order = torch.randperm(count, generator=generator).to(items.device)
+        self.mean = mean_row(items, self.similarity).float().double()
+        self.fields = self._allocate(items, count)
+        self.place = torch.empty(count, dtype=torch.int64, device=items.device)
+        self.place[order] = torch.arange(count, device=items.device)
+        for start in range(0, count, _BLOCK):
+            ids = order[start : start + _BLOCK]
+            at = torch.arange(start, start + ids.numel(), device=items.device)
+            self._assign(at, items[ids], ids)
+        self.size = count
+
+    def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Overwrite the rows of live ids."""
+        for start in range(0, ids.numel(), _BLOCK):
+            part = ids[start : start + _BLOCK]
+            self._assign(self.place[part], rows[start : start + _BLOCK], part)
+
+    def append(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add rows [n, d] at the end; returns their new ids."""
+        first, count = self.place.numel(), rows.shape[0]
+        if first + count > MAX_ITEMS:
+            raise ValueError(f"rows: an index numbers at most {MAX_ITEMS} items")
+        capacity = self.fields["ids"].shape[0]
+        if self.size + count > capacity:
+            larger = self._allocate(rows, max(self.size + count, capacity + capacity // 2))
+            for name, tensor in self.fields.items():
+                larger[name][: self.size] = tensor[: self.size]
+            self.fields = larger
+        ids = torch.arange(first, first + count, device=self.place.device)
+        at = torch.arange(self.size, self.size + count, device=self.place.device)
+        self.place = torch.cat([self.place, at])
+        self.size += count
+        for start in range(0, count, _BLOCK):
+            part = slice(start, start + _BLOCK)
+            self._assign(at[part], rows[part], ids[part])
+        return ids
+
+    def remove(self, ids: torch.Tensor) -> None:
+        """Drop live, distinct ids; rows from the end fill their places."""
+        kept = self.size - ids.numel()
+        gone = self.place[ids]
+        leaving = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
+        leaving[gone[gone >= kept] - kept] = True
+        source = (~leaving).nonzero()[:, 0] + kept
+        target = gone[gone < kept]
+        for tensor in self.fields.values():
+            tensor[target] = tensor[source]
+        self.place[self.fields["ids"][target]] = target
+        self.place[ids] = -1
+        self.size = kept
+
+    def rename(self, ids: torch.Tensor, next_id: int) -> None:
+        """Give item i of a fresh index the id ``ids[i]``; the next new id is ``next_id``."""
+        place = torch.full((next_id,), -1, dtype=torch.int64, device=ids.device)
+        place[ids] = self.place
+        self.place = place
+        live = self.live("ids")
+        live.copy_(ids[live])
+
+    def live(self, name: str) -> torch.Tensor:
+        """The live part of a field."""
+        return self.fields[name][: self.size]
+
+    def copy(self, kind: str) -> dict[str, torch.Tensor]:
+        """The fields of a copy, named as ``codes.CodePass`` wants them."""
+        prefix = kind + "."
+        picked = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.fields.items()
+            if name.startswith(prefix)
+        }
+        return {**picked, "norm": self.fields["norm"]}
+
+    def _allocate(self, like: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
+        capacity = -(-capacity // ROW_MULTIPLE) * ROW_MULTIPLE
+        example = self._encode(like[:0], self.place[:0].to(like.device))
+        return {
+            name: torch.empty(capacity, *tensor.shape[1:], dtype=tensor.dtype, device=like.device)
+            for name, tensor in example.items()
+        }
+
+    def _assign(self, at: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> None:
+        for name, tensor in self._encode(rows, ids).items():
+            self.fields[name][at] = tensor
+
+    def _encode(self, rows: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        norm = torch.linalg.vector_norm(rows.double(), dim=1).float()
+        fields = {"rows": rows, "ids": ids, "norm": norm}
+        for kind in self.kinds:
+            for name, tensor in encode(rows, kind, self.similarity, self.mean).items():
+                fields[f"{kind}.{name}"] = tensor
+        return fields
