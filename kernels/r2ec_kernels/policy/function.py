@@ -27,33 +27,32 @@ class LinearLogProb(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         frozen = needed == (True, False, False)
-        log_prob, entropy, maximum, total, jacobian = impl_torch.head_forward(
-            hidden, weight, targets, bias, differentiated, frozen, settings
-        )
-        ctx.save_for_backward(hidden, weight, bias, targets, maximum, total, entropy, jacobian)
+        mode = "jacobian" if frozen else "logits" if any(needed) else "value"
+        out = impl_torch.head_forward(hidden, weight, targets, bias, differentiated, mode, settings)
+        ctx.save_for_backward(hidden, weight, bias, targets, *out)
         ctx.needed, ctx.settings, ctx.frozen = needed, settings, frozen
-        return log_prob, entropy
+        return out.log_prob, out.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None):
-        hidden, weight, bias, targets, maximum, total, entropy, jacobian = ctx.saved_tensors
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
         none = (None,) * 4
         if grad_log_prob is None and grad_entropy is None:
             return (None, None, None, *none)
+        out = impl_torch.HeadForward(*saved)
         if ctx.frozen and grad_entropy is None:
-            return ((grad_log_prob[:, None] * jacobian).to(hidden.dtype), None, None, *none)
+            grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
+            return (grad_hidden, None, None, *none)
         grads = impl_torch.head_backward(
             hidden,
             weight,
             targets,
             bias,
-            maximum,
-            total,
-            entropy,
+            out,
             grad_log_prob,
             grad_entropy,
             ctx.needed,
             ctx.settings,
         )
-        return (grads.hidden, grads.weight, grads.bias, *none)
+        return (*grads, *none)

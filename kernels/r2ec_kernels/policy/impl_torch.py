@@ -2,9 +2,12 @@
 
 Blocks of the vocabulary are streamed with an online maximum. For a frozen head the same pass also
 accumulates ``sum_v p_v f_v W_v``, so that it yields the log-probability and its Jacobian row.
+Logits are kept in units of log 2, because exp2 is half the cost of exp (docs/losses.md).
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,9 +15,11 @@ import torch
 from .config import HeadSettings
 
 ROW_TILE = 1024  # rows of one pass over the vocabulary
-TILE_ELEMENTS = 1 << 20  # logits of one tile: 4 MiB in float32, inside the last-level cache
-MIN_BLOCK = 512  # rows of the head of one tile, at least
+TILE_ELEMENTS = 1 << 19  # logits of one tile: 2 MiB in float32, inside the last-level cache
 BLOCK_BYTES = 8 << 20  # rows of the head of one tile: its second product reads them from cache
+MIN_BLOCK = 512  # rows of the head of one tile, at least
+STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
+LOG2_E = math.log2(math.e)
 
 
 class HeadForward(NamedTuple):
@@ -22,15 +27,69 @@ class HeadForward(NamedTuple):
 
     log_prob: torch.Tensor  # [T]
     entropy: torch.Tensor  # [T], or [0] if not asked for
-    maximum: torch.Tensor  # [T], of the transformed logits x
+    maximum: torch.Tensor  # [T], of the transformed logits, in units of log 2
     total: torch.Tensor  # [T], sum exp(x - maximum)
-    jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d] if not asked for
+    jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d]
+    logits: torch.Tensor  # [counted, V] in units of log 2 (with a soft-cap: its tanh), or [0, V]
 
 
 class HeadGradients(NamedTuple):
     hidden: torch.Tensor | None  # [T, d]
     weight: torch.Tensor | None  # [V, d]
     bias: torch.Tensor | None  # [V]
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Types, scales and buffers of a pass.
+
+    Attributes:
+        compute, accumulate: types of the products' inputs and of everything else.
+        inner: factor of the product before the soft-cap (or of all, without one).
+        outer: factor after the soft-cap.
+        fold: multiply ``inner`` into the hidden states (not where it would be rounded to 16 bits).
+        width: rows of the head of a block.
+        first, second: room for the logits of a tile, and for their exponentials where the logits
+            themselves are still needed then.
+    """
+
+    compute: torch.dtype
+    accumulate: torch.dtype
+    softcap: bool
+    inner: float
+    outer: float
+    fold: bool
+    width: int
+    first: torch.Tensor
+    second: torch.Tensor
+
+    def hidden(self, rows: torch.Tensor) -> torch.Tensor:
+        """States [n, d] as the product wants them."""
+        rows = rows.to(self.compute)
+        return rows * self.inner if self.fold else rows
+
+    def logits(
+        self,
+        hidden: torch.Tensor,  # [n, d], of self.hidden
+        block: torch.Tensor,  # [w, d]
+        bias: torch.Tensor | None,  # [w]
+        out: torch.Tensor,  # [n, w]
+    ) -> torch.Tensor:
+        """Logits in units of log 2, or the tanh of capped ones."""
+        if out.dtype == hidden.dtype:
+            torch.mm(hidden, block.T, out=out)
+        else:
+            torch.mm(hidden, block.T, out_dtype=out.dtype, out=out)
+        if not self.fold:
+            out.mul_(self.inner)
+        if bias is not None:
+            out.add_(bias.to(self.accumulate), alpha=self.inner)
+        return out.tanh_() if self.softcap else out
+
+    def shifted(self, logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+        """``x - maximum`` [n, w] from what :meth:`logits` gave, in its place if it can be lost."""
+        out = self.second[: logits.numel()].view_as(logits) if self.second.numel() else logits
+        return torch.add(-maximum[:, None], logits, alpha=self.outer, out=out)
 
 
 def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -42,13 +101,22 @@ def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if kind == "cpu" else dtype
 
 
+def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
+    return torch.promote_types(compute, torch.float32)
+
+
+def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
+    """Whether a trainable head keeps its logits (3 units) instead of recomputing them (4)."""
+    return rows * vocab * itemsize <= STORE_BYTES
+
+
 def head_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     differentiated: torch.Tensor | None,
-    jacobian: bool,
+    mode: str,
     settings: HeadSettings,
 ) -> HeadForward:
     """Log-probabilities in one unit (2 T d V operations), with the Jacobian in two.
@@ -59,64 +127,74 @@ def head_forward(
         targets: int64 [T]; negative rows are skipped.
         bias: [V] or None.
         differentiated: bool [T], the rows whose gradient can differ from zero; None: all.
-        jacobian: accumulate the Jacobian of the differentiated rows.
+        mode: "value"; "jacobian" also gives the differentiated rows' Jacobian; "logits" also
+            gives the logits if they are few enough to store.
     """
-    dtype = compute_dtype(hidden, weight)
-    accumulate = torch.promote_types(dtype, torch.float32)
-    num, width = hidden.shape
-    new = torch.zeros
+    compute = compute_dtype(hidden, weight)
+    dtype = accumulate_dtype(compute)
+    (num, d), vocab = hidden.shape, weight.shape[0]
+    jacobian = mode == "jacobian"
+    counted = targets >= 0
+    kept = 0
+    if mode == "logits" and stores_logits(num, vocab, dtype.itemsize):
+        kept = int(counted.sum())
     out = HeadForward(
-        new(num, dtype=accumulate, device=hidden.device),
-        new(num if settings.entropy else 0, dtype=accumulate, device=hidden.device),
-        new(num, dtype=accumulate, device=hidden.device),
-        new(num, dtype=accumulate, device=hidden.device),
-        new(num if jacobian else 0, width, dtype=accumulate, device=hidden.device),
+        hidden.new_zeros(num, dtype=dtype),
+        hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
+        hidden.new_zeros(num, dtype=dtype),
+        hidden.new_zeros(num, dtype=dtype),
+        hidden.new_zeros(num if jacobian else 0, d, dtype=dtype),
+        hidden.new_empty(kept, vocab, dtype=dtype),
     )
-    for rows, with_jacobian in _parts(targets, differentiated, jacobian):
-        for tile in rows.split(ROW_TILE):
-            _stream(hidden, weight, targets, bias, tile, with_jacobian, dtype, settings, out)
+    for rows, with_jacobian in _parts(counted, differentiated if jacobian else None, jacobian):
+        if not rows.numel():
+            continue
+        tiles = _tiles(hidden, weight, rows.numel(), compute, settings, kept > 0)
+        for start in range(0, rows.numel(), ROW_TILE):
+            tile = rows[start : start + ROW_TILE]
+            store = out.logits[start : start + ROW_TILE] if kept else None
+            _stream(hidden, weight, targets, bias, tile, with_jacobian, store, tiles, settings, out)
     return out
 
 
 def _parts(
-    targets: torch.Tensor, differentiated: torch.Tensor | None, jacobian: bool
+    counted: torch.Tensor, differentiated: torch.Tensor | None, jacobian: bool
 ) -> Iterator[tuple[torch.Tensor, bool]]:
-    counted = targets >= 0
-    if differentiated is None or not jacobian:
+    """Row numbers with and without a second product."""
+    if differentiated is None:
         yield counted.nonzero()[:, 0], jacobian
         return
     yield (counted & differentiated).nonzero()[:, 0], True
     yield (counted & ~differentiated).nonzero()[:, 0], False
 
 
-def _block_width(rows: int, width: int, vocab: int, itemsize: int) -> int:
-    by_logits = TILE_ELEMENTS // max(rows, 1)
-    by_bytes = BLOCK_BYTES // max(width * itemsize, 1)
-    return max(1, min(max(MIN_BLOCK, min(by_logits, by_bytes)), vocab))
-
-
-def _logits(
-    hidden: torch.Tensor,  # [n, d]
-    block: torch.Tensor,  # [w, d]
-    bias: torch.Tensor | None,  # [w]
+def _tiles(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    num_rows: int,
+    compute: torch.dtype,
     settings: HeadSettings,
-    buffer: torch.Tensor,  # [n * block width] float32/float64
-    slope: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Transformed logits [n, w] in ``buffer`` and their derivative times the temperature."""
-    logits = buffer[: hidden.shape[0] * block.shape[0]].view(hidden.shape[0], block.shape[0])
-    if hidden.dtype == logits.dtype:
-        torch.mm(hidden, block.T, out=logits)
-    else:
-        torch.mm(hidden, block.T, out_dtype=logits.dtype, out=logits)
-    if bias is not None:
-        logits += bias
-    if settings.softcap is None:
-        return (logits if settings.temperature == 1 else logits.div_(settings.temperature)), None
-    logits.div_(settings.softcap).tanh_()
-    # d cap(x)/dx = 1 - tanh(x / cap)^2, from the tanh itself
-    derivative = torch.addcmul(logits.new_ones(()), logits, logits, value=-1) if slope else None
-    return logits.mul_(settings.softcap / settings.temperature), derivative
+    stored: bool,
+) -> _Tiles:
+    rows = min(num_rows, ROW_TILE)
+    vocab, d = weight.shape
+    by_logits = TILE_ELEMENTS // max(rows, 1)
+    by_bytes = BLOCK_BYTES // max(d * compute.itemsize, 1)
+    width = vocab if stored else min(max(MIN_BLOCK, min(by_logits, by_bytes)), vocab)
+    accumulate = accumulate_dtype(compute)
+    capped = settings.softcap is not None
+    scale = LOG2_E / settings.temperature
+    return _Tiles(
+        compute=compute,
+        accumulate=accumulate,
+        softcap=capped,
+        inner=1 / settings.softcap if capped else scale,
+        outer=settings.softcap * scale if capped else 1.0,
+        fold=compute == accumulate,
+        width=width,
+        first=hidden.new_empty(rows * width, dtype=accumulate),
+        second=hidden.new_empty(rows * width if capped or stored else 0, dtype=accumulate),
+    )
 
 
 def _stream(
@@ -124,67 +202,67 @@ def _stream(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: torch.Tensor,  # [n], the rows of this tile
+    rows: torch.Tensor,  # [n], of this tile
     jacobian: bool,
-    dtype: torch.dtype,
+    store: torch.Tensor | None,  # [n, V], keeps the logits
+    tiles: _Tiles,
     settings: HeadSettings,
     out: HeadForward,
 ) -> None:
     """One tile of rows against the whole vocabulary."""
-    if rows.numel() == 0:
-        return
-    accumulate = out.total.dtype
-    tile = hidden[rows].to(dtype)  # [n, d]
+    num = rows.numel()
+    tile = tiles.hidden(hidden[rows])  # [n, d]
     target = targets[rows]
     # the lowest finite number, so that a block of -inf alone gives exp(-inf - maximum) = 0
-    maximum = out.total.new_full((rows.numel(),), torch.finfo(accumulate).min)
-    total, weighted, picked, picked_slope = (torch.zeros_like(maximum) for _ in range(4))
-    mean = torch.zeros_like(tile, dtype=accumulate) if jacobian else None  # sum e f W
-    vocab = weight.shape[0]
-    width = _block_width(rows.numel(), tile.shape[1], vocab, tile.element_size())
-    buffer = torch.empty(rows.numel() * width, dtype=accumulate, device=hidden.device)
-    for start in range(0, vocab, width):
-        block = weight[start : start + width].to(dtype)
-        part = None if bias is None else bias[start : start + width].to(accumulate)
-        x, slope = _logits(tile, block, part, settings, buffer, jacobian)
-        local = (target - start).clamp(0, block.shape[0] - 1)[:, None]
-        inside = (target >= start) & (target < start + block.shape[0])
-        picked = torch.where(inside, x.gather(1, local)[:, 0], picked)
-        if slope is not None:
-            picked_slope = torch.where(inside, slope.gather(1, local)[:, 0], picked_slope)
+    maximum = out.total.new_full((num,), torch.finfo(tiles.accumulate).min)
+    total, weighted, picked = (torch.zeros_like(maximum) for _ in range(3))
+    mean = torch.zeros_like(tile, dtype=tiles.accumulate) if jacobian else None  # sum e f W
+    for start in range(0, weight.shape[0], tiles.width):
+        block = weight[start : start + tiles.width].to(tiles.compute)
+        part = None if bias is None else bias[start : start + tiles.width]
+        columns = block.shape[0]
+        into = tiles.first[: num * columns].view(num, columns) if store is None else store
+        logits = tiles.logits(tile, block, part, into)
+        local = target - start
+        inside = (local >= 0) & (local < columns)
+        local = local.clamp(0, columns - 1)[:, None]
+        picked = torch.where(inside, logits.gather(1, local)[:, 0], picked)
 
-        above = torch.maximum(maximum, x.amax(1))
+        above = torch.maximum(maximum, logits.amax(1).mul_(tiles.outer))
         lowered = maximum - above
-        rescale = lowered.exp()
+        rescale = lowered.exp2()
         maximum = above
-        x.sub_(above[:, None])
-        e = x.exp() if settings.entropy else x.exp_()
-        block_sum = e.sum(1)
+        x = tiles.shifted(logits, maximum)
+        e = x.exp2() if settings.entropy else x.exp2_()
         if settings.entropy:
-            # sum e (x - maximum), moved along with the maximum; 0 where x = -inf
-            shifted = torch.where(e > 0, x, 0.0).mul_(e).sum(1)
-            weighted = rescale * (weighted + total * lowered) + shifted
-        total = torch.addcmul(block_sum, total, rescale)
+            # sum e (x - maximum), moved along with the maximum; clamped because -inf * 0 is NaN
+            here = x.clamp_(min=torch.finfo(x.dtype).min).mul_(e).sum(1)
+            weighted = torch.addcmul(here, rescale, torch.addcmul(weighted, total, lowered))
+        total = torch.addcmul(e.sum(1), total, rescale)
         if mean is not None:
-            if slope is not None:
-                e.mul_(slope)
-            mean.mul_(rescale[:, None])
-            _addmm(mean, e, block)
+            if tiles.softcap:
+                e.mul_(_slope(logits))
+            _addmm(mean.mul_(rescale[:, None]), e, block)
 
     out.maximum[rows], out.total[rows] = maximum, total
-    out.log_prob[rows] = (picked - maximum) - total.log()
+    log_total = total.log2()
+    out.log_prob[rows] = (picked * tiles.outer - maximum - log_total) / LOG2_E
     if settings.entropy:
-        out.entropy[rows] = total.log() - weighted / total
+        out.entropy[rows] = (log_total - weighted / total) / LOG2_E
     if mean is not None:
-        chosen = weight[target].to(accumulate)
-        if settings.softcap is not None:
-            chosen.mul_(picked_slope[:, None])
-        mean.div_(total[:, None])
-        out.jacobian[rows] = chosen.sub_(mean).div_(settings.temperature)
+        chosen = weight[target].to(tiles.accumulate)
+        if tiles.softcap:
+            chosen.mul_(_slope(picked)[:, None])
+        out.jacobian[rows] = chosen.sub_(mean.div_(total[:, None])).div_(settings.temperature)
+
+
+def _slope(tanh: torch.Tensor) -> torch.Tensor:
+    """d cap(x) / dx = 1 - tanh(x / cap)^2, from the tanh itself."""
+    return torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)
 
 
 def _addmm(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``accumulator += left @ right`` with the sum in the accumulator's type."""
+    """``accumulator += left @ right``, summed in the accumulator's type."""
     if right.dtype == accumulator.dtype:
         accumulator.addmm_(left, right)
     else:
@@ -197,65 +275,48 @@ def head_backward(
     weight: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
-    maximum: torch.Tensor,  # [T], of the forward pass
-    total: torch.Tensor,  # [T], of the forward pass
-    entropy: torch.Tensor | None,  # [T]
+    forward: HeadForward,
     grad_log_prob: torch.Tensor | None,  # [T]
     grad_entropy: torch.Tensor | None,  # [T]
     needed: tuple[bool, bool, bool],  # hidden, weight, bias
     settings: HeadSettings,
 ) -> HeadGradients:
-    """Gradients from recomputed logits: one unit, and one for each of hidden and weight.
+    """Gradients from stored or recomputed logits: one unit, and one each for hidden and weight.
 
     Rows whose incoming gradient is zero are left out.
     """
-    dtype = compute_dtype(hidden, weight)
-    accumulate = total.dtype
-    live = torch.zeros_like(targets, dtype=torch.bool)
+    compute = compute_dtype(hidden, weight)
+    counted = targets >= 0
+    live = torch.zeros_like(counted)
     for grad in (grad_log_prob, grad_entropy):
         if grad is not None:
             live |= grad != 0
-    rows = (live & (targets >= 0)).nonzero()[:, 0]
-    vocab, d = weight.shape
-    d_hidden = torch.zeros(rows.numel(), d, dtype=accumulate, device=hidden.device)
+    stored = forward.logits.shape[0] > 0
+    rows = (counted if stored else counted & live).nonzero()[:, 0]
+    (vocab, d), dtype = weight.shape, forward.total.dtype
+    tiles = _tiles(hidden, weight, rows.numel(), compute, settings, stored)
+    new = hidden.new_zeros
+    d_hidden = new(rows.numel() if needed[0] else 0, d, dtype=dtype)
     d_weight = torch.empty_like(weight) if needed[1] else None
     d_bias = torch.empty_like(bias) if needed[2] else None
-    width = _block_width(min(rows.numel(), ROW_TILE), d, vocab, dtype.itemsize)
-    buffer = torch.empty(
-        min(rows.numel(), ROW_TILE) * width, dtype=accumulate, device=hidden.device
-    )
-    tiles = rows.split(ROW_TILE) if rows.numel() else ()
-    for start in range(0, vocab, width):
-        end = min(start + width, vocab)
-        block = weight[start:end].to(dtype)
-        part = None if bias is None else bias[start:end].to(accumulate)
-        dw = torch.zeros(end - start, d, dtype=accumulate, device=hidden.device)
-        db = torch.zeros(end - start, dtype=accumulate, device=hidden.device)
-        for i, tile_rows in enumerate(tiles):
-            tile = hidden[tile_rows].to(dtype)
-            x, slope = _logits(tile, block, part, settings, buffer, True)
-            x.sub_(maximum[tile_rows, None])
-            inverse = total[tile_rows, None].reciprocal()
-            if grad_entropy is None:
-                dz = x.exp_().mul_(-grad_log_prob[tile_rows, None] * inverse)
+    for start in range(0, vocab, tiles.width):
+        end = min(start + tiles.width, vocab)
+        block = weight[start:end].to(compute)
+        part = None if bias is None else bias[start:end]
+        dw = new(end - start if needed[1] else 0, d, dtype=dtype)
+        db = new(end - start if needed[2] else 0, dtype=dtype)
+        for first in range(0, rows.numel(), ROW_TILE):
+            tile_rows = rows[first : first + ROW_TILE]
+            tile = hidden[tile_rows].to(compute)
+            if stored:
+                logits = forward.logits[first : first + ROW_TILE]
             else:
-                # p (g_entropy (log p + entropy) + g_log_prob), negated
-                dz = x.exp()
-                scale = torch.where(dz > 0, x, 0.0)
-                scale.add_((entropy[tile_rows] - total[tile_rows].log())[:, None])
-                scale.mul_(-grad_entropy[tile_rows, None])
-                if grad_log_prob is not None:
-                    scale.sub_(grad_log_prob[tile_rows, None])
-                dz.mul_(scale).mul_(inverse)
-            if grad_log_prob is not None:
-                local = targets[tile_rows] - start
-                inside = (local >= 0) & (local < end - start)
-                one = torch.where(inside, grad_log_prob[tile_rows], 0.0)
-                dz.scatter_add_(1, local.clamp(0, end - start - 1)[:, None], one[:, None])
-            if slope is not None:
-                dz.mul_(slope)
+                into = tiles.first[: tile_rows.numel() * (end - start)].view(-1, end - start)
+                logits = tiles.logits(tiles.hidden(tile), block, part, into)
+            local = targets[tile_rows] - start
+            dz = _grad_logits(tiles, logits, local, tile_rows, forward, grad_log_prob, grad_entropy)
             if needed[0]:
-                _addmm(d_hidden[i * ROW_TILE : i * ROW_TILE + tile.shape[0]], dz, block)
+                _addmm(d_hidden[first : first + ROW_TILE], dz, block)
             if needed[1]:
                 _addmm(dw, dz.T, tile)
             if needed[2]:
@@ -269,3 +330,32 @@ def head_backward(
         grad_hidden = torch.zeros_like(hidden)
         grad_hidden[rows] = d_hidden.div_(settings.temperature).to(hidden.dtype)
     return HeadGradients(grad_hidden, d_weight, d_bias)
+
+
+def _grad_logits(
+    tiles: _Tiles,
+    logits: torch.Tensor,  # [n, w]
+    local: torch.Tensor,  # [n], column of the target, perhaps outside
+    rows: torch.Tensor,  # [n]
+    forward: HeadForward,
+    grad_log_prob: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Gradient of the uncapped logits times the temperature, [n, w]."""
+    total = forward.total[rows]
+    x = tiles.shifted(logits, forward.maximum[rows])
+    if grad_entropy is None:
+        dz = x.exp2_().mul_((-grad_log_prob[rows] / total)[:, None])
+    else:
+        # -p (g_entropy (log p + entropy) + g_log_prob)
+        dz = x.exp2().mul_(-(1 / total)[:, None])
+        scale = x.clamp_(min=torch.finfo(x.dtype).min).sub_(total.log2()[:, None]).div_(LOG2_E)
+        scale.add_(forward.entropy[rows, None]).mul_(grad_entropy[rows, None])
+        if grad_log_prob is not None:
+            scale.add_(grad_log_prob[rows, None])
+        dz.mul_(scale)
+    if grad_log_prob is not None:
+        inside = (local >= 0) & (local < dz.shape[1])
+        one = torch.where(inside, grad_log_prob[rows], 0.0).to(dz.dtype)
+        dz.scatter_add_(1, local.clamp(0, dz.shape[1] - 1)[:, None], one[:, None])
+    return dz.mul_(_slope(logits)) if tiles.softcap else dz

@@ -21,6 +21,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(impl_torch, "ROW_TILE", 24)
     monkeypatch.setattr(impl_torch, "MIN_BLOCK", 96)
     monkeypatch.setattr(impl_torch, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(impl_torch, "STORE_BYTES", 40_000)  # some shapes store, some recompute
 
 
 def make(shape, dtype=torch.float64, scale=1.0, seed=0):
@@ -136,7 +137,8 @@ def test_extremes_of_the_logits():
             ours = run(tensors, targets, head, upstream, "torch", True, entropy=True)
             exact = run([hidden, weight, bias], targets, head, upstream, "reference", True)
             assert all(torch.isfinite(x).all() for x in ours)
-            torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-6)
+            rounding = 2000 * torch.finfo(dtype).eps  # of the largest logits, in log 2
+            torch.testing.assert_close(ours[0].double(), exact[0], rtol=0, atol=rounding)
 
 
 def test_nothing_counted_and_empty():
