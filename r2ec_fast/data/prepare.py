@@ -14,7 +14,13 @@ from r2ec_fast.data.download import download
 from r2ec_fast.data.load import load_interactions
 from r2ec_fast.data.movielens import find_movielens
 from r2ec_fast.data.splits import make_splits
-from r2ec_fast.data.store import file_sha256, read_manifest, save_dataset, write_errors
+from r2ec_fast.data.store import (
+    file_sha256,
+    read_manifest,
+    refuse_foreign,
+    save_dataset,
+    write_errors,
+)
 from r2ec_fast.data.summary import summary_png, summary_text
 from r2ec_fast.data.types import RecDataset
 
@@ -93,6 +99,8 @@ def prepare_amazon(
         FileNotFoundError, ValueError, OSError: naming what was expected and what came. The output
             directory is then as it was before.
     """
+    output = Path(output_dir)
+    refuse_foreign(output)  # before the work, not after it
     plural, singular = category_words(category, words)
     rules = AmazonRules(
         start=start,
@@ -116,7 +124,6 @@ def prepare_amazon(
             metadata = str(
                 download(metadata_url, place / Path(metadata_url).name, progress=progress)
             )
-    output = Path(output_dir)
     with write_errors(output), _work_dir(output) as work:
         loaded = load_amazon(reviews, metadata, work, rules, truncated=truncated)
     sources = [
@@ -171,6 +178,7 @@ def prepare_movielens(
         test_from: first time of test for "time_cut".
         words: what prompts call the items (plural, singular).
     """
+    refuse_foreign(Path(output_dir))
     layout = find_movielens(path)
     data = load_interactions(
         path,
@@ -259,6 +267,7 @@ def prepare_generic(
         test_from: first time of test for "time_cut".
         words: what prompts call the items (plural, singular).
     """
+    refuse_foreign(Path(output_dir))
     rules: dict[str, Any] = {
         "format": format,
         "columns": None if columns is None else dict(columns),

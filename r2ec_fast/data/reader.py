@@ -6,6 +6,7 @@ that parser refuses is read again line by line, where broken lines are counted a
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -329,18 +330,20 @@ def _utf8(block: bytes, form: TextFormat, stats: ReadStats) -> bytes:
         block = block.replace(b"::", b"\t")
     if form.encoding == "latin-1":
         return block.decode("latin-1").encode()
-    try:
-        block.decode("utf8")
-        return block
-    except UnicodeDecodeError:
-        lines = block.splitlines(keepends=True)
-        for i, line in enumerate(lines):
-            try:
-                line.decode("utf8")
-            except UnicodeDecodeError:
-                stats.replaced_lines += 1
-                lines[i] = line.decode("utf8", errors="replace").encode()
-        return b"".join(lines)
+    good: list[bytes] = []
+    start = 0  # of the text not yet checked
+    view = memoryview(block)
+    while True:
+        try:
+            codecs.utf_8_decode(view[start:], "strict", True)
+        except UnicodeDecodeError as error:
+            begin = block.rfind(b"\n", start, start + error.start) + 1 or start
+            end = block.find(b"\n", start + error.start) + 1 or len(block)
+            good += [block[start:begin], block[begin:end].decode("utf8", "replace").encode()]
+            stats.replaced_lines += 1
+            start = end
+        else:
+            return b"".join([*good, view[start:]]) if good else block
 
 
 def _parse(

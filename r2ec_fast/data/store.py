@@ -42,7 +42,7 @@ def save_dataset(
         OSError: the place cannot be written or is full; the message names it, nothing is left.
     """
     directory = Path(directory)
-    _refuse_foreign(directory)
+    refuse_foreign(directory)
     tables = _tables(dataset)
     with write_errors(directory), replaced_directory(directory) as temporary:
         for name, table in tables.items():
@@ -212,7 +212,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_foreign(directory: Path) -> None:
+def refuse_foreign(directory: Path) -> None:
+    """Raise ValueError if `directory` is a file or holds something that is not a dataset."""
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +30,13 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
         return path
 
     return _write
+
+
+@pytest.fixture(scope="session")
+def generate_amazon() -> Callable[..., tuple[Path, Path]]:
+    """The generator of raw files in Amazon's schema."""
+    path = Path(__file__).parents[2] / "benchmarks" / "generate_amazon.py"
+    spec = importlib.util.spec_from_file_location("generate_amazon", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.generate
