@@ -180,7 +180,7 @@ Plan::Plan(const Offsets& prompts, const Offsets* completions, const PackOptions
   if (completions != nullptr) {
     check_offsets(*completions, "completions");
     int64_t expected = 0;
-    if (options.num_generations < 1 ||
+    if (options.num_generations < 1 || options.num_generations > kInt32Max ||
         __builtin_mul_overflow(prompts.size - 1, options.num_generations, &expected) ||
         expected != completions->size - 1)
       fail("completions must have num_generations rows for each prompt");
@@ -256,9 +256,8 @@ void Plan::measure(const std::vector<int64_t>& batch_of_group, int64_t num_batch
     const int64_t over = num_tokens_[batch] % options_.multiple;
     const int64_t tail = over == 0 ? 0 : options_.multiple - over;
     if (num_tokens_[batch] > kInt32Max - tail || keys[batch] > kInt32Max - tail)
-      fail("a batch would hold " + str(num_tokens_[batch] + tail) + " tokens and " +
-           str(keys[batch] + tail) + " keys; sequence lengths are int32, at most " +
-           str(kInt32Max));
+      fail("a batch would hold " + str(num_tokens_[batch]) + " tokens and " + str(keys[batch]) +
+           " keys; with the tail, sequence lengths must fit into int32");
     max_length_q_[batch] = std::max(max_length_q_[batch], tail);
     max_length_k_[batch] = std::max(max_length_k_[batch], tail);
     const int64_t groups = starts_.groups[batch + 1];

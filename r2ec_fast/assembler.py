@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 NO_TIME = np.iinfo(np.int64).min
 SECONDS_PER_DAY = 86_400
 HOURS = 24
-MAX_DAYS = 40_000  # older events than a century are bad data: not worth a table
+MAX_DAYS = 20_000  # events older than 54 years are bad data: not worth a table
 RATING, NEWLINE, CLOSING = range(3)  # what follows an item on its line
 _AGES = ("7.5min ago:", "5h 12.0min ago:", "3d 4.2h ago:")
 _LINES = ("[x]\n", "(4.5)\n")  # how a line may begin, and end
@@ -310,8 +310,6 @@ class PromptAssembler:
                     target_time=10**9 if timed else None,
                 )
             )
-        if not histories:
-            return
         values, offsets = self.history_rows(histories)
         for x, history in enumerate(histories):
             whole = [*self.builder.user_ids(history), *self.suffix]

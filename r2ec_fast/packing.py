@@ -8,6 +8,7 @@ to it through `kv_index`. docs/packing.md draws the layouts.
 import dataclasses
 import functools
 import importlib
+import multiprocessing
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -347,14 +348,19 @@ def _request(
         raise ValueError("labels need sequences that stand alone; pass share_prompts=False")
     return Request(
         prompt_rows, completion_rows, targets, generations, int(max_tokens), share, readout, labels,
-        int(multiple), oversize, int(threads), torch.cuda.is_available(),
+        int(multiple), oversize, int(threads), _can_pin(),
     )  # fmt: skip
+
+
+def _can_pin() -> bool:
+    # a forked data-loader worker must not touch CUDA
+    return multiprocessing.parent_process() is None and torch.cuda.is_available()
 
 
 def _generations(prompt_offsets: int, completion_offsets: int, given: int | None) -> int:
     prompts, completions = prompt_offsets - 1, completion_offsets - 1
     expected = given if given is not None else (completions // prompts if prompts else 1)
-    if expected < 1 or completions != prompts * expected:
+    if not 1 <= expected <= INT32_MAX or completions != prompts * expected:
         raise ValueError(
             f"completions must have num_generations rows for each of the {prompts} prompts, got "
             f"{completions} rows and num_generations={given}"

@@ -105,11 +105,11 @@ def plan(request: Request) -> list[list[int]]:
         groups.sort()
         tokens = sum(sizes[i][0] for i in groups)
         tail = -tokens % multiple
-        keys = sum(sizes[i][1] for i in groups) + tail
-        if max(tokens + tail, keys) > INT32_MAX:
+        keys = sum(sizes[i][1] for i in groups)
+        if max(tokens, keys) > INT32_MAX - tail:
             raise ValueError(
-                f"a batch would hold {tokens + tail} tokens and {keys} keys; sequence lengths are "
-                f"int32, at most {INT32_MAX}"
+                f"a batch would hold {tokens} tokens and {keys} keys; with the tail, sequence "
+                "lengths must fit into int32"
             )
     return batches
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from r2ec_fast.assembler import MAX_DAYS, SECONDS_PER_DAY, PromptAssembler
+from r2ec_fast.assembler import SECONDS_PER_DAY, PromptAssembler
 from r2ec_fast.data import Catalog, Examples, History, IdMap, InteractionData, RecDataset
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.prompts import PromptBuilder, PromptConfig
@@ -127,7 +127,7 @@ def random_histories(count: int, num_items: int, seed: int = 0) -> list[History]
     out = []
     for i in range(count):
         n = int(rng.integers(1, 32))
-        ages = rng.integers(0, SECONDS_PER_DAY * 10 ** rng.integers(0, 4), n)
+        ages = rng.integers(0, SECONDS_PER_DAY * 10 ** rng.integers(0, 3), n)
         ratings = rng.choice(np.array([1, 3.5, 4.333333, 5, 10, 0, -2], np.float32), n)
         ratings[rng.random(n) < rng.choice([0, 0.3, 1])] = np.nan
         out.append(
@@ -255,11 +255,12 @@ def test_without_the_extension(monkeypatch):
     assert_rows(assembler.history_rows([history]), [builder.user_ids(history)])
 
 
-def test_old_events_and_odd_ratings():
+def test_old_events_and_odd_ratings(monkeypatch):
+    monkeypatch.setattr("r2ec_fast.assembler.MAX_DAYS", 300)
     builder = PromptBuilder(TOKENIZERS["gpt2"](), catalog())
     assembler = PromptAssembler(builder, sample=4)
     day = SECONDS_PER_DAY
-    ages = [0, 29, 3599, 3600, day - 1, day, 1000 * day, (MAX_DAYS - 1) * day, MAX_DAYS * day]
+    ages = [0, 29, 3599, 3600, day - 1, day, 100 * day, 299 * day, 300 * day]
     ratings = [-0.0, 0.0, np.inf, 1e9, 4.005, 1e-3, 5.0, 3.0, 2.0]
     histories = [
         History(np.array([i % 5]), np.array([10**11 - age]), np.array([r], np.float32), 10**11)

@@ -479,6 +479,14 @@ def test_moving_to_a_device_keeps_every_field():
             assert getattr(moved, field.name) == value
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_are_pinned_where_cuda_is(backend):
+    [batch] = pack_histories([[1, 2]], [[3], [4]], max_tokens=8, backend=backend)
+    assert batch.input_ids.is_pinned() and batch.kv_index.is_pinned()
+    assert torch.equal(batch.to("cuda").input_ids.cpu(), batch.input_ids)
+
+
 def test_the_extension_does_not_need_torch():
     code = (
         "import importlib.util, sys\n"
