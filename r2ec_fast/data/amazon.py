@@ -25,6 +25,7 @@ from r2ec_fast.data.build import (
 from r2ec_fast.data.categories import AMAZON_CATEGORIES
 from r2ec_fast.data.items import clean_items, resolve_columns, unique_items
 from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_prices
+from r2ec_fast.data.progress import reading
 from r2ec_fast.data.reader import (
     ReadStats,
     TextFormat,
@@ -135,6 +136,7 @@ def load_amazon(
     rules: AmazonRules | None = None,
     *,
     truncated: str = "refuse",
+    progress: bool = False,
 ) -> AmazonData:
     """Apply the paper's rules to a review file and a metadata file.
 
@@ -144,6 +146,7 @@ def load_amazon(
         work_dir: an existing directory for rows put aside; the caller removes it.
         rules: the settings.
         truncated: a gzip file that stops early: "refuse", or "keep" the rows before the break.
+        progress: show a bar on stderr while reading.
 
     Raises:
         FileNotFoundError, ValueError: naming the argument, what was expected and what came.
@@ -151,8 +154,10 @@ def load_amazon(
     rules = rules or AmazonRules()
     report = LoadReport(source=f"{Path(reviews).name} + {Path(metadata).name}")
     review_stats, meta_stats = ReadStats(), ReadStats()
-    events = _read_reviews(Path(reviews), rules, report, review_stats, truncated)
-    parts = _put_aside(Path(metadata), events, rules, report, meta_stats, truncated, Path(work_dir))
+    events = _read_reviews(Path(reviews), rules, report, review_stats, truncated, progress)
+    parts = _put_aside(
+        Path(metadata), events, rules, report, meta_stats, truncated, progress, Path(work_dir)
+    )
     valid = _valid_items(parts, events)
     gone = events.keep(valid[events.item])
     report.add("event of an item dropped or without row", gone, "dropped", "items need text")
@@ -181,7 +186,12 @@ def load_amazon(
 
 
 def _read_reviews(
-    path: Path, rules: AmazonRules, report: LoadReport, stats: ReadStats, truncated: str
+    path: Path,
+    rules: AmazonRules,
+    report: LoadReport,
+    stats: ReadStats,
+    truncated: str,
+    progress: bool,
 ) -> CodedEvents:
     form = guess_format(path)
     found = resolve_columns(
@@ -190,7 +200,8 @@ def _read_reviews(
     collector = EventCollector(
         report, rating_range=(1.0, 5.0), min_rating=rules.min_rating, amazon_ids=True
     )
-    for block in read_blocks(path, list(found.values()), form, stats, truncated=truncated):
+    blocks = read_blocks(path, list(found.values()), form, stats, truncated=truncated)
+    for block in reading(blocks, path, stats, progress):
         collector.add(block.select([pl.col(c).alias(ours) for ours, c in found.items()]))
     add_read_lines(stats, report)
     events = collector.finish()
@@ -212,6 +223,7 @@ def _put_aside(
     report: LoadReport,
     stats: ReadStats,
     truncated: str,
+    progress: bool,
     work_dir: Path,
 ) -> list[Path]:
     """Write the usable metadata rows of items with events to Parquet parts; count the others."""
@@ -224,7 +236,8 @@ def _put_aside(
     wanted = pl.DataFrame({"item_id": events.item_ids.gather(np.unique(events.item))})
     parts: list[Path] = []
     seen: list[pl.Series] = []
-    for block in read_blocks(path, list(found.values()), form, stats, truncated=truncated):
+    blocks = read_blocks(path, list(found.values()), form, stats, truncated=truncated)
+    for block in reading(blocks, path, stats, progress):
         rows = block.select([pl.col(c).alias(ours) for ours, c in found.items()])
         ids = pad_asins(parse_ids(rows["item_id"]), report).alias("item_id")
         rows = rows.with_columns(ids)

@@ -10,16 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
+from r2ec_fast.data.progress import byte_bar
 from r2ec_fast.data.store import write_errors
 
 CHUNK = 1 << 20
@@ -60,15 +51,7 @@ def download(
         if size in (None, path.stat().st_size):
             return path
         path.unlink()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
+    bar = byte_bar(progress)
     with bar, write_errors(part):
         task = bar.add_task(path.name, total=None)
         for attempt in range(retries + 1):

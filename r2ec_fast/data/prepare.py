@@ -93,7 +93,7 @@ def prepare_amazon(
         fractions: shares of train, valid and test of a time split.
         words: what prompts call the items (plural, singular); None: shipped or derived words.
         truncated: a gzip file that stops early: "refuse" it, or "keep" the rows before the break.
-        progress: show download bars on stderr.
+        progress: show bars on stderr while downloading and reading.
 
     Raises:
         FileNotFoundError, ValueError, OSError: naming what was expected and what came. The output
@@ -125,7 +125,7 @@ def prepare_amazon(
                 download(metadata_url, place / Path(metadata_url).name, progress=progress)
             )
     with write_errors(output), _work_dir(output) as work:
-        loaded = load_amazon(reviews, metadata, work, rules, truncated=truncated)
+        loaded = load_amazon(reviews, metadata, work, rules, truncated=truncated, progress=progress)
     sources = [
         {"name": s.path, "bytes": s.bytes_read, "sha256": s.sha256, "rows": s.rows}
         for s in loaded.sources

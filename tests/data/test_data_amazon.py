@@ -5,13 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from plain_data import plain_amazon, plain_time_split
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from r2ec_fast.data import RecDataset
 from r2ec_fast.data.prepare import check_amazon, prepare_amazon
+from r2ec_fast.prompts import PromptBuilder
 
 WINDOW = {"start": "2022-10-01", "end": "2023-10-01", "min_items": 150}
 DATA_FILES = ("users.parquet", "items.parquet", "events.parquet", "examples.parquet")
@@ -153,6 +158,35 @@ def test_no_training_example_knows_the_test_time(prepared):
             assert history.items.tolist() == own[-20:].tolist()
     # The paper's item statistics are the catalog's: the report must say so.
     assert "may know ratings of the test time, as in the paper" in prepared.report
+
+
+def test_no_prompt_of_a_training_example_knows_the_test_time(prepared):
+    """Replace every event after the last training target: no training prompt moves."""
+    dataset, data = prepared.dataset, prepared.dataset.data
+    train = dataset.train
+    last = data.timestamp[data.offsets[train.user] + train.position].max()
+    later = data.timestamp > last
+    assert later.any()
+    changed = replace(
+        data,
+        item=np.where(later, (data.item + 1) % data.num_items, data.item),
+        rating=np.where(later, np.float32(1), data.rating),
+    )
+    other = RecDataset(changed, train, dataset.valid, dataset.test)
+    words = {"[UNK]": 0, "<answer>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]"
+    )
+    builder = PromptBuilder(tokenizer, data.catalog)
+    titles = data.catalog.titles
+    targets = dataset.target(train)
+    for i in range(0, len(train), 7):
+        user, position = int(train.user[i]), int(train.position[i])
+        prompt = builder.user_text(dataset.history(user, position, 20))
+        assert prompt == builder.user_text(other.history(user, position, 20))
+        # A user has each item once, and titles are distinct: the target must not be shown.
+        assert f"[{titles[targets[i]]}]" not in prompt
+        assert f"[{titles[dataset.history(user, position).items[-1]]}]" in prompt
 
 
 def test_item_statistics_of_the_window_start_know_nothing_later(files, tmp_path):
