@@ -1,0 +1,206 @@
+"""The command line: help, configuration files, the way from a file to recommendations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from toy import toy_dataset, toy_model
+
+from r2ec_fast.cli import build_parser, main, run_command
+from r2ec_fast.config import RecPOConfig
+from r2ec_fast.data import RecDataset
+from r2ec_fast.prompts import PromptConfig
+
+COMMANDS = ("quickstart", "prepare", "train", "evaluate", "recommend", "index")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with an interaction file, its data set and an exported model."""
+    path = tmp_path_factory.mktemp("cli")
+    data = toy_dataset()
+    rows = ["user_id,item_id,timestamp,rating"]
+    for user in range(data.data.num_users):
+        for item, when in zip(data.history(user, 5).items, range(5), strict=True):
+            rows.append(f"u{user},i{item},{1_600_000_000 + 86_400 * when + user},4.5")
+    (path / "log.csv").write_text("\n".join(rows) + "\n")
+    titles = [f"i{i},{title}" for i, title in enumerate(data.data.catalog.titles)]
+    (path / "items.csv").write_text("item_id,title\n" + "\n".join(titles) + "\n")
+    arguments = ["--path", path / "log.csv", "--items", path / "items.csv"]
+    done = run("prepare", "generic", *arguments, "--output_dir", path / "data")
+    assert done == 0
+    catalog = RecDataset.load(path / "data").data.catalog
+    model = toy_model(dtype=torch.float32).eval()
+    model.set_items(model.encode_items(catalog))
+    model.save_pretrained(path / "model", catalog)
+    return path
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def error_line(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().split("\n")
+    assert len(lines) == 1 and captured.out == "", captured
+    assert lines[0].startswith("r2ec-fast: error: ")
+    return lines[0].removeprefix("r2ec-fast: error: ")
+
+
+def help_text(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_every_command(capsys):
+    text = help_text(capsys)
+    assert all(f" {name} " in text for name in COMMANDS)
+
+
+LEAVES = [
+    ("quickstart",),
+    *[("prepare", source) for source in ("generic", "movielens", "amazon", "check")],
+    *[(name,) for name in ("train", "evaluate", "recommend", "index")],
+]
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_help_explains_every_setting_and_its_default(path, capsys):
+    with pytest.raises(SystemExit):
+        main([*path, "--help"])
+    settings = capsys.readouterr().out.split("options:", 1)[1]
+    # a setting begins a line: its names, then (maybe on the next line) its explanation
+    parts = re.split(r"\n  (?:-h, )?--", settings)[1:]
+    assert len(parts) >= 3
+    for part in parts:
+        flat = " ".join(part.split())
+        name, explained = flat.split()[0], re.split(r"\s{2,}", part, maxsplit=1)[1]
+        assert re.search(r"[A-Za-z]{3,}", explained.split("(type:")[0].split("(required")[0]), part
+        if name not in ("help", "config", "print_config", "model", "model.prompts"):
+            assert "default:" in flat or "required" in flat, part
+
+
+def test_train_help_shows_every_field_of_the_configuration(capsys):
+    text = help_text(capsys, "train")
+    for field in dataclasses.fields(RecPOConfig):
+        assert f"--{field.name} " in text
+    for field in dataclasses.fields(PromptConfig):
+        assert f"--model.prompts.{field.name} " in text
+    assert "--learning_rate LEARNING_RATE Peak learning rate. (type: float, default: 1e-05)" in text
+
+
+def test_a_file_then_overrides(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("data: d\nlearning_rate: 0.5\ntop_k: 7\nmodel: {prompts: {window: 3}}\n")
+    settings = build_parser().parse_args(["train", "--config", str(file), "--top_k", "9"]).train
+    assert (settings.learning_rate, settings.top_k, settings.model.prompts.window) == (0.5, 9, 3)
+    assert settings.num_generations == RecPOConfig().num_generations
+
+
+def test_prepare_shows_what_was_read(workplace, capsys):
+    arguments = ["--path", workplace / "log.csv", "--items", workplace / "items.csv"]
+    assert run("prepare", "generic", *arguments, "--output_dir", workplace / "again") == 0
+    out = capsys.readouterr().out
+    assert "source: log.csv" in out and f"wrote {workplace / 'again'}" in out
+    assert len(RecDataset.load(workplace / "again").test) == 5
+
+
+def test_evaluate_prints_baselines_and_both_modes(workplace, capsys):
+    output = workplace / "metrics.json"
+    arguments = ["--model", workplace / "model", "--data", workplace / "data"]
+    assert run("evaluate", *arguments, "--max_completion_length", 4, "--output_file", output) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert rows == ["method", "---", "popularity", "markov-1", "item-knn", "direct", "reasoned"]
+    written = json.loads(output.read_text())
+    assert written["direct"]["examples"] == 5
+    assert 0 <= written["reasoned"]["ndcg@10"] <= 1
+
+
+def test_evaluate_takes_a_sample_and_a_model_without_table(workplace, capsys):
+    toy_model(dtype=torch.float32).save_pretrained(workplace / "bare")
+    arguments = ["--model", workplace / "bare", "--data", workplace / "data"]
+    assert run("evaluate", *arguments, "--modes", "[direct]", "--samples", 3) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("| direct |") and last.endswith("| 3 |")
+
+
+def test_recommend_prints_history_reasoning_and_items(workplace, capsys):
+    arguments = ["--model", workplace / "model", "--max_completion_length", 4, "--k", 3]
+    assert run("recommend", *arguments, "--data", workplace / "data", "--users", "[u0, u1]") == 0
+    out = capsys.readouterr().out
+    assert out.count("history: ") == out.count("reasoning: ") == 2
+    assert "user u0" in out and "user u1" in out and out.count("│    3 │") == 2
+    arguments = ["--model", workplace / "model", "--items", "[red mug, i2]"]
+    assert run("recommend", *arguments, "--reasoning", "false") == 0
+    out = capsys.readouterr().out
+    assert "history: red mug | red bowl" in out and "reasoning: " not in out
+
+
+def test_index_makes_a_bare_model_a_recommender(workplace, capsys):
+    toy_model(dtype=torch.float32).save_pretrained(workplace / "bare2")
+    arguments = ["--model", workplace / "bare2", "--items", "[i1]", "--reasoning", "false"]
+    assert "holds no catalog.parquet" in error_line(capsys, "recommend", *arguments)
+    assert run("index", "--model", workplace / "bare2", "--data", workplace / "data") == 0
+    assert "encoded 16 items" in capsys.readouterr().out
+    assert run("recommend", *arguments) == 0
+
+
+def test_train_then_recommend(workplace, capsys):
+    file = workplace / "train.yaml"
+    file.write_text(
+        f"data: {workplace / 'data'}\noutput_dir: {workplace / 'run'}\nuse_lora: false\n"
+        "objective: contrastive\nper_device_train_batch_size: 4\n"
+        f"model: {{name_or_path: {workplace / 'bare3'}}}\n"
+    )
+    model = toy_model(dtype=torch.float32)
+    model.save_pretrained(workplace / "bare3")
+    assert run("train", "--config", file, "--max_steps", 2) == 0
+    assert "eval_valid_ndcg@10: " in capsys.readouterr().out
+    trained = workplace / "run" / "model"
+    assert run("recommend", "--model", trained, "--items", "[i1]", "--reasoning", "false") == 0
+
+
+def test_errors_are_one_line_unless_asked_for(workplace, capsys, monkeypatch):
+    arguments = ["evaluate", "--model", workplace / "model", "--data", workplace / "none"]
+    assert "no dataset here" in error_line(capsys, *arguments)
+    monkeypatch.setenv("R2EC_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        run(*arguments)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "r2ec_fast.cli", "recommend", "--model", "m"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    expected = "r2ec-fast: error: users, items: give user ids or a list of items\n"
+    assert done.stderr == expected
+
+
+def test_a_table_of_another_size_is_refused(workplace, capsys):
+    data = toy_dataset()
+    model = toy_model(dtype=torch.float32)
+    model.set_items(model.encode_items(data.data.catalog)[:9])
+    model.save_pretrained(workplace / "nine", data.data.catalog)
+    arguments = ["--model", workplace / "nine", "--data", workplace / "data"]
+    assert "holds a table of 9 items, the data set has 16" in error_line(
+        capsys, "evaluate", *arguments
+    )
+
+
+def test_run_command_raises():
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        run_command(["recommend", "--model", "m", "--items", "[a]", "--k", "0"])
