@@ -16,7 +16,7 @@ SIMILARITIES = ["dot", "cosine", "l2"]
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(impl_torch, "MIN_BLOCK", 64)
-    monkeypatch.setattr(impl_torch, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(impl_torch, "BLOCK_ELEMENTS", 1)
 
 
 def expected(queries, items, targets, similarity, temperature, excluded):
