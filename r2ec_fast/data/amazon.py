@@ -49,6 +49,7 @@ _EVENT_COLUMNS = {
     "timestamp": ("timestamp", "sort_timestamp", "sortTimestamp"),
     "rating": ("rating",),
 }
+_BENCHMARK_COLUMNS = {"user_id", "parent_asin", "rating", "timestamp", "history"}
 _META_COLUMNS = {
     "item_id": ("parent_asin", "asin"),
     "title": ("title",),
@@ -71,8 +72,8 @@ class AmazonRules:
             between single spaces of the raw title.
         require_price: items without a readable price are dropped.
         history_k_core: k-core over all time, before anything else, after the earliest event of each
-            (user, item) was taken; None: 5 for raw reviews (.jsonl), 0 for files of the 5-core
-            benchmark (.csv), which are already cut.
+            (user, item) was taken; None: 5 for raw reviews, 0 for files of the 5-core benchmark,
+            which are already cut (known by their columns: user_id, parent_asin, rating, timestamp).
         k_core: iterative k-core within the window (0: off, as the paper).
         min_rating: events rated lower, or not rated, are dropped; None keeps all.
         min_user_events: users with fewer events in the window are dropped. The paper keeps users
@@ -194,9 +195,8 @@ def _read_reviews(
     progress: bool,
 ) -> CodedEvents:
     form = guess_format(path)
-    found = resolve_columns(
-        column_names(path, form), _EVENT_COLUMNS, None, tuple(_EVENT_COLUMNS), "reviews", path
-    )
+    header = column_names(path, form)
+    found = resolve_columns(header, _EVENT_COLUMNS, None, tuple(_EVENT_COLUMNS), "reviews", path)
     collector = EventCollector(
         report, rating_range=(1.0, 5.0), min_rating=rules.min_rating, amazon_ids=True
     )
@@ -207,9 +207,9 @@ def _read_reviews(
     events = collector.finish()
     sort_events(events, report, repeats="first")
     events.stage(report, "duplicates and rating rules")
-    raw = form.kind == "jsonl"
     k = rules.history_k_core
-    k = (5 if raw else 0) if k is None else k
+    if k is None:
+        k = 0 if set(header) <= _BENCHMARK_COLUMNS else 5
     if k > 1:
         drop_outside_core(events, report, k)
         events.stage(report, f"{k}-core over all time")

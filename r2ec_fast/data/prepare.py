@@ -82,8 +82,8 @@ def prepare_amazon(
         rollback_months: by this many months at a time.
         max_title_words: items with more words in the title are dropped.
         require_price: items without a readable price are dropped.
-        history_k_core: k-core over all time; None: 5 for raw reviews (.jsonl), 0 for benchmark
-            files (.csv), which are 5-core already.
+        history_k_core: k-core over all time; None: 5 for raw reviews, 0 for benchmark files
+            (no other columns than user_id, parent_asin, rating, timestamp), which are 5-core.
         k_core: iterative k-core within the window; 0 is off.
         min_rating: events rated lower, or not rated, are dropped; None keeps all.
         min_user_events: users with fewer events in the window are dropped; 1 as the paper.

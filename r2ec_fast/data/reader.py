@@ -353,7 +353,7 @@ def _parse(
     if not block.strip():
         return pl.DataFrame(schema=types)
     if form.kind == "lines":
-        lines = block.decode("utf8").splitlines()
+        lines = [line.rstrip("\r") for line in block.decode("utf8").removesuffix("\n").split("\n")]
         full = [line for line in lines if line.strip()]
         stats.blank_lines += len(lines) - len(full)
         return pl.DataFrame({"line": full}, schema=types)

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from r2ec_fast.data import RecDataset
+from r2ec_fast.data import RecDataset, make_splits
+from r2ec_fast.data.amazon import AmazonRules, load_amazon
 from r2ec_fast.data.prepare import check_amazon, prepare_amazon
 from r2ec_fast.prompts import PromptBuilder
 
@@ -50,13 +51,7 @@ def events_of(dataset: RecDataset) -> dict[str, list[tuple[str, int, float | Non
 def test_equals_the_plain_version(files, tmp_path, min_items):
     window = {**WINDOW, "min_items": min_items}
     users, items = plain_amazon(*files, **window)
-    dataset = prepare_amazon(
-        str(tmp_path / "set"),
-        reviews=str(files[0]),
-        metadata=str(files[1]),
-        progress=False,
-        **window,
-    ).dataset
+    dataset = make_splits(load_amazon(*files, tmp_path, AmazonRules(**window)).data)
     assert events_of(dataset) == {
         user: [(item, ms // 1000, rating) for item, ms, rating in events]
         for user, events in users.items()
@@ -126,10 +121,11 @@ def test_benchmark_csv_of_the_same_events_gives_the_same_data(prepared, files, t
             lines.append(f"{user},{item},{'' if rating is None else rating},{ms}")
     path = tmp_path / "Generated.csv.gz"
     path.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode()))
-    dataset = prepare_amazon(
-        str(tmp_path / "set"), reviews=str(path), metadata=str(files[1]), progress=False, **WINDOW
-    ).dataset
+    dataset = make_splits(load_amazon(path, files[1], tmp_path, AmazonRules(**WINDOW)).data)
     assert events_of(dataset) == events_of(prepared.dataset)
+    assert "5-core over all time" not in dataset.data.report.to_text()
+    raw = load_amazon(*files, tmp_path, AmazonRules(history_k_core=0, **WINDOW)).data
+    assert "5-core over all time" in prepared.report and raw.num_events > dataset.data.num_events
 
 
 def _records(path):
@@ -202,17 +198,10 @@ def test_item_statistics_of_the_window_start_know_nothing_later(files, tmp_path)
                 row["rating"] = 1.0
             lines.append(json.dumps(row))
         reviews.write_bytes(gzip.compress("\n".join(lines).encode()))
-        dataset = prepare_amazon(
-            str(tmp_path / name / "set"),
-            reviews=str(reviews),
-            metadata=str(files[1]),
-            progress=False,
-            item_statistics="window_start",
-            **WINDOW,
-        ).dataset
-        texts.append(dataset.data.catalog.fields)
-        start = dataset.settings["window_start"]
-        assert start == 1_664_582_400
+        rules = AmazonRules(item_statistics="window_start", **WINDOW)
+        loaded = load_amazon(reviews, files[1], reviews.parent, rules)
+        texts.append(loaded.data.catalog.fields)
+        assert loaded.start == 1_664_582_400
     assert texts[0].equals(texts[1])
     before: dict[str, list[float]] = {}
     everything, _ = plain_amazon(*files, start="1971-01-01", end="2022-10-01", min_items=0)
@@ -220,7 +209,7 @@ def test_item_statistics_of_the_window_start_know_nothing_later(files, tmp_path)
         for item, _, rating in events:
             if rating is not None:
                 before.setdefault(item, []).append(rating)
-    fields = texts[0].with_columns(item=np.array(dataset.data.catalog.ids.ids))
+    fields = texts[0].with_columns(item=np.array(loaded.data.catalog.ids.ids))
     assert fields.height > 100
     for row in fields.rows(named=True):
         ratings = before.get(row["item"], [])
@@ -232,14 +221,8 @@ def test_item_statistics_of_the_window_start_know_nothing_later(files, tmp_path)
 
 
 def test_statistics_can_be_left_out(files, tmp_path):
-    fields = prepare_amazon(
-        str(tmp_path / "set"),
-        reviews=str(files[0]),
-        metadata=str(files[1]),
-        progress=False,
-        item_statistics="none",
-        **WINDOW,
-    ).dataset.data.catalog.fields
+    rules = AmazonRules(item_statistics="none", **WINDOW)
+    fields = load_amazon(*files, tmp_path, rules).data.catalog.fields
     assert fields.columns == ["title", "description"]
 
 

@@ -113,6 +113,22 @@ def test_bytes_that_are_not_utf8(write):
     assert rows[0] == ("1", "café")
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=6), min_size=1, max_size=12))
+def test_byte_repair_equals_decoding_each_line(tmp_path_factory, pieces):
+    lines = [
+        p.replace(b"\n", b"").replace(b"\r", b"") + b"\xff"[: i % 2] + b"x"
+        for i, p in enumerate(pieces)
+    ]
+    path = tmp_path_factory.mktemp("bytes") / "x.txt"
+    path.write_bytes(b"\n".join([b"first", *lines]))
+    rows, stats = rows_of(path)
+    expected = [line.decode("utf8", "replace") for line in lines]
+    assert [row for (row,) in rows] == ["first", *expected]
+    bad = sum("\ufffd" in e and line != e.encode() for e, line in zip(expected, lines, strict=True))
+    assert stats.replaced_lines == bad
+
+
 def test_too_many_fields_is_broken_and_too_few_is_null(write):
     rows, stats = rows_of(write("x.csv", "a,b\n1,2\n3\n4,5,6\n\n7,8\n"))
     assert rows == [("1", "2"), ("3", None), ("7", "8")]
