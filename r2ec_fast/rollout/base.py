@@ -24,6 +24,8 @@ class Rollouts:
         log_prob: float32 [E], log-probability under the sampling temperature and the full
             vocabulary; 0 where not sampled.
         finish_reason: B * G of "answer", "eos", "length".
+        sampler_log_prob: float32 [E] as the sampling engine reported it, where `log_prob` was
+            computed by another model (for an importance correction); else None.
     """
 
     values: np.ndarray
@@ -31,6 +33,7 @@ class Rollouts:
     sampled: np.ndarray
     log_prob: np.ndarray
     finish_reason: list[str]
+    sampler_log_prob: np.ndarray | None = None
 
     @property
     def targets(self) -> np.ndarray:

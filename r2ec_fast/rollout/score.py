@@ -1,0 +1,70 @@
+"""Log-probabilities of given completions by one packed pass of the training model."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.rollout.base import Rollouts
+from r2ec_fast.rollout.modes import eval_mode
+from r2ec_kernels import linear_logprob
+
+
+class HiddenStateModel(Protocol):
+    """What scoring needs of a model; `R2ecModel` is one."""
+
+    lm_head_weight: Tensor
+    lm_head_bias: Tensor | None
+    softcap: float | None
+
+    def __call__(self, batch: PackedBatch) -> Tensor: ...
+
+    def modules(self) -> Sequence[nn.Module]: ...
+
+
+@torch.no_grad()
+def score_rollouts(
+    model: HiddenStateModel,
+    prompts: Sequence[Sequence[int]],
+    rollouts: Rollouts,
+    *,
+    temperature: float,
+    max_tokens: int = 8192,
+) -> np.ndarray:
+    """Log-probabilities of the sampled tokens: full vocabulary, at `temperature`.
+
+    Args:
+        model: maps a `PackedBatch` to the states after the final norm, [T, d].
+        prompts: the B prompts the B * G rows continue; each is computed once.
+        max_tokens: tokens in one forward pass.
+
+    Returns:
+        float32 [E], aligned with `rollouts.values`; 0 where not sampled.
+    """
+    out = np.zeros(len(rollouts.values), np.float32)
+    if not prompts:
+        return out
+    batches = pack_histories(
+        [list(prompt) for prompt in prompts],
+        (rollouts.values, rollouts.offsets),
+        num_generations=len(rollouts) // len(prompts),
+        max_tokens=max_tokens,
+        completion_targets=rollouts.targets,
+        oversize="alone",
+    )
+    with eval_mode(model):
+        for batch in batches:
+            hidden = model(batch)
+            found = linear_logprob(
+                hidden[batch.predict_from.to(hidden.device)],
+                model.lm_head_weight,
+                batch.targets.to(hidden.device),
+                bias=model.lm_head_bias,
+                softcap=model.softcap,
+                temperature=temperature,
+            )
+            out[batch.source.cpu().numpy()] = found.log_prob.float().cpu().numpy()
+    return out
