@@ -8,7 +8,7 @@ from . import items, objective, reference
 from .config import IGNORE, HeadSettings, LogProb, RecPOLoss, RecPOLossConfig
 from .function import LinearLogProb
 
-_AVAILABLE = frozenset({"torch", "reference"})
+_AVAILABLE = frozenset({"triton", "torch", "reference"})
 
 
 def linear_logprob(

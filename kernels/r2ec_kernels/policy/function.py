@@ -1,9 +1,17 @@
 """The autograd boundary of the language-model head: one Function for every implementation."""
 
+import importlib
+from types import ModuleType
+
 import torch
 
-from . import impl_torch
 from .config import HeadSettings
+from .head import HeadForward
+
+
+def implementation(name: str) -> ModuleType:
+    """The module of "torch" or "triton"; triton is imported when it is first used."""
+    return importlib.import_module(f".impl_{name}", __package__)
 
 
 class LinearLogProb(torch.autograd.Function):
@@ -28,7 +36,9 @@ class LinearLogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         frozen = needed == (True, False, False)
         mode = "jacobian" if frozen else "logits" if any(needed) else "value"
-        out = impl_torch.head_forward(hidden, weight, targets, bias, differentiated, mode, settings)
+        out = implementation(settings.impl).head_forward(
+            hidden, weight, targets, bias, differentiated, mode, settings
+        )
         ctx.save_for_backward(hidden, weight, bias, targets, *out)
         ctx.needed, ctx.settings, ctx.frozen = needed, settings, frozen
         return out.log_prob, out.entropy
@@ -40,11 +50,11 @@ class LinearLogProb(torch.autograd.Function):
         none = (None,) * 4
         if grad_log_prob is None and grad_entropy is None:
             return (None, None, None, *none)
-        out = impl_torch.HeadForward(*saved)
+        out = HeadForward(*saved)
         if ctx.frozen and grad_entropy is None:
             grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
             return (grad_hidden, None, None, *none)
-        grads = impl_torch.head_backward(
+        grads = implementation(ctx.settings.impl).head_backward(
             hidden,
             weight,
             targets,

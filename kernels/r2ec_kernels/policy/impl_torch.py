@@ -2,41 +2,29 @@
 
 Blocks of the vocabulary are streamed with an online maximum. For a frozen head the same pass also
 accumulates ``sum_v p_v f_v W_v``, so that it yields the log-probability and its Jacobian row.
-Logits are kept in units of log 2, because exp2 is half the cost of exp (docs/losses.md).
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from .config import HeadSettings
+from .head import (
+    LOG2_E,
+    HeadForward,
+    HeadGradients,
+    accumulate_dtype,
+    addmm,
+    compute_dtype,
+    row_parts,
+    slope,
+)
 
 ROW_TILE = 1024  # rows of one pass over the vocabulary
 TILE_ELEMENTS = 1 << 19  # logits of one tile: 2 MiB in float32, inside the last-level cache
 BLOCK_BYTES = 8 << 20  # rows of the head of one tile: its second product reads them from cache
 MIN_BLOCK = 512  # rows of the head of one tile, at least
 STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
-LOG2_E = math.log2(math.e)
-
-
-class HeadForward(NamedTuple):
-    """What one pass over the vocabulary yields. Rows that are not counted hold 0."""
-
-    log_prob: torch.Tensor  # [T]
-    entropy: torch.Tensor  # [T], or [0] if not asked for
-    maximum: torch.Tensor  # [T], of the transformed logits, in units of log 2
-    total: torch.Tensor  # [T], sum exp(x - maximum)
-    jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d]
-    logits: torch.Tensor  # [counted, V] in units of log 2 (with a soft-cap: its tanh), or [0, V]
-
-
-class HeadGradients(NamedTuple):
-    hidden: torch.Tensor | None  # [T, d]
-    weight: torch.Tensor | None  # [V, d]
-    bias: torch.Tensor | None  # [V]
 
 
 @dataclass(frozen=True)
@@ -92,19 +80,6 @@ class _Tiles:
         return torch.add(-maximum[:, None], logits, alpha=self.outer, out=out)
 
 
-def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Type of the products' inputs. CPUs multiply float32 faster than bfloat16 without AMX."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    kind = hidden.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    return torch.promote_types(dtype, torch.float32) if kind == "cpu" else dtype
-
-
-def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
-    return torch.promote_types(compute, torch.float32)
-
-
 def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
     """Whether a trainable head keeps its logits (3 units) instead of recomputing them (4)."""
     return rows * vocab * itemsize <= STORE_BYTES
@@ -146,7 +121,7 @@ def head_forward(
         hidden.new_zeros(num if jacobian else 0, d, dtype=dtype),
         hidden.new_empty(kept, vocab, dtype=dtype),
     )
-    for rows, with_jacobian in _parts(counted, differentiated if jacobian else None, jacobian):
+    for rows, with_jacobian in row_parts(counted, differentiated, jacobian):
         if not rows.numel():
             continue
         tiles = _tiles(hidden, weight, rows.numel(), compute, settings, kept > 0)
@@ -155,17 +130,6 @@ def head_forward(
             store = out.logits[start : start + ROW_TILE] if kept else None
             _stream(hidden, weight, targets, bias, tile, with_jacobian, store, tiles, settings, out)
     return out
-
-
-def _parts(
-    counted: torch.Tensor, differentiated: torch.Tensor | None, jacobian: bool
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    """Row numbers with and without a second product."""
-    if differentiated is None:
-        yield counted.nonzero()[:, 0], jacobian
-        return
-    yield (counted & differentiated).nonzero()[:, 0], True
-    yield (counted & ~differentiated).nonzero()[:, 0], False
 
 
 def _tiles(
@@ -241,8 +205,8 @@ def _stream(
         total = torch.addcmul(e.sum(1), total, rescale)
         if mean is not None:
             if tiles.softcap:
-                e.mul_(_slope(logits))
-            _addmm(mean.mul_(rescale[:, None]), e, block)
+                e.mul_(slope(logits))
+            addmm(mean.mul_(rescale[:, None]), e, block)
 
     out.maximum[rows], out.total[rows] = maximum, total
     log_total = total.log2()
@@ -252,22 +216,8 @@ def _stream(
     if mean is not None:
         chosen = weight[target].to(tiles.accumulate)
         if tiles.softcap:
-            chosen.mul_(_slope(picked)[:, None])
+            chosen.mul_(slope(picked)[:, None])
         out.jacobian[rows] = chosen.sub_(mean.div_(total[:, None])).div_(settings.temperature)
-
-
-def _slope(tanh: torch.Tensor) -> torch.Tensor:
-    """d cap(x) / dx = 1 - tanh(x / cap)^2, from the tanh itself."""
-    return torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)
-
-
-def _addmm(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``accumulator += left @ right``, summed in the accumulator's type."""
-    if right.dtype == accumulator.dtype:
-        accumulator.addmm_(left, right)
-    else:
-        left = left.to(right.dtype)
-        torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
 
 
 def head_backward(
@@ -316,9 +266,9 @@ def head_backward(
             local = targets[tile_rows] - start
             dz = _grad_logits(tiles, logits, local, tile_rows, forward, grad_log_prob, grad_entropy)
             if needed[0]:
-                _addmm(d_hidden[first : first + ROW_TILE], dz, block)
+                addmm(d_hidden[first : first + ROW_TILE], dz, block)
             if needed[1]:
-                _addmm(dw, dz.T, tile)
+                addmm(dw, dz.T, tile)
             if needed[2]:
                 db += dz.sum(0)
         if d_weight is not None:
@@ -358,4 +308,4 @@ def _grad_logits(
         inside = (local >= 0) & (local < dz.shape[1])
         one = torch.where(inside, grad_log_prob[rows], 0.0).to(dz.dtype)
         dz.scatter_add_(1, local.clamp(0, dz.shape[1] - 1)[:, None], one[:, None])
-    return dz.mul_(_slope(logits)) if tiles.softcap else dz
+    return dz.mul_(slope(logits)) if tiles.softcap else dz

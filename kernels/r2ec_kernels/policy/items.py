@@ -3,7 +3,9 @@
 import torch
 
 from .config import RecPOLossConfig
-from .impl_torch import BLOCK_BYTES, TILE_ELEMENTS
+
+TILE_ELEMENTS = 1 << 19  # scores of a block: 2 MiB in float32
+BLOCK_BYTES = 8 << 20  # rows of a block
 
 
 def item_log_prob(

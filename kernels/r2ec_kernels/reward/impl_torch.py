@@ -16,7 +16,7 @@ from ..search.bounds import HUGE, Queries, prepare_queries
 
 BLOCK_ELEMENTS = 1 << 21  # of a block's rows and scores: they stay in the last-level cache
 MIN_BLOCK = 256  # item rows of a block, at least
-SPLIT = 256  # columns of a partial product: the error bound grows with their number
+SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
 PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered at once to settle near-ties
 LOG2_E = math.log2(math.e)
 _UNIT = 2.0**-24
@@ -155,7 +155,7 @@ class _Scan:
         self.rows, self.ids, self.norms = rows, ids, norms
         self.target, self.targets = target, targets
         d = rows.shape[1]
-        parts = -(-d // SPLIT)
+        parts = 2 if targets.shape[0] >= SPLIT_BATCH and d > 1 else 1
         self.chunk = -(-d // parts)
         # d products summed in ``parts`` sums: (chunk + parts) roundings instead of d
         saved = max(0, d - self.chunk - parts)
@@ -235,10 +235,12 @@ class _Scan:
         error = error.double() + self.raw.abs() * 4 * _UNIT
         high, low = (self.raw + error).float(), (self.raw - error).float()
         self.rank += _sum_rows(torch.gt(scores, high, out=above)).long()
-        near = torch.ge(scores, low, out=reach).sub_(above).nonzero(as_tuple=True)
-        if near[0].numel():
-            self.near.append((near[1], near[0] + start))
-            self.num_near += near[0].numel()
+        near = torch.ge(scores, low, out=reach).sub_(above)
+        some = near.amax(1).nonzero()[:, 0]
+        if some.numel():
+            row, of = near[some].nonzero(as_tuple=True)
+            self.near.append((of, some[row] + start))
+            self.num_near += of.numel()
             if self.num_near * self.rows.shape[1] > PAIR_ELEMENTS:
                 self._settle()
 

@@ -24,6 +24,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(impl_torch, "STORE_BYTES", 40_000)  # some shapes store, some recompute
 
 
+def normal(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def make(shape, dtype=torch.float64, scale=1.0, seed=0):
     num, d, vocab = shape
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +70,7 @@ def budget(ours, plain, exact):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_within_the_error_budget(shape, head, frozen, dtype):
     tensors, targets = make(shape, dtype)
-    upstream = torch.randn(shape[0], dtype=torch.float64)
+    upstream = normal(shape[0])
     exact = run([x.double() for x in tensors], targets, head, upstream, "reference", frozen)
     plain = run(tensors, targets, head, upstream, "reference", frozen)
     ours = run(tensors, targets, head, upstream, "torch", frozen)
@@ -98,7 +102,7 @@ def test_gradcheck(head, frozen):
 @pytest.mark.parametrize("head", HEADS)
 def test_entropy(head, frozen):
     tensors, targets = make((17, 5, 500), torch.float32)
-    upstream = torch.randn(17, dtype=torch.float64)
+    upstream = normal(17)
     args = (targets, head, upstream)
     exact = run([x.double() for x in tensors], *args, "reference", frozen, entropy=True)
     plain = run(tensors, *args, "reference", frozen, entropy=True)
@@ -152,7 +156,7 @@ def test_nothing_counted_and_empty():
 
 def test_non_contiguous_inputs():
     tensors, targets = make((17, 12, 300), torch.float32)
-    upstream = torch.randn(17)
+    upstream = normal(17).float()
     strided = [x.T.contiguous().T for x in tensors[:2]] + tensors[2:]
     for frozen in (True, False):
         a = run(tensors, targets, HEADS[3], upstream, "torch", frozen)

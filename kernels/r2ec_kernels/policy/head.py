@@ -1,0 +1,70 @@
+"""What the implementations of the language-model head share: types, results and small steps."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+LOG2_E = math.log2(math.e)  # logits are kept in units of log 2: exp2 is half the cost of exp
+
+
+class HeadForward(NamedTuple):
+    """What one pass over the vocabulary yields. Rows that are not counted hold 0."""
+
+    log_prob: torch.Tensor  # [T]
+    entropy: torch.Tensor  # [T], or [0] if not asked for
+    maximum: torch.Tensor  # [T], of the transformed logits, in units of log 2
+    total: torch.Tensor  # [T], sum exp(x - maximum)
+    jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d]
+    logits: torch.Tensor  # [counted, V] in units of log 2 (soft-capped: the tanh), or [0, V]
+
+
+class HeadGradients(NamedTuple):
+    hidden: torch.Tensor | None  # [T, d]
+    weight: torch.Tensor | None  # [V, d]
+    bias: torch.Tensor | None  # [V]
+
+
+def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Type of the products' inputs. CPUs multiply float32 faster than bfloat16 without AMX."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    kind = hidden.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return torch.promote_types(dtype, torch.float32) if kind == "cpu" else dtype
+
+
+def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
+    return torch.promote_types(compute, torch.float32)
+
+
+def row_parts(
+    counted: torch.Tensor, differentiated: torch.Tensor | None, jacobian: bool
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Row numbers with and without a second product.
+
+    Counting rows waits for the device, which a CUDA graph cannot: then every row takes part.
+    """
+    if counted.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield torch.arange(counted.numel(), device=counted.device), jacobian
+        return
+    if differentiated is None or not jacobian:
+        yield counted.nonzero()[:, 0], jacobian
+        return
+    yield (counted & differentiated).nonzero()[:, 0], True
+    yield (counted & ~differentiated).nonzero()[:, 0], False
+
+
+def slope(tanh: torch.Tensor) -> torch.Tensor:
+    """d cap(x) / dx = 1 - tanh(x / cap)^2, from the tanh itself."""
+    return torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)
+
+
+def addmm(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``accumulator += left @ right``, summed in the accumulator's type."""
+    if right.dtype == accumulator.dtype:
+        accumulator.addmm_(left, right)
+    else:
+        left = left.to(right.dtype)
+        torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
