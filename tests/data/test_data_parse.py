@@ -6,7 +6,7 @@ import datetime as dt
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2ec_fast.data.parse import parse_ids, parse_prices, parse_time, parse_times
@@ -55,6 +55,7 @@ def test_times_of_typed_columns():
         parse_time("later", "start")
 
 
+@settings(deadline=None)
 @given(st.datetimes(dt.datetime(1970, 1, 1), dt.datetime(2099, 1, 1)), st.integers(-840, 840))
 def test_iso_times_equal_the_standard_library(moment, minutes):
     zone = dt.timezone(dt.timedelta(minutes=minutes))

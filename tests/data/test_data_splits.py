@@ -30,7 +30,7 @@ def pairs(examples) -> list[tuple[int, int]]:
     return list(zip(examples.user.tolist(), examples.position.tolist(), strict=True))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=7), min_size=1, max_size=8))
 def test_time_split_equals_the_plain_loop(times):
     data = data_of(times)

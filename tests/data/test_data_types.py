@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2ec_fast.data import (
@@ -35,6 +35,7 @@ def small_data(times: bool = True) -> InteractionData:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.text(), st.integers()), unique=True))
 def test_id_map_round_trip(ids):
     id_map = IdMap(ids)
@@ -103,6 +104,7 @@ def test_exclude_is_every_earlier_event():
     assert values.tolist() == [] and offsets.tolist() == [0]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 5), st.data())
 def test_exclude_equals_the_plain_loop(lengths, window, draw):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
