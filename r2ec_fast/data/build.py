@@ -11,6 +11,7 @@ from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_times
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.types import Catalog, IdMap, InteractionData
 
+CODE_ROWS = 4_000_000
 REPEATS = ("keep", "first", "last")
 MISSING_TEXT = ("drop", "refuse", "use_id")
 
@@ -335,10 +336,16 @@ def _code(frames: list[pl.DataFrame], name: str) -> tuple[pl.Series, np.ndarray]
     ids = pl.concat([frame[name].unique() for frame in frames]).unique().sort()
     table = pl.DataFrame({name: ids, "code": np.arange(len(ids), dtype=np.uint32)})
     codes = np.empty(sum(frame.height for frame in frames), dtype=np.uint32)
-    start = 0
-    for i, frame in enumerate(frames):
-        part = frame.select(name).join(table, on=name, how="left", maintain_order="left")
-        codes[start : start + frame.height] = part["code"].to_numpy()
-        start += frame.height
-        frames[i] = frame.drop(name)
+    start = first = 0
+    while first < len(frames):
+        last, rows = first, 0
+        while last < len(frames) and rows < CODE_ROWS:  # the table of ids is hashed once a group
+            rows += frames[last].height
+            last += 1
+        group = pl.DataFrame({name: pl.concat([f[name] for f in frames[first:last]])})
+        part = group.join(table, on=name, how="left", maintain_order="left")
+        codes[start : start + rows] = part["code"].to_numpy()
+        start += rows
+        frames[first:last] = [frame.drop(name) for frame in frames[first:last]]
+        first = last
     return ids, codes
