@@ -4,5 +4,14 @@ from r2ec_fast.rollout.base import RolloutEngine, Rollouts
 from r2ec_fast.rollout.engine import TransformersEngine
 from r2ec_fast.rollout.score import score_rollouts
 from r2ec_fast.rollout.vllm_engine import VLLMEngine
+from r2ec_fast.rollout.vllm_server import RolloutServerError, VLLMServerEngine
 
-__all__ = ["RolloutEngine", "Rollouts", "TransformersEngine", "VLLMEngine", "score_rollouts"]
+__all__ = [
+    "RolloutEngine",
+    "RolloutServerError",
+    "Rollouts",
+    "TransformersEngine",
+    "VLLMEngine",
+    "VLLMServerEngine",
+    "score_rollouts",
+]

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from rollout_toys import CONFIGS, EOS, PIECES, random_prompts
+from peft import LoraConfig, get_peft_model
+from rollout_toys import COMMON, CONFIGS, EOS, PIECES, random_prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,20 @@ def make_model():
 @pytest.fixture
 def prompts() -> list[list[int]]:
     return random_prompts([9, 4, 13, 1])
+
+
+@pytest.fixture(scope="module")
+def toy_policy(tmp_path_factory, tokenizer):
+    """(folder of a saved base model, that model with an adapter): large enough heads for vLLM."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 256}
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | sizes), dtype=torch.float32)
+    with torch.no_grad():
+        base.lm_head.weight.mul_(8.0)
+        base.lm_head.weight[1 + len(PIECES) :] = 0.0
+    folder = tmp_path_factory.mktemp("toy")
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+    return str(folder), get_peft_model(base, lora).eval()

@@ -6,9 +6,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from rollout_toys import COMMON, EOS, PIECES, random_prompts
-from transformers import AutoModelForCausalLM, LlamaConfig
+from rollout_toys import EOS, PIECES, random_prompts
 
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.rollout import TransformersEngine, VLLMEngine, score_rollouts
@@ -117,23 +115,12 @@ def test_without_vllm_the_launch_names_it(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, tokenizer):
+def real(toy_policy, tokenizer):
     """A toy Llama with an adapter, and vLLM on the same base weights."""
     pytest.importorskip("vllm")
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 256}
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | sizes), dtype=torch.float32)
-    with torch.no_grad():
-        base.lm_head.weight.mul_(8.0)
-        base.lm_head.weight[1 + len(PIECES) :] = 0.0
-    folder = tmp_path_factory.mktemp("toy")
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
-    lora = LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False)
-    policy = get_peft_model(base, lora).eval()
+    folder, policy = toy_policy
     llm = VLLMEngine.launch(
-        str(folder), max_model_length=128, max_lora_rank=4, dtype="float32", enforce_eager=True
+        folder, max_model_length=128, max_lora_rank=4, dtype="float32", enforce_eager=True
     )
     return llm, R2ecModel(policy, tokenizer)
 
