@@ -29,3 +29,99 @@ def _item_topk_fake(queries, items, k, similarity, temperature, exclude, exclude
 
 
 # ---- reward and policy -------------------------------------------------------------------------
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
+_SETTINGS = "float? softcap, float temperature, bool entropy, ScalarType compute, str impl"
+
+LIBRARY.define(
+    f"linear_logprob_forward({_HEAD}, Tensor? differentiated, str mode, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"linear_logprob_backward({_HEAD}, Tensor[] forward, Tensor? grad_log_prob, "
+    f"Tensor? grad_entropy, bool[3] needed, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "catalog_lse(Tensor queries, Tensor table, Tensor left_out, str similarity, "
+    "float temperature, bool jacobian) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "target_stats(Tensor queries, Tensor items, Tensor targets, str similarity, float temperature, "
+    "Tensor? exclude, Tensor? exclude_offsets, str impl) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(LIBRARY, "linear_logprob_forward", "CompositeExplicitAutograd")
+def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
+    from .policy.config import HeadSettings
+    from .policy.function import implementation
+
+    settings = HeadSettings(*settings)
+    run = implementation(settings.impl).head_forward
+    return tuple(run(hidden, weight, targets, bias, differentiated, mode, settings))
+
+
+@torch.library.register_fake("r2ec_kernels::linear_logprob_forward", lib=LIBRARY)
+def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings):
+    from .policy.config import HeadSettings
+    from .policy.head import empty_forward
+
+    return tuple(empty_forward(hidden, weight, mode, HeadSettings(*settings)))
+
+
+@torch.library.impl(LIBRARY, "linear_logprob_backward", "CompositeExplicitAutograd")
+def _logprob_backward(
+    hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
+):
+    from .policy.config import HeadSettings
+    from .policy.function import implementation
+    from .policy.head import HeadForward
+
+    settings = HeadSettings(*settings)
+    grads = implementation(settings.impl).head_backward(
+        hidden,
+        weight,
+        targets,
+        bias,
+        HeadForward(*forward),
+        grad_log_prob,
+        grad_entropy,
+        tuple(needed),
+        settings,
+    )
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@torch.library.register_fake("r2ec_kernels::linear_logprob_backward", lib=LIBRARY)
+def _logprob_backward_fake(
+    hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
+):
+    inputs = zip((hidden, weight, bias), needed, strict=True)
+    return tuple(torch.empty_like(x) if wanted else hidden.new_empty(0) for x, wanted in inputs)
+
+
+@torch.library.impl(LIBRARY, "catalog_lse", "CompositeExplicitAutograd")
+def _catalog_lse(queries, table, left_out, similarity, temperature, jacobian):
+    from .policy.items import catalog_lse
+
+    return catalog_lse(queries, table, left_out, similarity, temperature, jacobian)
+
+
+@torch.library.register_fake("r2ec_kernels::catalog_lse", lib=LIBRARY)
+def _catalog_lse_fake(queries, table, left_out, similarity, temperature, jacobian):
+    num, d = queries.shape
+    return queries.new_empty(num), queries.new_empty(num if jacobian else 0, d)
+
+
+@torch.library.impl(LIBRARY, "target_stats", "CompositeExplicitAutograd")
+def _target_stats(queries, items, targets, similarity, temperature, exclude, offsets, impl):
+    from .reward.run import target_stats
+
+    pair = exclude if offsets is None else (exclude, offsets)
+    return target_stats(queries, items, targets, similarity, temperature, pair, impl)
+
+
+@torch.library.register_fake("r2ec_kernels::target_stats", lib=LIBRARY)
+def _target_stats_fake(queries, items, targets, similarity, temperature, exclude, offsets, impl):
+    rank = queries.new_empty(queries.shape[0], dtype=torch.int64)
+    return rank, queries.new_empty(queries.shape[0], dtype=torch.float32)

@@ -7,6 +7,7 @@ from ..reward.api import grouped_advantage
 from . import items, objective, reference
 from .config import IGNORE, HeadSettings, LogProb, RecPOLoss, RecPOLossConfig
 from .function import LinearLogProb
+from .head import compute_dtype
 
 _AVAILABLE = frozenset({"triton", "torch", "reference"})
 
@@ -56,7 +57,7 @@ def linear_logprob(
         RuntimeError: ``impl`` cannot run here.
     """
     _check_head(hidden, weight, targets, bias)
-    settings = _head_settings(softcap, temperature, entropy, impl, hidden.device)
+    settings = _head_settings(softcap, temperature, entropy, impl, hidden, weight)
     return _linear_logprob(hidden, weight, targets, bias, None, settings)
 
 
@@ -160,7 +161,7 @@ def recpo_loss(
             f"got shape {list(old_item_log_prob.shape)}"
         )
     settings = _head_settings(
-        config.softcap, config.temperature, config.entropy, config.impl, hidden.device
+        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
     )
     plain = settings.impl == "reference"
 
@@ -216,14 +217,23 @@ def recpo_loss(
 
 
 def _head_settings(
-    softcap: float | None, temperature: float, entropy: bool, impl: str, device: torch.device
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    impl: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
 ) -> HeadSettings:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    impl = resolve(impl, device, "linear_logprob", _AVAILABLE)
-    return HeadSettings(softcap, temperature, entropy, impl)
+    compute = compute_dtype(hidden, weight)
+    if impl == "auto" and compute == torch.float64:
+        impl = "torch"  # float64 has no kernels
+    impl = resolve(impl, hidden.device, "linear_logprob", _AVAILABLE)
+    softcap = None if softcap is None else float(softcap)
+    return HeadSettings(softcap, float(temperature), entropy, compute, impl)
 
 
 def _check_head(

@@ -28,6 +28,7 @@ class HeadSettings:
     softcap: float | None = None
     temperature: float = 1.0
     entropy: bool = False
+    compute: torch.dtype = torch.float32  # of the products' inputs
     impl: str = "torch"
 
 

@@ -14,12 +14,24 @@ def implementation(name: str) -> ModuleType:
     return importlib.import_module(f".impl_{name}", __package__)
 
 
+def settings_list(settings: HeadSettings) -> tuple:
+    """The settings as the ops of ``r2ec_kernels.ops`` take them."""
+    return (
+        settings.softcap,
+        settings.temperature,
+        settings.entropy,
+        settings.compute,
+        settings.impl,
+    )
+
+
 class LinearLogProb(torch.autograd.Function):
     """(log_prob [T], entropy [T] or [0]) of the targets.
 
     ``needed`` says which of (hidden, weight, bias) will be differentiated. Hidden alone (a frozen
     head): forward keeps the Jacobian rows and backward scales them. Otherwise, and for gradients
-    of the entropy: backward recomputes the logits.
+    of the entropy: backward recomputes the logits. In eager mode the implementation is called
+    directly; under torch.compile it is one opaque op each way.
     """
 
     @staticmethod
@@ -36,9 +48,13 @@ class LinearLogProb(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         frozen = needed == (True, False, False)
         mode = "jacobian" if frozen else "logits" if any(needed) else "value"
-        out = implementation(settings.impl).head_forward(
-            hidden, weight, targets, bias, differentiated, mode, settings
-        )
+        inputs = (hidden, weight, targets, bias, differentiated, mode)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if torch.compiler.is_compiling():
+                op = torch.ops.r2ec_kernels.linear_logprob_forward
+                out = HeadForward(*op(*inputs, *settings_list(settings)))
+            else:
+                out = implementation(settings.impl).head_forward(*inputs, settings)
         ctx.save_for_backward(hidden, weight, bias, targets, *out)
         ctx.needed, ctx.settings, ctx.frozen = needed, settings, frozen
         return out.log_prob, out.entropy
@@ -54,15 +70,14 @@ class LinearLogProb(torch.autograd.Function):
         if ctx.frozen and grad_entropy is None:
             grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
             return (grad_hidden, None, None, *none)
-        grads = implementation(ctx.settings.impl).head_backward(
-            hidden,
-            weight,
-            targets,
-            bias,
-            out,
-            grad_log_prob,
-            grad_entropy,
-            ctx.needed,
-            ctx.settings,
-        )
+        inputs = (hidden, weight, targets, bias)
+        rest = (grad_log_prob, grad_entropy, ctx.needed)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if torch.compiler.is_compiling():
+                op = torch.ops.r2ec_kernels.linear_logprob_backward
+                grads = op(*inputs, list(out), *rest, *settings_list(ctx.settings))
+                grads = [g if n else None for g, n in zip(grads, ctx.needed, strict=True)]
+            else:
+                backward = implementation(ctx.settings.impl).head_backward
+                grads = backward(*inputs, out, *rest, ctx.settings)
         return (*grads, *none)

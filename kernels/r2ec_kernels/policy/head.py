@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from .config import HeadSettings
+
+STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
 LOG2_E = math.log2(math.e)  # logits are kept in units of log 2: exp2 is half the cost of exp
 
 
@@ -17,7 +20,7 @@ class HeadForward(NamedTuple):
     maximum: torch.Tensor  # [T], of the transformed logits, in units of log 2
     total: torch.Tensor  # [T], sum exp(x - maximum)
     jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d]
-    logits: torch.Tensor  # [counted, V] in units of log 2 (soft-capped: the tanh), or [0, V]
+    logits: torch.Tensor  # [T, V], counted rows first, in units of log 2 (soft-capped: tanh)
 
 
 class HeadGradients(NamedTuple):
@@ -37,6 +40,29 @@ def compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
 
 def accumulate_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(compute, torch.float32)
+
+
+def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
+    """Whether a trainable head keeps its logits (3 units) instead of recomputing them (4)."""
+    return rows * vocab * itemsize <= STORE_BYTES
+
+
+def empty_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, mode: str, settings: HeadSettings
+) -> HeadForward:
+    """Results of a pass that has not run: zeros."""
+    dtype = accumulate_dtype(settings.compute)
+    (num, d), vocab = hidden.shape, weight.shape[0]
+    stored = mode == "logits" and settings.impl == "torch"
+    stored = stored and stores_logits(num, vocab, dtype.itemsize)
+    return HeadForward(
+        log_prob=hidden.new_zeros(num, dtype=dtype),
+        entropy=hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
+        maximum=hidden.new_zeros(num, dtype=dtype),
+        total=hidden.new_ones(num, dtype=dtype),
+        jacobian=hidden.new_zeros(num if mode == "jacobian" else 0, d, dtype=dtype),
+        logits=hidden.new_empty(num if stored else 0, vocab, dtype=dtype),
+    )
 
 
 def row_parts(

@@ -15,7 +15,7 @@ from .head import (
     HeadGradients,
     accumulate_dtype,
     addmm,
-    compute_dtype,
+    empty_forward,
     row_parts,
     slope,
 )
@@ -24,7 +24,6 @@ ROW_TILE = 1024  # rows of one pass over the vocabulary
 TILE_ELEMENTS = 1 << 19  # logits of one tile: 2 MiB in float32, inside the last-level cache
 BLOCK_BYTES = 8 << 20  # rows of the head of one tile: its second product reads them from cache
 MIN_BLOCK = 512  # rows of the head of one tile, at least
-STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ class _Tiles:
         return torch.add(-maximum[:, None], logits, alpha=self.outer, out=out)
 
 
-def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
-    """Whether a trainable head keeps its logits (3 units) instead of recomputing them (4)."""
-    return rows * vocab * itemsize <= STORE_BYTES
-
-
 def head_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -105,29 +99,16 @@ def head_forward(
         mode: "value"; "jacobian" also gives the differentiated rows' Jacobian; "logits" also
             gives the logits if they are few enough to store.
     """
-    compute = compute_dtype(hidden, weight)
-    dtype = accumulate_dtype(compute)
-    (num, d), vocab = hidden.shape, weight.shape[0]
-    jacobian = mode == "jacobian"
     counted = targets >= 0
-    kept = 0
-    if mode == "logits" and stores_logits(num, vocab, dtype.itemsize):
-        kept = int(counted.sum())
-    out = HeadForward(
-        hidden.new_zeros(num, dtype=dtype),
-        hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
-        hidden.new_zeros(num, dtype=dtype),
-        hidden.new_zeros(num, dtype=dtype),
-        hidden.new_zeros(num if jacobian else 0, d, dtype=dtype),
-        hidden.new_empty(kept, vocab, dtype=dtype),
-    )
-    for rows, with_jacobian in row_parts(counted, differentiated, jacobian):
+    out = empty_forward(hidden, weight, mode, settings)
+    stored = out.logits.shape[0] > 0
+    for rows, with_jacobian in row_parts(counted, differentiated, mode == "jacobian"):
         if not rows.numel():
             continue
-        tiles = _tiles(hidden, weight, rows.numel(), compute, settings, kept > 0)
+        tiles = _tiles(hidden, weight, rows.numel(), settings, stored)
         for start in range(0, rows.numel(), ROW_TILE):
             tile = rows[start : start + ROW_TILE]
-            store = out.logits[start : start + ROW_TILE] if kept else None
+            store = out.logits[start : start + tile.numel()] if stored else None
             _stream(hidden, weight, targets, bias, tile, with_jacobian, store, tiles, settings, out)
     return out
 
@@ -136,11 +117,10 @@ def _tiles(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     num_rows: int,
-    compute: torch.dtype,
     settings: HeadSettings,
     stored: bool,
 ) -> _Tiles:
-    rows = min(num_rows, ROW_TILE)
+    rows, compute = min(num_rows, ROW_TILE), settings.compute
     vocab, d = weight.shape
     by_logits = TILE_ELEMENTS // max(rows, 1)
     by_bytes = BLOCK_BYTES // max(d * compute.itemsize, 1)
@@ -235,7 +215,7 @@ def head_backward(
 
     Rows whose incoming gradient is zero are left out.
     """
-    compute = compute_dtype(hidden, weight)
+    compute = settings.compute
     counted = targets >= 0
     live = torch.zeros_like(counted)
     for grad in (grad_log_prob, grad_entropy):
@@ -244,7 +224,7 @@ def head_backward(
     stored = forward.logits.shape[0] > 0
     rows = (counted if stored else counted & live).nonzero()[:, 0]
     (vocab, d), dtype = weight.shape, forward.total.dtype
-    tiles = _tiles(hidden, weight, rows.numel(), compute, settings, stored)
+    tiles = _tiles(hidden, weight, rows.numel(), settings, stored)
     new = hidden.new_zeros
     d_hidden = new(rows.numel() if needed[0] else 0, d, dtype=dtype)
     d_weight = torch.empty_like(weight) if needed[1] else None
@@ -259,7 +239,7 @@ def head_backward(
             tile_rows = rows[first : first + ROW_TILE]
             tile = hidden[tile_rows].to(compute)
             if stored:
-                logits = forward.logits[first : first + ROW_TILE]
+                logits = forward.logits[first : first + tile_rows.numel()]
             else:
                 into = tiles.first[: tile_rows.numel() * (end - start)].view(-1, end - start)
                 logits = tiles.logits(tiles.hidden(tile), block, part, into)

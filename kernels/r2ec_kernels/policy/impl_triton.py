@@ -17,7 +17,7 @@ from .head import (
     HeadGradients,
     accumulate_dtype,
     addmm,
-    compute_dtype,
+    empty_forward,
     row_parts,
     slope,
 )
@@ -249,26 +249,15 @@ def head_forward(
     settings: HeadSettings,
 ) -> HeadForward:
     """As ``impl_torch.head_forward``; logits are never stored."""
-    compute = compute_dtype(hidden, weight)
-    dtype = accumulate_dtype(compute)
-    if dtype != torch.float32:
+    if accumulate_dtype(settings.compute) != torch.float32:
         raise RuntimeError("impl='triton' has no float64 kernels; use impl='torch'")
-    num, d = hidden.shape
-    jacobian = mode == "jacobian"
-    counted = targets >= 0
-    out = HeadForward(
-        hidden.new_zeros(num, dtype=dtype),
-        hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
-        hidden.new_zeros(num, dtype=dtype),
-        hidden.new_ones(num, dtype=dtype),
-        hidden.new_zeros(num if jacobian else 0, d, dtype=dtype),
-        hidden.new_empty(0, weight.shape[0], dtype=dtype),
-    )
-    for rows, with_jacobian in row_parts(counted, differentiated, jacobian):
+    counted, d = targets >= 0, hidden.shape[1]
+    out = empty_forward(hidden, weight, mode, settings)
+    for rows, with_jacobian in row_parts(counted, differentiated, mode == "jacobian"):
         for tile in rows.split(ROW_TILE):
             if not tile.numel():
                 continue
-            states, target = hidden[tile].to(compute), targets[tile]
+            states, target = hidden[tile].to(settings.compute), targets[tile]
             fused = with_jacobian and d <= FUSED_WIDTH and not settings.entropy
             run = _fused if fused else _folded
             found = run(states, weight, target, bias, with_jacobian, settings)
@@ -420,7 +409,7 @@ def head_backward(
     settings: HeadSettings,
 ) -> HeadGradients:
     """As ``impl_torch.head_backward``, from recomputed logits."""
-    compute, dtype = compute_dtype(hidden, weight), torch.float32
+    compute, dtype = settings.compute, torch.float32
     counted = targets >= 0
     live = torch.zeros_like(counted)
     for grad in (grad_log_prob, grad_entropy):

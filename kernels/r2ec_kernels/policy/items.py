@@ -31,8 +31,9 @@ def item_log_prob(
     scores = scores.masked_fill(~keep.repeat_interleave(group, 0), -torch.inf)
     lse = scores.logsumexp(1)
     if item_table is not None:
+        needed = torch.is_grad_enabled() and users.requires_grad
         rest = CatalogLSE.apply(
-            users, item_table, item_ids, config.similarity, config.item_temperature
+            users, item_table, item_ids, config.similarity, config.item_temperature, needed
         )
         lse = torch.logaddexp(lse, rest)
     target = item_targets.repeat_interleave(group)
@@ -85,10 +86,12 @@ class CatalogLSE(torch.autograd.Function):
         left_out: torch.Tensor,  # int64, ids of rows that do not take part
         similarity: str,
         temperature: float,
+        needed: bool,
     ) -> torch.Tensor:
-        lse, jacobian = catalog_lse(
-            queries, table, left_out, similarity, temperature, queries.requires_grad
-        )
+        compiling = torch.compiler.is_compiling()
+        run = torch.ops.r2ec_kernels.catalog_lse if compiling else catalog_lse
+        with torch.autocast(queries.device.type, enabled=False):
+            lse, jacobian = run(queries, table, left_out, similarity, temperature, needed)
         ctx.save_for_backward(jacobian)
         return lse
 
@@ -96,7 +99,7 @@ class CatalogLSE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (jacobian,) = ctx.saved_tensors
-        return grad[:, None] * jacobian, None, None, None, None
+        return grad[:, None] * jacobian, None, None, None, None, None
 
 
 def catalog_lse(

@@ -5,11 +5,9 @@ from typing import NamedTuple
 import torch
 
 from ..canonical import SIMILARITIES
-from ..dispatch import checks_enabled, resolve
-from ..exclude import Exclude, normalize_exclude
-from . import impl_torch, reference
-
-_AVAILABLE = frozenset({"torch", "reference"})
+from ..dispatch import checks_enabled
+from ..exclude import Exclude, check_exclude, split_exclude
+from . import impl_torch
 
 
 class TargetStats(NamedTuple):
@@ -61,11 +59,18 @@ def target_stats(
         RuntimeError: ``impl`` cannot run here.
     """
     _check_tables(queries, items, targets, similarity, temperature)
-    impl = resolve(impl, queries.device, "target_stats", _AVAILABLE)
-    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], queries.device)
-    compute = reference.target_stats if impl == "reference" else impl_torch.target_stats
-    with torch.no_grad():
-        rank, log_prob = compute(queries, items, targets, similarity, temperature, values, offsets)
+    check_exclude(exclude, queries.shape[0])
+    values, offsets = split_exclude(exclude)
+    rank, log_prob = torch.ops.r2ec_kernels.target_stats(
+        queries.detach(),
+        items.detach(),
+        targets,
+        similarity,
+        float(temperature),
+        values,
+        offsets,
+        impl,
+    )
     return TargetStats(rank, log_prob)
 
 

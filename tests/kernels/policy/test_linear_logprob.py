@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r2ec_kernels import linear_logprob
+from r2ec_kernels.policy import head as shared
 from r2ec_kernels.policy import impl_torch
 
 SHAPES = [(1, 1, 1), (3, 60, 63), (17, 5, 500), (64, 33, 1031)]  # T, d, V
@@ -21,7 +22,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(impl_torch, "ROW_TILE", 24)
     monkeypatch.setattr(impl_torch, "MIN_BLOCK", 96)
     monkeypatch.setattr(impl_torch, "TILE_ELEMENTS", 1)
-    monkeypatch.setattr(impl_torch, "STORE_BYTES", 40_000)  # some shapes store, some recompute
+    monkeypatch.setattr(shared, "STORE_BYTES", 40_000)  # some shapes store, some recompute
 
 
 def normal(*shape, seed=1):
