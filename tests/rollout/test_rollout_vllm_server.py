@@ -136,7 +136,7 @@ def real(toy_policy, tokenizer):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--served-model-name", "toy", "--port", str(port), "--host", "127.0.0.1"]
     command += ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     command += ["--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8"]
@@ -148,7 +148,7 @@ def real(toy_policy, tokenizer):
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(url + "/health", process, seconds=280)
+        _wait(url + "/health", process, seconds=600)
         yield url, R2ecModel(policy, tokenizer), process
     finally:
         if process.poll() is None:
@@ -168,7 +168,7 @@ def _wait(url: str, process: subprocess.Popen, seconds: float) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_real_server_follows_the_adapter_and_its_death_is_an_error(real, tokenizer):
     url, model, process = real
     engine = VLLMServerEngine(url, "toy", tokenizer, MARKER, policy=model.backbone)
