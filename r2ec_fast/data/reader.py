@@ -18,6 +18,8 @@ from pathlib import Path
 
 import polars as pl
 
+from r2ec_fast.data.report import LoadReport
+
 BLOCK_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 STRICT_BYTES = 64 << 10  # a refused block this small is read line by line
@@ -174,7 +176,7 @@ def read_blocks(
         )
 
 
-def add_read_lines(stats: ReadStats, report) -> None:
+def add_read_lines(stats: ReadStats, report: LoadReport) -> None:
     """Enter what reading met into a LoadReport."""
     name = stats.path
     report.add(f"{name}: broken line", stats.broken_lines, "dropped", "a line that is no record")
