@@ -50,6 +50,11 @@ def canonical_scores(
     return out
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def order_keys(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Unique int64 keys whose descending order is (score descending, id ascending).
 
@@ -79,6 +84,8 @@ def _scores(
 ) -> torch.Tensor:
     """One block of canonical scores: a product with its error bound, then the ambiguous ones."""
     query, row = queries.double(), rows.double()
+    if is_capturing(row.device):  # no decision that the host would have to wait for
+        return _defining_scores(query[:, None], row, similarity, temperature).add_(0.0)
     dot = torch.bmm(row, query.unsqueeze(2)).squeeze(2) if row.dim() == 3 else query @ row.T
     query_norm = torch.linalg.vector_norm(query, dim=-1).unsqueeze(-1)
     row_norm = torch.linalg.vector_norm(row, dim=-1)
@@ -112,7 +119,7 @@ def _scores(
 def _defining_scores(
     query: torch.Tensor, row: torch.Tensor, similarity: str, temperature: float
 ) -> torch.Tensor:
-    """The definition: float64 query [P, d] and row [P, d] -> float32 [P]."""
+    """The definition: float64 query [..., d] and row [..., d] -> float32 [...]."""
     if similarity == "l2":
         value = -_fold_sum((query - row).square_()).sqrt()
     else:
@@ -124,14 +131,14 @@ def _defining_scores(
 
 
 def _fold_sum(terms: torch.Tensor) -> torch.Tensor:
-    """Sum float64 terms [P, d] -> [P], always in the same order; overwrites ``terms``.
+    """Sum float64 terms [..., d] -> [...], always in the same order; overwrites ``terms``.
 
     The upper half is added to the lower half until one column is left (the middle one of an odd
     width waits), so the order depends on d alone.
     """
-    width = terms.shape[1]
+    width = terms.shape[-1]
     while width > 1:
         half = width // 2
-        terms[:, :half] += terms[:, width - half : width]
+        terms[..., :half] += terms[..., width - half : width]
         width -= half
-    return terms[:, 0]
+    return terms[..., 0]

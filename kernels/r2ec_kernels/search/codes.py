@@ -132,7 +132,7 @@ def encode(
         code = (exact / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
     held = code.double() * scale.double()[:, None]
     return {
-        "code": _padded(code),
+        "code": padded(code),
         "scale": scale,
         "residual": (torch.linalg.vector_norm(exact - held, dim=1) * _UP).float(),
         "size": (torch.linalg.vector_norm(held, dim=1) * _UP).float(),
@@ -141,7 +141,8 @@ def encode(
     }
 
 
-def _padded(vectors: torch.Tensor) -> torch.Tensor:
+def padded(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors [n, d] with zero columns up to a multiple of DIM_MULTIPLE."""
     return torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % DIM_MULTIPLE))
 
 
@@ -173,7 +174,7 @@ def scaled_queries(query: Queries) -> torch.Tensor:
 
 def measured_run(product: Product, codes: torch.Tensor, query: Queries) -> Callable[[int], None]:
     """A function that multiplies the first n rows of ``codes`` with a batch, for timing."""
-    operand = product.prepare(_padded(scaled_queries(query)))
+    operand = product.prepare(padded(scaled_queries(query)))
 
     def run(rows: int) -> None:
         part = codes[: -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE]
@@ -198,7 +199,7 @@ class CodePass:
         if query.similarity == "l2":
             exact = exact - mean
         self.name = product.name
-        self.operand = product.prepare(_padded(exact))
+        self.operand = product.prepare(padded(exact))
         norm = torch.linalg.vector_norm(exact, dim=1)
         used = norm + self.operand.missed
         unit = product.unit + (exact.shape[1] + 4) * 2.0**-23 + query.unit + _TINY

@@ -7,6 +7,7 @@ numbers that float32 cannot hold) take the dense path: canonical scores of every
 Memory is O(B k + block) either way, and results do not depend on which path ran.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,8 +46,6 @@ class Table(Protocol):
 
     rows: torch.Tensor  # [num_rows, d], the stored values
     ids: torch.Tensor | None  # int64 [num_rows]: the id of each row; None: its position
-
-    def first_pass(self, query: Queries) -> FirstPass: ...
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,11 @@ class _Pool:
 
 
 def certified_topk(
-    table: Table, query: Queries, k: int, excluded: Excluded
+    table: Table,
+    first_pass: Callable[[Queries], FirstPass],
+    query: Queries,
+    k: int,
+    excluded: Excluded,
 ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
     """The k best rows of ``table`` for each query, exactly.
 
@@ -225,13 +228,13 @@ def certified_topk(
     if not bool(dense.all()):
         chosen = ~dense
         part = query if bool(chosen.all()) else query[chosen]
-        scan = table.first_pass(part)
+        scan = first_pass(part)
         found, failed, candidates, opened = _scan(table, scan, part, width, excluded.pick(chosen))
         name = scan.name
         keys[chosen, :width] = found
         dense[chosen] = failed
     if bool(dense.any()):
-        keys[dense, :width] = _dense_topk(table, query[dense], width, excluded.pick(dense))
+        keys[dense, :width] = dense_topk(table, query[dense], width, excluded.pick(dense))
     num_dense = int(dense.sum())
     ratio = candidates / max(1, (batch - num_dense) * width)
     return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense)
@@ -305,7 +308,7 @@ def _rescore(
     return keys
 
 
-def _dense_topk(table: Table, query: Queries, k: int, excluded: Excluded) -> torch.Tensor:
+def dense_topk(table: Table, query: Queries, k: int, excluded: Excluded) -> torch.Tensor:
     """Order keys [B, k] from canonical scores of every row, merged block by block."""
     batch, device = query.original.shape[0], query.original.device
     keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)

@@ -1,12 +1,14 @@
 """item_topk over a plain table in plain torch: memory bounded, any device."""
 
 import math
+from functools import partial
 
 import torch
 
 from ..exclude import Exclude, normalize_exclude
 from .bounds import HUGE, Queries, prepare_queries
 from .engine import Excluded, certified_topk
+from .plain import PlainTable
 
 # Elements of a first-pass block: its rows and its scores stay in a CPU's cache.
 _BLOCK_ELEMENTS = {"cpu": 1 << 21}
@@ -58,18 +60,6 @@ class Float32Pass:
         return query.product_error(torch.tensor(high, device=out.device)), doubtful
 
 
-class PlainTable:
-    """A table [N, d] as the caller holds it."""
-
-    ids = None
-
-    def __init__(self, items: torch.Tensor) -> None:
-        self.rows = items
-
-    def first_pass(self, query: Queries) -> Float32Pass:
-        return Float32Pass(self.rows, None, query)
-
-
 def item_topk(
     queries: torch.Tensor,
     items: torch.Tensor,
@@ -80,10 +70,7 @@ def item_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)
-    scores, ids, _ = certified_topk(
-        PlainTable(items),
-        prepare_queries(queries, similarity, temperature),
-        k,
-        Excluded(values, offsets),
-    )
+    query = prepare_queries(queries, similarity, temperature)
+    scan = partial(Float32Pass, items, None)
+    scores, ids, _ = certified_topk(PlainTable(items), scan, query, k, Excluded(values, offsets))
     return scores, ids

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from .. import dispatch
 from ..dispatch import checks_enabled
 from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
@@ -19,6 +21,7 @@ from .locks import SharedLock
 from .stats import certified_stats
 from .storage import Storage
 
+_IMPLEMENTATIONS = frozenset({"torch", "triton"})
 SCANS = ("auto", "none", "bf16", "int8")
 
 
@@ -57,7 +60,7 @@ class ItemIndex:
         if scan not in SCANS:
             raise ValueError(f"scan: expected one of {', '.join(SCANS)}, got {scan!r}")
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
-        self._kinds = {"none": (), "auto": ("int8",)}.get(scan, (scan,))
+        self._kinds = _kinds(scan, items)
         self._lock = SharedLock()
         self._last_search: SearchStats | None = None
         self._storage = Storage(similarity, self._kinds)
@@ -117,8 +120,14 @@ class ItemIndex:
         queries = self._checked_queries(queries)
         with self._lock.shared():
             query = prepare_queries(queries, self.similarity, self.temperature)
-            table = _View(self, any_scan=True)
-            scores, ids, stats = certified_topk(table, query, k, self._excluded(exclude, queries))
+            excluded = self._excluded(exclude, queries)
+            name = dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
+            if name == "triton":
+                scores, ids, stats = self._search_triton(query, k, excluded)
+            elif name == "torch":
+                scores, ids, stats = certified_topk(
+                    self._view(), self._first_pass, query, k, excluded
+                )
         self._last_search = stats
         return TopK(scores, ids)
 
@@ -140,8 +149,9 @@ class ItemIndex:
         with self._lock.shared():
             rows = self._storage.place[self._live_ids("targets", targets)]
             query = prepare_queries(queries, self.similarity, self.temperature)
-            table = _View(self, any_scan=False)
-            rank, log_prob = certified_stats(table, query, rows, self._excluded(exclude, queries))
+            rank, log_prob = certified_stats(
+                self._view(), self._float32_pass, query, rows, self._excluded(exclude, queries)
+            )
         return TargetStats(rank, log_prob)
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
@@ -240,6 +250,36 @@ class ItemIndex:
         ids, offsets = normalize_exclude(exclude, queries.shape[0], place.numel(), place.device)
         return Excluded(place[ids], offsets)
 
+    def _view(self) -> "_View":
+        return _View(self._storage.live("rows"), self._storage.live("ids"))
+
+    def _float32_pass(self, query: Queries) -> FirstPass:
+        return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
+
+    def _first_pass(self, query: Queries) -> FirstPass:
+        kind, product = self._product(query)
+        if product is None:
+            return self._float32_pass(query)
+        height = block_rows(self.dim, query.scaled.shape[0], self.device)
+        return CodePass(self._storage.copy(kind), self._storage.mean, product, query, height)
+
+    def _search_triton(
+        self, query: Queries, k: int, excluded: Excluded
+    ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
+        from . import impl_triton
+
+        view = self._view()
+        if self._kinds and view.rows.shape[0]:
+            copy = self._storage.copy(self._kinds[0])
+            live = {name: tensor[: view.rows.shape[0]] for name, tensor in copy.items()}
+            scanned = impl_triton.scan_codes(query, live, self._storage.mean)
+        elif view.rows.shape[0]:
+            scanned = impl_triton.scan_rows(query, view.rows, self._storage.live("norm"))
+        else:
+            scanned = None
+        name = f"triton {self._kinds[0] if self._kinds else 'none'}"
+        return impl_triton.certified_topk(scanned, query, view, k, excluded, name)
+
     def _product(self, query: Queries) -> tuple[str, Product | None]:
         """The copy and the product a search of this batch scans; ("none", None): the rows."""
         storage, batch = self._storage, query.scaled.shape[0]
@@ -260,20 +300,19 @@ class ItemIndex:
         return products[fastest(key, runs, storage.size, 4 * self.dim)]
 
 
+@dataclass(frozen=True)
 class _View:
     """The live rows during one search."""
 
-    def __init__(self, index: ItemIndex, any_scan: bool) -> None:
-        self.index, self.any_scan = index, any_scan
-        self.rows, self.ids = index._storage.live("rows"), index._storage.live("ids")
+    rows: torch.Tensor
+    ids: torch.Tensor
 
-    def first_pass(self, query: Queries) -> FirstPass:
-        storage = self.index._storage
-        kind, product = self.index._product(query) if self.any_scan else ("none", None)
-        if product is None:
-            return Float32Pass(self.rows, storage.live("norm"), query)
-        height = block_rows(self.index.dim, query.scaled.shape[0], self.rows.device)
-        return CodePass(storage.copy(kind), storage.mean, product, query, height)
+
+def _kinds(scan: str, items: torch.Tensor) -> tuple[str, ...]:
+    """The low-precision copies of an index."""
+    if scan != "auto":
+        return () if scan == "none" else (scan,)
+    return ("int8",)
 
 
 def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:

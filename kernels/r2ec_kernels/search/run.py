@@ -6,7 +6,7 @@ from .. import dispatch
 from ..exclude import Exclude
 from . import impl_torch, reference
 
-_IMPLEMENTATIONS = {"torch": impl_torch.item_topk, "reference": reference.item_topk}
+_AVAILABLE = frozenset({"triton", "torch", "reference"})
 
 
 def item_topk(
@@ -19,9 +19,14 @@ def item_topk(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores float32 [B, k] and indices int64 [B, k] by the implementation that ``impl`` names."""
-    name = dispatch.resolve(impl, items.device, "item_topk", frozenset(_IMPLEMENTATIONS))
+    name = dispatch.resolve(impl, items.device, "item_topk", _AVAILABLE)
     if dispatch.checks_enabled():
         for argument, vectors in (("queries", queries), ("items", items)):
             if not bool(torch.isfinite(vectors).all()):
                 raise ValueError(f"{argument}: expected finite values, got NaN or infinity")
-    return _IMPLEMENTATIONS[name](queries, items, k, similarity, temperature, exclude)
+    if name == "triton":
+        from . import impl_triton
+
+        return impl_triton.item_topk(queries, items, k, similarity, temperature, exclude)
+    compute = reference.item_topk if name == "reference" else impl_torch.item_topk
+    return compute(queries, items, k, similarity, temperature, exclude)

@@ -1,17 +1,23 @@
 """Exact ranks and log-probabilities of targets over an index's rows, in one float32 pass."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..canonical import canonical_scores
 from .bounds import Queries
-from .engine import Excluded, Table
+from .engine import Excluded, FirstPass, Table
 
 _PAIRS = 1 << 20  # elements of rows gathered at once to settle near-ties
 _DENSE_BLOCK = 4096
 
 
 def certified_stats(
-    table: Table, query: Queries, targets: torch.Tensor, excluded: Excluded
+    table: Table,
+    first_pass: Callable[[Queries], FirstPass],
+    query: Queries,
+    targets: torch.Tensor,
+    excluded: Excluded,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]).
 
@@ -30,7 +36,8 @@ def certified_stats(
     dense = torch.ones_like(query.dense) if query.similarity == "l2" else query.dense.clone()
     chosen = ~dense
     if bool(chosen.any()):
-        state = _Scanned(table, query[chosen], target[chosen], targets[chosen])
+        part = query[chosen]
+        state = _Scanned(table, first_pass(part), part, target[chosen], targets[chosen])
         if state.run(excluded.pick(chosen)):
             rank[chosen], log_prob[chosen] = state.rank, state.log_prob()
         else:
@@ -45,10 +52,15 @@ class _Scanned:
     """The running rank and log-sum-exp of a float32 pass."""
 
     def __init__(
-        self, table: Table, query: Queries, target: torch.Tensor, targets: torch.Tensor
+        self,
+        table: Table,
+        scan: FirstPass,
+        query: Queries,
+        target: torch.Tensor,
+        targets: torch.Tensor,
     ) -> None:
         self.table, self.query, self.target, self.targets = table, query, target, targets
-        self.scan = table.first_pass(query)
+        self.scan = scan
         rows = table.rows[targets].double()
         raw = (query.original.double() * query.scale[:, None] * rows).sum(1)
         self.logit = 1.0 / (query.scale * query.temperature)

@@ -1,0 +1,176 @@
+"""Compile every shipped kernel configuration without a GPU: ``python -m r2ec_kernels.aot``.
+
+Prints one row a target, kernel and configuration: registers, spilled bytes, shared memory,
+tensor-core instructions, and the programs a multiprocessor holds. Exit status 1 on a spill, on
+shared memory or registers beyond the chip, or where a kernel that should use tensor cores does not.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+# Rooms whose ``impl_triton`` module has ``aot_configs()``, a list of dictionaries:
+#   name: "room.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
+#   constexprs: compile-time values; num_warps; num_stages;
+#   uses_tensor_cores: whether it must contain tensor-core instructions;
+#   aligned (optional): names of arguments that are multiples of 16.
+ROOMS = ("search", "reward", "policy")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one target: a multiprocessor or compute unit."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int  # bytes a program may use
+    shared_total: int  # bytes of all its programs
+    registers: int  # 32-bit registers
+    threads: int
+    mma: str  # pattern of its tensor-core instructions
+
+
+CHIPS = (
+    Chip("sm_80", "cuda", 80, 32, 166912, 167936, 65536, 2048, r"\bmma\.sync"),
+    Chip("sm_90", "cuda", 90, 32, 232448, 233472, 65536, 2048, r"wgmma\.mma_async|\bmma\.sync"),
+    Chip("sm_100", "cuda", 100, 32, 232448, 233472, 65536, 2048, r"tcgen05\.mma|\bmma\.sync"),
+    Chip("gfx942", "hip", "gfx942", 64, 65536, 65536, 131072, 2048, r"v_mfma"),
+)
+
+
+@dataclass
+class Result:
+    """What the compiler made of a configuration."""
+
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    mma: int = 0
+    programs: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def configurations() -> list[dict[str, Any]]:
+    """Every shipped configuration of every kernel of every room."""
+    found = []
+    for room in ROOMS:
+        name = f"{__package__}.{room}.impl_triton"
+        if importlib.util.find_spec(name) is not None:
+            found += importlib.import_module(name).aot_configs()
+    return found
+
+
+def compile_for(chip: Chip, case: dict[str, Any]) -> Result:
+    """Compile one configuration for one chip and read its resources."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, warps = case["kernel"], case["num_warps"]
+    aligned = {name for name, kind in case["signature"].items() if kind.startswith("*")}
+    aligned |= set(case.get("aligned", ()))
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)
+    }
+    source = ASTSource(kernel, case["signature"], constexprs=case["constexprs"], attrs=attributes)
+    options = {"num_warps": warps, "num_stages": case["num_stages"]}
+    result = Result()
+    try:
+        target = GPUTarget(chip.backend, chip.arch, chip.warp)
+        built = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        result.problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return result
+    result.shared = built.metadata.shared
+    text = built.asm["ptx"] if chip.backend == "cuda" else built.asm["amdgcn"]
+    result.mma = len(re.findall(chip.mma, text))
+    usage = _cubin_usage(built.asm["cubin"]) if chip.backend == "cuda" else _amd_usage(text)
+    result.registers, result.spills = usage
+    threads = warps * chip.warp
+    limits = [chip.threads // threads, chip.registers // max(1, result.registers * threads)]
+    if result.shared:
+        limits.append(chip.shared_total // (result.shared + 1024))
+    result.programs = min(limits)
+    if result.spills:
+        result.problems.append(f"spills {result.spills} bytes")
+    if result.shared > chip.shared:
+        result.problems.append(f"shared memory {result.shared} > {chip.shared}")
+    if result.programs == 0:
+        result.problems.append("does not fit a multiprocessor")
+    if case["uses_tensor_cores"] and not result.mma:
+        result.problems.append("no tensor-core instruction")
+    return result
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) from cuobjdump, which Triton ships."""
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(\w+):(\d+)", text))
+    # STACK counts local arrays and spills; LOCAL spills of the entry function.
+    return int(usage["REG"]), int(usage.get("LOCAL", 0)) + int(usage.get("STACK", 0))
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """(vector registers, scratch bytes) from the code object's metadata."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    accumulators = re.search(r"\.agpr_count:\s+(\d+)", assembly)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    total = int(registers[1]) if registers else 0
+    return max(total, int(accumulators[1]) if accumulators else 0), int(scratch[1])
+
+
+def describe(case: dict[str, Any]) -> str:
+    """The types and sizes that tell configurations of one kernel apart."""
+    types = sorted({t[1:] for t in case["signature"].values() if t in ("*i8", "*bf16", "*fp16")})
+    constants = case["constexprs"].items()
+    sizes = [f"{name.lower()}={value}" for name, value in constants if type(value) is int]
+    flags = [name.lower() for name, value in constants if value is True]
+    return " ".join([*(types or ["fp32"]), *sizes, *flags, f"warps={case['num_warps']}"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m r2ec_kernels.aot", description=__doc__)
+    parser.add_argument("--target", choices=[chip.name for chip in CHIPS], action="append")
+    parser.add_argument("--op", help="only ops whose name contains this")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    every = configurations()
+    rows = [("target", "op", "configuration", "regs", "spill", "shared", "mma", "progs", "verdict")]
+    failed = False
+    for chip in CHIPS:
+        if chosen.target and chip.name not in chosen.target:
+            continue
+        for case in every:
+            if chosen.op and chosen.op not in case["name"]:
+                continue
+            result = compile_for(chip, case)
+            failed |= bool(result.problems)
+            numbers = (result.registers, result.spills, result.shared, result.mma, result.programs)
+            verdict = "; ".join(result.problems) or "ok"
+            rows.append((chip.name, case["name"], describe(case), *map(str, numbers), verdict))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        sys.stdout.write(line.rstrip() + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Launch configurations of the search kernel, by architecture, type and batch. No tuning at import.
+
+``R2EC_AUTOTUNE=1`` times the configurations of the table on first use and remembers the best one
+in ``$R2EC_CACHE/launch.json`` (default ``~/.cache/r2ec_kernels``).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block_m items x block_n queries x block_k columns a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Items are the long side of the tile. Narrow tiles read the table once and leave room for several
+# programs a multiprocessor; wide ones feed the tensor cores. A row's step is 64 to 128 bytes.
+_NARROW = {
+    1: [Launch(128, 16, 64, 4, 4)],
+    2: [Launch(128, 16, 64, 4, 4)],
+    4: [Launch(128, 16, 32, 4, 4)],
+}
+_MIDDLE = {
+    1: [Launch(128, 64, 128, 4, 3)],
+    2: [Launch(128, 64, 64, 4, 4), Launch(128, 32, 64, 4, 4)],
+    4: [Launch(128, 64, 32, 4, 3)],
+}
+_WIDE = {
+    1: [Launch(128, 128, 64, 8, 3)],
+    2: [Launch(128, 128, 64, 8, 3), Launch(128, 128, 32, 8, 4)],
+    4: [Launch(128, 128, 32, 8, 2)],
+}
+_INTERPRETED = Launch(64, 16, 32, 1, 1)
+
+
+def candidates(batch: int, itemsize: int) -> list[Launch]:
+    """Configurations for a batch and an element size in bytes; the first is the default."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [_INTERPRETED]
+    table = _NARROW if batch <= 16 else _MIDDLE if batch <= 64 else _WIDE
+    return table[itemsize]
+
+
+def choose(batch: int, itemsize: int, device: torch.device, time: Callable[[Launch], float]):
+    """The configuration to launch; ``time`` measures one, and is called only when tuning."""
+    options = candidates(batch, itemsize)
+    if os.environ.get("R2EC_AUTOTUNE") != "1" or len(options) == 1:
+        return options[0]
+    path = Path(os.environ.get("R2EC_CACHE", "~/.cache/r2ec_kernels")).expanduser() / "launch.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{torch.cuda.get_device_name(device)}/{min(batch, 65)}/{itemsize}"
+    if key not in stored:
+        stored[key] = asdict(min(options, key=time))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(stored, file, indent=1)
+        os.replace(temporary, path)
+    return Launch(**stored[key])

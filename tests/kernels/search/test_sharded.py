@@ -1,0 +1,60 @@
+"""sharded_topk over gloo processes."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from r2ec_kernels import sharded_topk
+
+HERE = Path(__file__).parent
+
+
+def run(ranks, store, dying=-1):
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(HERE / "sharded_check.py"),
+                str(rank),
+                str(ranks),
+                store,
+                str(dying),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=HERE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    return [(p.communicate(timeout=200)[0], p.returncode) for p in processes]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_equal_to_one_process_bit_for_bit(ranks, tmp_path):
+    for output, code in run(ranks, str(tmp_path / "store")):
+        assert code == 0, output
+
+
+def test_a_dead_rank_is_named_by_the_others(tmp_path):
+    results = run(3, str(tmp_path / "store"), dying=1)
+    assert results[1][1] == -9
+    for output, code in (results[0], results[2]):
+        assert code == 7, output
+        found = re.search(r"([\d.]+) s: .*do not answer: \[(.*)\]", output)
+        assert found and found[2] == "1", output
+        assert float(found[1]) < 60
+
+
+def test_arguments():
+    queries, items = torch.ones(1, 4), torch.ones(3, 4)
+    with pytest.raises(ValueError, match="first_id"):
+        sharded_topk(queries, items, 1, first_id=-1)
+    with pytest.raises(RuntimeError, match="not initialised"):
+        sharded_topk(queries, items, 1, first_id=0)
