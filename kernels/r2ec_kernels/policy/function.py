@@ -64,6 +64,8 @@ class LinearLogProb(torch.autograd.Function):
     def backward(ctx, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None):
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         none = (None,) * 4
+        if not ctx.settings.entropy:
+            grad_entropy = None  # torch.compile hands over zeros
         if grad_log_prob is None and grad_entropy is None:
             return (None, None, None, *none)
         out = HeadForward(*saved)

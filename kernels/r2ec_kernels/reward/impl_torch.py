@@ -6,20 +6,16 @@ and settles what lies within the bound by canonical scores, so that ranks are ex
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
 from ..search.bounds import HUGE, Queries, prepare_queries
+from . import exact
+from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
 
-BLOCK_ELEMENTS = 1 << 21  # of a block's rows and scores: they stay in the last-level cache
-MIN_BLOCK = 256  # item rows of a block, at least
 SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
-PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered at once to settle near-ties
-LOG2_E = math.log2(math.e)
-_UNIT = 2.0**-24
 
 
 def recpo_reward(
@@ -84,7 +80,7 @@ def certified_stats(
         exclude_of, exclude_rows: int64 [E], queries and row positions that do not compete.
     """
     batch, device = query.original.shape[0], query.original.device
-    left_out = _Pairs.sort(exclude_of, exclude_rows).without(targets)
+    left_out = Pairs.sort(exclude_of, exclude_rows).without(targets)
     rank = torch.ones(batch, dtype=torch.int64, device=device)
     log_prob = torch.zeros(batch, device=device)
     if batch == 0:
@@ -102,42 +98,8 @@ def certified_stats(
             dense[:] = True
     if bool(dense.any()):
         part = query[dense], target[dense], targets[dense], left_out.pick(dense)
-        rank[dense], log_prob[dense] = _dense_stats(rows, ids, *part)
+        rank[dense], log_prob[dense] = dense_stats(rows, ids, *part)
     return rank, log_prob
-
-
-class _Pairs(NamedTuple):
-    """(query, row) pairs ordered by row."""
-
-    of: torch.Tensor  # int64 [E]
-    rows: torch.Tensor  # int64 [E]
-
-    @classmethod
-    def sort(cls, of: torch.Tensor, rows: torch.Tensor) -> "_Pairs":
-        order = torch.argsort(rows)
-        return cls(of[order], rows[order])
-
-    def without(self, targets: torch.Tensor) -> "_Pairs":
-        """The pairs other than (b, targets[b])."""
-        kept = self.rows != targets[self.of]
-        return _Pairs(self.of[kept], self.rows[kept])
-
-    def pick(self, chosen: torch.Tensor) -> "_Pairs":
-        """The pairs of the queries in ``chosen`` (bool [B]), renumbered."""
-        kept = chosen[self.of]
-        return _Pairs((chosen.cumsum(0) - 1)[self.of[kept]], self.rows[kept])
-
-    def adding(self, targets: torch.Tensor) -> "_Pairs":
-        """These pairs and (b, targets[b])."""
-        own = torch.arange(targets.numel(), device=targets.device)
-        return _Pairs.sort(torch.cat([self.of, own]), torch.cat([self.rows, targets]))
-
-    def mask(self, start: int, stop: int, scores: torch.Tensor, value: float) -> None:
-        """Set these entries of ``scores`` [stop - start, B] to ``value``."""
-        edges = torch.tensor([start, stop], device=self.rows.device)
-        low, high = torch.searchsorted(self.rows, edges).tolist()
-        if high > low:
-            scores[self.rows[low:high] - start, self.of[low:high]] = value
 
 
 class _Scan:
@@ -159,31 +121,19 @@ class _Scan:
         self.chunk = -(-d // parts)
         # d products summed in ``parts`` sums: (chunk + parts) roundings instead of d
         saved = max(0, d - self.chunk - parts)
-        self.query = replace(query, unit=query.unit - saved * _UNIT)
+        self.query = replace(query, unit=query.unit - saved * UNIT)
         self.operand = query.scaled.T.contiguous()
-        own = rows[targets].double()
-        raw = (query.original.double() * query.scale[:, None] * own).sum(1)
-        self.logit = LOG2_E / (query.scale * query.temperature)  # of a raw score, in log 2
-        if query.similarity == "cosine":
-            norm = torch.linalg.vector_norm(own, dim=1)
-            raw = raw / torch.where(norm == 0, 1.0, norm)
-            length = torch.linalg.vector_norm(query.original.double(), dim=1) * query.scale
-            self.logit = LOG2_E / (torch.where(length == 0, 1.0, length) * query.temperature)
-        # Log-sum-exps are taken relative to the target, whose own term they start with. ``origin``
-        # is its raw score in float32, ``moved`` what that rounding moves all other terms by.
-        self.raw, self.origin = raw, raw.float()
-        self.moved = (raw - self.origin.double()) * self.logit
-        self.logit = self.logit.float()
+        self.origin = Origin.of(query, rows[targets])
         self.peak = torch.zeros_like(target)
-        self.mass = self.moved.exp2()
+        self.mass = self.origin.moved.exp2()
         batch = targets.shape[0]
-        self.height = max(MIN_BLOCK, BLOCK_ELEMENTS // (d + 3 * batch)) // 8 * 8
+        self.height = max(exact.MIN_BLOCK, exact.BLOCK_ELEMENTS // (d + 3 * batch)) // 8 * 8
         self.buffers = rows.new_empty(3, self.height * batch, dtype=torch.float32)
         self.rank = torch.ones_like(targets)
         self.near: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.num_near = 0
 
-    def run(self, left_out: _Pairs) -> bool:
+    def run(self, left_out: Pairs) -> bool:
         """Scan all rows but the targets; False where some row's score cannot be bounded."""
         left_out = left_out.adding(self.targets)
         batch = self.targets.shape[0]
@@ -232,8 +182,8 @@ class _Scan:
         reach: torch.Tensor,
     ) -> None:
         # both canonical roundings and that of the two limits
-        error = error.double() + self.raw.abs() * 4 * _UNIT
-        high, low = (self.raw + error).float(), (self.raw - error).float()
+        error = error.double() + self.origin.raw.abs() * 4 * UNIT
+        high, low = (self.origin.raw + error).float(), (self.origin.raw - error).float()
         self.rank += _sum_rows(torch.gt(scores, high, out=above)).long()
         near = torch.ge(scores, low, out=reach).sub_(above)
         some = near.amax(1).nonzero()[:, 0]
@@ -241,7 +191,7 @@ class _Scan:
             row, of = near[some].nonzero(as_tuple=True)
             self.near.append((of, some[row] + start))
             self.num_near += of.numel()
-            if self.num_near * self.rows.shape[1] > PAIR_ELEMENTS:
+            if self.num_near * self.rows.shape[1] > exact.PAIR_ELEMENTS:
                 self._settle()
 
     def _settle(self) -> None:
@@ -250,30 +200,22 @@ class _Scan:
             return
         of, at = (torch.cat(parts) for parts in zip(*self.near, strict=True))
         self.near, self.num_near = [], 0
-        step = max(1, PAIR_ELEMENTS // self.rows.shape[1])
-        for first in range(0, of.numel(), step):
-            who, row = of[first : first + step], at[first : first + step]
-            query = self.query
-            found = canonical_scores(
-                query.original[who], self.rows[row][:, None], query.similarity, query.temperature
-            )[:, 0]
-            target = self.target[who]
-            before = _before(self.ids, row, self.targets[who])
-            wins = (found > target) | ((found == target) & before)
-            self.rank.index_add_(0, who, wins.long())
+        self.rank += count_settled(
+            self.rows, self.ids, self.query, self.target, self.targets, of, at
+        )
 
     def _add(self, scores: torch.Tensor) -> None:
         """Fold a block into the log-sum-exp; overwrites the scores."""
-        scores.sub_(self.origin)
-        peak = torch.maximum(self.peak, _max_rows(scores) * self.logit)
+        scores.sub_(self.origin.rounded)
+        peak = torch.maximum(self.peak, _max_rows(scores) * self.origin.logit)
         self.mass *= (self.peak - peak).double().exp2()
-        e = torch.addcmul(-peak, scores, self.logit, out=scores).exp2_()
+        e = torch.addcmul(-peak, scores, self.origin.logit, out=scores).exp2_()
         self.mass += _sum_rows(e)
         self.peak = peak
 
     def log_prob(self) -> torch.Tensor:
         """float32 [B]."""
-        return ((self.moved - self.peak.double() - self.mass.log2()) / LOG2_E).float()
+        return ((self.origin.moved - self.peak.double() - self.mass.log2()) / LOG2_E).float()
 
 
 def _fold(scores: torch.Tensor) -> torch.Tensor:
@@ -292,36 +234,3 @@ def _sum_rows(scores: torch.Tensor) -> torch.Tensor:
 
 def _max_rows(scores: torch.Tensor) -> torch.Tensor:
     return _fold(scores).amax(0).view(-1, scores.shape[1]).amax(0)
-
-
-def _dense_stats(
-    rows: torch.Tensor,
-    ids: torch.Tensor | None,
-    query: Queries,
-    target: torch.Tensor,
-    targets: torch.Tensor,
-    left_out: _Pairs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Canonical scores of every row, block by block."""
-    rank = torch.ones_like(targets)
-    lse = torch.full_like(target, -torch.inf, dtype=torch.float64)
-    batch = targets.shape[0]
-    height = max(MIN_BLOCK, BLOCK_ELEMENTS // (rows.shape[1] + 3 * batch))
-    for start in range(0, rows.shape[0], height):
-        stop = min(start + height, rows.shape[0])
-        scores = canonical_scores(
-            query.original, rows[start:stop], query.similarity, query.temperature
-        )
-        at = torch.arange(start, stop, device=rows.device)
-        before = _before(ids, at, targets[:, None])
-        ahead = (scores > target[:, None]) | ((scores == target[:, None]) & before)
-        left_out.mask(start, stop, ahead.T, False)
-        left_out.mask(start, stop, scores.T, -torch.inf)
-        rank += ahead.sum(1)
-        lse = torch.logaddexp(lse, scores.double().logsumexp(1))
-    return rank, (target.double() - lse).float()
-
-
-def _before(ids: torch.Tensor | None, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Whether the id of each row is lower than the target's."""
-    return rows < targets if ids is None else ids[rows] < ids[targets]

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from r2ec_kernels import target_stats
 from r2ec_kernels.canonical import canonical_scores
-from r2ec_kernels.reward import impl_torch
+from r2ec_kernels.reward import exact
 
 SIMILARITIES = ["dot", "cosine", "l2"]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(impl_torch, "MIN_BLOCK", 64)
-    monkeypatch.setattr(impl_torch, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(exact, "MIN_BLOCK", 64)
+    monkeypatch.setattr(exact, "BLOCK_ELEMENTS", 1)
 
 
 def expected(queries, items, targets, similarity, temperature, excluded):
