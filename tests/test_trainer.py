@@ -187,6 +187,23 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert json.loads((checkpoint / "trainer_state.json").read_text())["step"] >= 2
 
 
+def test_kill_in_the_middle_then_resume(tmp_path):
+    import time
+
+    metrics, parameters = run(tmp_path / "whole", max_steps=6)
+    out = tmp_path / "killed"
+    process = launch(out, "recpo", {"max_steps": 6})
+    while not (out / "checkpoint-2").is_dir():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resumed, same_parameters = run(out, max_steps=6, resume_from_checkpoint="latest")
+    assert resumed == metrics
+    same(parameters, same_parameters, rtol=0, atol=0)
+    assert lines(out) == lines(tmp_path / "whole")
+
+
 def test_output_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="output_dir: cannot write to"):
