@@ -31,8 +31,7 @@ import torch
 from r2ec_fast.packing import PackedBatch, pack_histories
 
 BUDGET = 8192
-SLOW_ROWS = {"DataCollatorWithFlattening": 100_000, "plain Python": 100_000, "numpy": 100_000}
-SLOW_ROWS |= {"padded": 100_000, "TRL bfd": 1_000_000}
+PYTHON_ROWS = 100_000  # packers that loop over rows or tokens in Python are not run on more
 
 
 def median(run: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -110,18 +109,17 @@ def packers(values: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[str, Call
 
     yield "r2ec_fast, 1 thread", ours(1), of_ours
     yield "r2ec_fast, 2 threads", ours(2), of_ours
-    if count <= SLOW_ROWS["TRL bfd"]:
-        import pyarrow as pa
-        from trl.data_utils import _pack_bfd
+    import pyarrow as pa
+    from trl.data_utils import _pack_bfd
 
-        array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-        table = pa.table({"input_ids": array})
+    array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+    table = pa.table({"input_ids": array})
 
-        def of_trl(out: "pa.Table") -> tuple[int, int, int]:
-            return len(out), len(out["input_ids"].chunks[0].values), len(out) * BUDGET
+    def of_trl(out: "pa.Table") -> tuple[int, int, int]:
+        return len(out), len(out["input_ids"].chunks[0].values), len(out) * BUDGET
 
-        yield "TRL bfd", lambda: _pack_bfd(table, BUDGET), of_trl
-    if count > 100_000:
+    yield "TRL bfd", lambda: _pack_bfd(table, BUDGET), of_trl
+    if count > PYTHON_ROWS:
         return
     yield "numpy", ours(1, "numpy"), of_ours
     rows = [row.tolist() for row in np.split(values, offsets[1:-1])]
@@ -162,13 +160,15 @@ def bench_pack(row_counts: Sequence[int]) -> Iterator[dict[str, object]]:
         values = rng.integers(0, 49_152, offsets[-1], dtype=np.int32)
         peer, results = None, []
         for name, run, describe in packers(values, offsets):
+            started = time.perf_counter()
             out = run()
+            first = time.perf_counter() - started
             batches, tokens, cells = describe(out)
             if tokens != offsets[-1]:
                 raise SystemExit(f"{name} lost tokens: {tokens} of {offsets[-1]}")
             del out
-            slow = name == "TRL bfd" and count > 200_000
-            seconds, low, high = median(run, 1 if slow else 3 if count >= 100_000 else 7)
+            repeats = 7 if first < 0.5 else 3
+            seconds, low, high = median(run, repeats) if first < 8 else (first, first, first)
             peer = seconds if name == "TRL bfd" else peer
             results.append(
                 {

@@ -132,6 +132,11 @@ class PromptAssembler:
             lambda x: dataset.history(int(examples.user[x]), int(examples.position[x]), window),
         )
 
+    def example_ids(self, dataset: "RecDataset", examples: "Examples") -> list[list[int]]:
+        """`example_rows` as lists, one a prompt."""
+        values, offsets = self.example_rows(dataset, examples)
+        return [row.tolist() for row in np.split(values, offsets[1:-1])] if len(examples) else []
+
     # ---- assembling -----------------------------------------------------------------------------
 
     def _rows(self, events: tuple, history_of: Any) -> Rows:

@@ -314,6 +314,8 @@ def test_examples_of_a_dataset(timed):
     assembler = PromptAssembler(builder)
     assert_rows(assembler.example_rows(dataset, examples), expected)
     assert_rows(assembler.example_rows(dataset, examples[:0]), [])
+    assert assembler.example_ids(dataset, examples) == expected
+    assert assembler.example_ids(dataset, examples[:0]) == []
 
 
 @pytest.mark.parametrize(
