@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..canonical import SIMILARITIES
-from ..dispatch import checks_enabled
+from ..dispatch import checks_enabled, resolve
 from ..exclude import Exclude, check_exclude, split_exclude
 from . import impl_torch
 
@@ -20,6 +20,14 @@ class TargetStats(NamedTuple):
 class Advantages(NamedTuple):
     """What :func:`grouped_advantage` returns."""
 
+    advantages: torch.Tensor  # [B, G]
+    best: torch.Tensor  # bool [B, G]
+
+
+class RewardedGroups(NamedTuple):
+    """What :func:`reward_and_advantage` returns."""
+
+    rewards: torch.Tensor  # [B, G]
     advantages: torch.Tensor  # [B, G]
     best: torch.Tensor  # bool [B, G]
 
@@ -142,6 +150,45 @@ def grouped_advantage(
     advantages, chosen = impl_torch.grouped_advantage(rewards, estimator, best)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     return Advantages(advantages.to(dtype), chosen)
+
+
+def reward_and_advantage(
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    *,
+    softmax_weight: float = 0.05,
+    ndcg_k: int = 1000,
+    estimator: str = "grpo",
+    best: int = 1,
+    impl: str = "auto",
+) -> RewardedGroups:
+    """``recpo_reward`` and ``grouped_advantage`` of its result; one kernel launch on GPUs.
+
+    Args:
+        rank: int64 [B, G].
+        log_prob: [B, G].
+        softmax_weight, ndcg_k: see :func:`recpo_reward`.
+        estimator, best: see :func:`grouped_advantage`.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        ``RewardedGroups(rewards [B, G], advantages [B, G], best bool [B, G])``.
+    """
+    options = {"softmax_weight": softmax_weight, "ndcg_k": ndcg_k}
+    if (
+        resolve(impl, rank.device, "reward_and_advantage", frozenset({"triton", "torch"}))
+        == "torch"
+    ):
+        rewards = recpo_reward(rank, log_prob, **options)
+        return RewardedGroups(rewards, *grouped_advantage(rewards, estimator=estimator, best=best))
+    # the checks of both, on nothing
+    recpo_reward(rank[:0], log_prob[: 0 if rank.shape == log_prob.shape else 1], **options)
+    grouped_advantage(log_prob[:0], estimator=estimator, best=best)
+    from . import impl_triton
+
+    return RewardedGroups(
+        *impl_triton.reward_and_advantage(rank, log_prob, softmax_weight, ndcg_k, estimator, best)
+    )
 
 
 def _check_tables(

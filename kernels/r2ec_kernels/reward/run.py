@@ -7,7 +7,7 @@ import torch
 from ..dispatch import resolve
 from ..exclude import Exclude, normalize_exclude
 
-AVAILABLE = frozenset({"torch", "reference"})
+AVAILABLE = frozenset({"triton", "torch", "reference"})
 
 
 def target_stats(
