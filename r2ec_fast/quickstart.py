@@ -75,7 +75,7 @@ class Sizes:
     contrastive_steps: int = 60
     recpo_steps: int = 40
     batch: int = 48
-    recpo_batch: int = 24
+    recpo_batch: int = 32
     generations: int = 4
     test_examples: int = 500
 
@@ -231,8 +231,8 @@ def warm_up(
 
     Language: it reads histories, each followed by a reasoning made up from that history (brand,
     colour and product of items drawn among the latest events; no target enters). Which of them are
-    worth naming is left to RecPO. Items: the contrastive objective, read out after the reasoning
-    for one half of the users and right after the prompt for the other.
+    worth naming, and reading the item out after them, is left to RecPO. Items: the contrastive
+    objective, read out right after the prompt.
 
     Returns:
         For each step the mean negative log-probability of a token, and of the target in the batch.
@@ -254,16 +254,9 @@ def warm_up(
         chosen = dataset.train[rng.integers(0, len(dataset.train), batch_size)]
         prompts, reasonings = _written(builder, dataset, chosen, rng)
         language = _language_step(model, prompts, reasonings)
-        half = batch_size // 2
-        reasoned = [p + r for p, r in zip(prompts[:half], reasonings[:half], strict=True)]
-        marker = len(builder.marker_ids)
         targets = dataset.target(chosen)
-        users = UserBatch(
-            prompts=[*(row[:-marker] for row in reasoned), *prompts[half:]],
-            targets=targets,
-            exclude=dataset.exclude(chosen),
-            keys=list(range(batch_size)),
-        )
+        keys = list(range(batch_size))
+        users = UserBatch(prompts, targets, exclude=dataset.exclude(chosen), keys=keys)
         items = np.unique(targets).tolist()
         rows = dict(zip(items, builder.items_ids(items), strict=True))
         contrast = update.contrastive([users], rows, builder.marker_ids)["loss"]
@@ -326,7 +319,6 @@ def _config(output: Path, seed: int, sizes: Sizes, **changes: object) -> RecPOCo
     return RecPOConfig(
         output_dir=str(output),
         use_lora=False,
-        eval_steps=0,
         save_steps=0,
         eval_samples=min(200, sizes.test_examples),
         max_completion_length=24,
@@ -349,6 +341,7 @@ def _train_contrastive(
         objective="contrastive",
         per_device_train_batch_size=sizes.batch,
         max_steps=sizes.contrastive_steps,
+        eval_steps=max(sizes.contrastive_steps // 4, 1),
         learning_rate=3e-4,
         lr_scheduler_type="cosine",
         warmup_steps=10,
@@ -378,11 +371,15 @@ def _train_recpo(
         per_device_train_batch_size=sizes.recpo_batch,
         num_generations=sizes.generations,
         max_steps=sizes.recpo_steps,
-        learning_rate=5e-4,
+        eval_steps=max(sizes.recpo_steps // 4, 1),
+        learning_rate=7e-4,
         warmup_steps=4,
-        temperature=1.0,
+        temperature=0.7,
         top_k=0,
-        refresh_steps=12,
+        # few users a step: the item action's gradient is less noisy than that of the tokens
+        item_weight=10.0,
+        # a table of older rows makes the fresh rows of the targets look better than they are
+        refresh_steps=1,
     )
     trainer = RecPOTrainer(model, dataset, config)
     trainer.train()
@@ -405,8 +402,11 @@ def _test(trainer, sizes: Sizes, *, reasoning: bool) -> dict[str, float]:
 
 def _read_log(run_dir: str | Path, key: str) -> list[float]:
     """The values that a run logged under `key`, in the order of its steps."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
+    return [record[key] for record in _records(Path(run_dir)) if key in record]
+
+
+def _records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
@@ -425,11 +425,39 @@ def _report(rows: dict[str, dict[str, float]], output: Path, dataset: RecDataset
 
     _say(f"\n{metrics_table(rows)}")
     (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    _plot(output)
     recommender = Recommender.from_pretrained(output / "recpo" / "model", data=dataset)
     users = dataset.data.users.decode(dataset.test.user[:SHOWN_USERS])
     results = recommender.recommend(users, k=5, max_completion_length=24)
     for user, result in zip(users, results, strict=True):
         show_recommendations(f"user {user}", result)
+
+
+def _plot(output: Path) -> None:
+    """training.png: the reward of every RecPO step, and validation ndcg@10 of both objectives."""
+    from matplotlib.figure import Figure
+
+    from r2ec_fast.trainer import BEST_METRIC
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    reward = np.array(_read_log(output / "recpo", "reward"))
+    steps = np.arange(1, len(reward) + 1)
+    left.plot(steps, reward, alpha=0.4, label="step")
+    mean = [reward[max(0, i - 7) : i + 1].mean() for i in range(len(reward))]
+    left.plot(steps, mean, label="mean of 8 steps")
+    left.set(xlabel="RecPO step", ylabel="mean reward", title="Reward (generated data)")
+    left.legend()
+    for name in ("contrastive", "recpo"):
+        validations = [
+            (record["step"], record[BEST_METRIC])
+            for record in _records(output / name)
+            if BEST_METRIC in record
+        ]
+        right.plot(*zip(*validations, strict=True), marker="o", label=name)
+    right.set(xlabel="step", ylabel="ndcg@10", title="Validation (generated data)", ylim=(0, None))
+    right.legend()
+    figure.savefig(output / "training.png", dpi=120)
 
 
 def _say(text: str) -> None:
