@@ -1,7 +1,7 @@
 """Amazon Reviews 2023 as the paper prepares it, at full size.
 
 Reviews are read in blocks into numbers; metadata is read once, and the rows that may be needed are
-put aside on disk. So memory follows the number of reviews (about 70 bytes each at the peak), not
+put aside on disk. So memory follows the number of reviews (about 150 bytes each at the peak), not
 the size of texts.
 """
 

@@ -1,4 +1,4 @@
-"""Rows -> coded events -> filters -> InteractionData. Memory: about 70 bytes a row at the peak."""
+"""Rows -> coded events -> filters -> InteractionData. Memory: about 150 bytes a row at the peak."""
 
 from __future__ import annotations
 
