@@ -19,7 +19,8 @@ from typing import Any
 #   name: "room.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
 #   constexprs: compile-time values; num_warps; num_stages;
 #   uses_tensor_cores: whether it must contain tensor-core instructions;
-#   aligned (optional): names of arguments that are multiples of 16.
+#   aligned (optional): names of integer arguments that are multiples of 16;
+#   backend (optional): "cuda" or "hip", where it ships; both if absent.
 ROOMS = ("search", "reward", "policy")
 
 
@@ -158,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.target and chip.name not in chosen.target:
             continue
         for case in every:
+            if case.get("backend", chip.backend) != chip.backend:
+                continue
             if chosen.op and chosen.op not in case["name"]:
                 continue
             result = compile_for(chip, case)

@@ -194,6 +194,7 @@ class CodePass:
         query: Queries,
         height: int,
     ) -> None:
+        """``fields``: live rows, the code padded to whole blocks."""
         self.fields, self.product, self.query, self.height = fields, product, query, height
         exact = scaled_queries(query)
         if query.similarity == "l2":
@@ -203,8 +204,15 @@ class CodePass:
         norm = torch.linalg.vector_norm(exact, dim=1)
         used = norm + self.operand.missed
         unit = product.unit + (exact.shape[1] + 4) * 2.0**-23 + query.unit + _TINY
-        self.norm = (norm * _UP).float()
-        self.per_size = ((self.operand.missed + unit * used) * _UP).float()
+        trusted = fields["trusted"]
+        self.trusted = bool(trusted.all())
+        residual, size, high = (
+            torch.where(trusted, fields[name], 0.0).max() for name in ("residual", "size", "norm")
+        )
+        error = norm * residual + (self.operand.missed + unit * used) * size
+        if query.similarity == "l2":
+            error = error + 2.0**-21 * (norm + size + residual) ** 2
+        self.error = (error * _UP).float() + query.product_error(high * 1.001)
 
     def score(
         self, start: int, stop: int, out: torch.Tensor
@@ -218,15 +226,10 @@ class CodePass:
             out.copy_(whole[:size])
         if field["code"].dtype == torch.int8:
             out.mul_(field["scale"][:, None])
-        residual, size, norm = (field[name].max() for name in ("residual", "size", "norm"))
-        error = self.norm * residual + self.per_size * size
         if self.query.similarity == "l2":
             out.sub_(field["half"][:, None])
-            error = error + 2.0**-21 * (self.norm + size + residual) ** 2
-        doubtful = None
-        if not bool(field["trusted"].all()):
-            doubtful = (~field["trusted"]).nonzero()[:, 0]
-            out[doubtful] = float("-inf")
-            norm = torch.where(field["trusted"], field["norm"], 0.0).max()
-            doubtful = doubtful + start
-        return error + self.query.product_error(norm * 1.001), doubtful
+        if self.trusted:
+            return self.error, None
+        doubtful = (~field["trusted"]).nonzero()[:, 0]
+        out[doubtful] = float("-inf")
+        return self.error, doubtful + start if doubtful.numel() else None

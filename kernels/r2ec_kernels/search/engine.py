@@ -116,7 +116,7 @@ class _Pool:
     """Rows that may still be among the best k of each query."""
 
     def __init__(self, batch: int, k: int, device: torch.device) -> None:
-        self.k, self.capacity = k, 3 * k + 128
+        self.k, self.capacity = k, 8 * k + 512
         shape = (batch, self.capacity)
         self.lower = torch.full(shape, float("-inf"), device=device)
         self.upper = torch.full(shape, float("-inf"), device=device)
@@ -124,6 +124,7 @@ class _Pool:
         self.fill = torch.zeros(batch, dtype=torch.int64, device=device)
         self.threshold = torch.full((batch,), float("-inf"), device=device)
         self.failed = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.fresh = True  # some threshold may still be -inf
         self.opened = 0
 
     def raise_threshold(self, scores: torch.Tensor, error: torch.Tensor, of: torch.Tensor) -> None:
@@ -134,18 +135,19 @@ class _Pool:
 
     def add_block(self, scores: torch.Tensor, error: torch.Tensor, start: int) -> None:
         """Take the rows of a block [n, B] (n a multiple of GROUP) that meet the threshold."""
-        fresh = torch.isinf(self.threshold) & ~self.failed
-        if bool(fresh.any()):
+        if self.fresh:
+            fresh = torch.isinf(self.threshold) & ~self.failed
+            self.fresh = bool(fresh.any())
             self.raise_threshold(scores, error, fresh.nonzero()[:, 0])
         grouped = scores.view(-1, GROUP, scores.shape[1])
-        cut = self.threshold - error
-        best = grouped.amax(1)
-        of, group = ((best >= cut) & (best > float("-inf"))).T.nonzero(as_tuple=True)
+        # Above -inf, so that masked rows never pass.
+        cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
+        of, group = (grouped.amax(1) >= cut).T.nonzero(as_tuple=True)
         if not of.numel():
             return
         self.opened += of.numel()
         values = grouped[group, :, of]  # [M, GROUP]
-        hit, slot = ((values >= cut[of, None]) & (values > float("-inf"))).nonzero(as_tuple=True)
+        hit, slot = (values >= cut[of, None]).nonzero(as_tuple=True)
         of, score, row = of[hit], values[hit, slot], start + group[hit] * GROUP + slot
         of, score, row = self._make_room(of, score, row, scores, error)
         if of.numel():
@@ -230,7 +232,7 @@ def certified_topk(
         part = query if bool(chosen.all()) else query[chosen]
         scan = first_pass(part)
         found, failed, candidates, opened = _scan(table, scan, part, width, excluded.pick(chosen))
-        name = scan.name
+        name = "dense" if bool(failed.all()) else scan.name
         keys[chosen, :width] = found
         dense[chosen] = failed
     if bool(dense.any()):

@@ -418,8 +418,12 @@ def aot_configs() -> list[dict[str, Any]]:
     others |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
     others |= dict.fromkeys(("num_rows", "batch", "dim", "stride_x", "stride_q"), "i32")
     found = []
-    for dtype, (codes, operand) in types.items():
-        launches = [c for batch in (16, 64, 1024) for c in candidates(batch, dtype.itemsize)]
+    for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
+        launches = [
+            config
+            for batch in (16, 64, 1024)
+            for config in candidates(batch, dtype.itemsize, backend)
+        ]
         for config, group in itertools.product(launches, GROUPS):
             given = {"x_ptr": codes, "q_ptr": operand, **others}
             arguments = _group_best_kernel.arg_names
@@ -443,6 +447,7 @@ def aot_configs() -> list[dict[str, Any]]:
                     "num_warps": config.num_warps,
                     "num_stages": config.num_stages,
                     "uses_tensor_cores": True,
+                    "backend": backend,
                     "aligned": ("stride_x", "stride_q", "dim"),
                 }
             )

@@ -271,8 +271,8 @@ class ItemIndex:
         view = self._view()
         if self._kinds and view.rows.shape[0]:
             copy = self._storage.copy(self._kinds[0])
-            live = {name: tensor[: view.rows.shape[0]] for name, tensor in copy.items()}
-            scanned = impl_triton.scan_codes(query, live, self._storage.mean)
+            copy["code"] = copy["code"][: view.rows.shape[0]]
+            scanned = impl_triton.scan_codes(query, copy, self._storage.mean)
         elif view.rows.shape[0]:
             scanned = impl_triton.scan_rows(query, view.rows, self._storage.live("norm"))
         else:

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,17 +45,24 @@ _WIDE = {
 _INTERPRETED = Launch(64, 16, 32, 1, 1)
 
 
-def candidates(batch: int, itemsize: int) -> list[Launch]:
-    """Configurations for a batch and an element size in bytes; the first is the default."""
+def candidates(batch: int, itemsize: int, backend: str) -> list[Launch]:
+    """Configurations for a batch and an element size in bytes; the first is the default.
+
+    ``backend``: "cuda" or "hip", whose 64 KiB of shared memory hold two stages.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return [_INTERPRETED]
     table = _NARROW if batch <= 16 else _MIDDLE if batch <= 64 else _WIDE
+    if backend == "hip":
+        return [replace(launch, num_stages=2) for launch in table[itemsize]]
     return table[itemsize]
 
 
-def choose(batch: int, itemsize: int, device: torch.device, time: Callable[[Launch], float]):
+def choose(
+    batch: int, itemsize: int, device: torch.device, time: Callable[[Launch], float]
+) -> Launch:
     """The configuration to launch; ``time`` measures one, and is called only when tuning."""
-    options = candidates(batch, itemsize)
+    options = candidates(batch, itemsize, "hip" if torch.version.hip else "cuda")
     if os.environ.get("R2EC_AUTOTUNE") != "1" or len(options) == 1:
         return options[0]
     path = Path(os.environ.get("R2EC_CACHE", "~/.cache/r2ec_kernels")).expanduser() / "launch.json"

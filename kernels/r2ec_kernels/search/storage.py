@@ -93,14 +93,14 @@ class Storage:
         return self.fields[name][: self.size]
 
     def copy(self, kind: str) -> dict[str, torch.Tensor]:
-        """The fields of a copy, named as ``codes.CodePass`` wants them."""
+        """The live fields of a copy, named as ``codes.CodePass`` wants them; the code itself is
+        padded to a multiple of ROW_MULTIPLE rows."""
         prefix = kind + "."
-        picked = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in self.fields.items()
-            if name.startswith(prefix)
-        }
-        return {**picked, "norm": self.fields["norm"]}
+        names = [name for name in self.fields if name.startswith(prefix)]
+        picked = {name.removeprefix(prefix): self.live(name) for name in names}
+        whole = -(-self.size // ROW_MULTIPLE) * ROW_MULTIPLE
+        picked["code"] = self.fields[prefix + "code"][:whole]
+        return {**picked, "norm": self.live("norm")}
 
     def _allocate(self, like: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
         capacity = -(-capacity // ROW_MULTIPLE) * ROW_MULTIPLE
