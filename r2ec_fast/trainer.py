@@ -81,6 +81,7 @@ class RecPOTrainer:
             model.tokenizer,
             marker=model.prompts.emb_token,
             marker_ids=self.builder.marker_ids,
+            max_tokens_in_flight=config.max_tokens_in_flight,
         )
         self.update = PolicyUpdate(model, config)
         self.parameters = trainable_parameters(model)

@@ -35,6 +35,8 @@ class TransformersEngine:
             tokenizer.
         decoder: "shared" (prompt cache stored and read once for all samples), "plain" (the model's
             own cache and attention; any architecture), or "auto" (see `choose_decoder`).
+        max_tokens_in_flight: bound on cached tokens; `generate` splits the prompts into batches by
+            it, with at least one prompt a batch.
 
     Raises:
         ValueError: the marker tokenizes to nothing, or the decoder cannot run this model.
@@ -49,6 +51,7 @@ class TransformersEngine:
         *,
         eos_token_ids: Sequence[int] | None = None,
         decoder: str = "auto",
+        max_tokens_in_flight: int = 65536,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -61,6 +64,7 @@ class TransformersEngine:
         if eos_token_ids is None:
             eos_token_ids = _default_eos(model, tokenizer)
         self.decoder = choose_decoder(model, decoder)
+        self.max_tokens_in_flight = max_tokens_in_flight
         self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
 
     def generate(
@@ -75,7 +79,7 @@ class TransformersEngine:
         seed: int = 0,
         step: int = 0,
         greedy: bool = False,
-        max_tokens_in_flight: int = 32768,
+        max_tokens_in_flight: int | None = None,
     ) -> Rollouts:
         """Sample `num_generations` completions of every prompt.
 
@@ -93,8 +97,7 @@ class TransformersEngine:
             seed: run seed.
             step: training step, so that the same user gets new samples at the next step.
             greedy: arg-max instead of a draw (log-probabilities still at `temperature`).
-            max_tokens_in_flight: bound on cached tokens; prompts are split into batches by it, with
-                at least one prompt a batch.
+            max_tokens_in_flight: for this call, in place of the engine's own.
 
         Returns:
             Rollouts of B * G rows, in the order of the prompts.
@@ -104,17 +107,16 @@ class TransformersEngine:
                 which with its completion exceeds the model's positions.
         """
         check_request(prompts, user_keys, num_generations, max_completion_length)
-        if max_tokens_in_flight < 1:
-            raise ValueError(f"max_tokens_in_flight must be >= 1, got {max_tokens_in_flight}")
+        budget = self.max_tokens_in_flight if max_tokens_in_flight is None else max_tokens_in_flight
+        if budget < 1:
+            raise ValueError(f"max_tokens_in_flight must be >= 1, got {budget}")
         self._check_positions(prompts, max_completion_length)
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
         rows = [Trajectory() for _ in range(len(prompts) * num_generations)]
         decoder = DECODERS[self.decoder](self.model)
         lengths = [len(prompt) for prompt in prompts]
-        plan = list(
-            decoder.batches(lengths, num_generations, max_completion_length, max_tokens_in_flight)
-        )
+        plan = list(decoder.batches(lengths, num_generations, max_completion_length, budget))
         with (
             torch.no_grad(),
             eval_mode(self.model),

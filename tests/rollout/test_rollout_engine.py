@@ -121,6 +121,22 @@ def test_samples_do_not_depend_on_the_batch(make_model, tokenizer, prompts, name
             np.testing.assert_array_equal(more.row(old * 5 + g), whole.row(old * 3 + g))
 
 
+def test_the_token_budget_of_the_engine_splits_the_batch(engine, prompts):
+    seen = []
+    hook = engine.model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[:2])
+    )
+    rows = {}
+    for budget in (65536, 1):
+        engine.max_tokens_in_flight = budget
+        engine.generate([prompts[0]] * 4, **ARGUMENTS)
+        rows[budget] = max(n for n, width in seen if width == 1)
+        seen.clear()
+    hook.remove()
+    # a row that ends at its first token decodes no further
+    assert rows[65536] > 3 >= rows[1]
+
+
 def test_seed_step_and_user_change_the_samples(engine, prompts):
     base = engine.generate(prompts, **ARGUMENTS)
     assert_same(base, engine.generate(prompts, **ARGUMENTS))
