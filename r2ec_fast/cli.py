@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from r2ec_fast.display import show_recommendations
+
 if TYPE_CHECKING:
     from r2ec_fast.config import ModelConfig, RecPOConfig
     from r2ec_fast.data import RecDataset
     from r2ec_fast.model import R2ecModel
-    from r2ec_fast.recommender import Recommendations
 
 PROG = "r2ec-fast"
 TRACEBACK_VARIABLE = "R2EC_TRACEBACK"
@@ -239,28 +240,6 @@ def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
 
 
 # ---- what the commands share --------------------------------------------------------------------
-
-
-def show_recommendations(name: str, result: Recommendations) -> None:
-    """Print history, reasoning and recommended items of one user as a table."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    console.print(f"\n[bold]{escape(name)}[/bold]")
-    console.print(f"history: {escape(' | '.join(result.history))}", highlight=False)
-    if result.reasoning is not None:
-        console.print(f"reasoning: {escape(result.reasoning)}", highlight=False)
-    table = Table()
-    for heading, justify in (("rank", "right"), ("title", "left"), ("item", "left")):
-        table.add_column(heading, justify=justify)
-    table.add_column("score", justify="right")
-    for item in result:
-        table.add_row(
-            str(item.rank), escape(item.title), escape(str(item.item_id)), f"{item.score:.2f}"
-        )
-    console.print(table)
 
 
 def _load_model(name_or_path: str, *, dtype: str, gguf_file: str | None) -> R2ecModel:

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,8 +71,8 @@ class Sizes:
     users: int = 1200
     hidden_size: int = 128
     layers: int = 2
-    warmup_steps: int = 240
-    contrastive_steps: int = 60
+    warmup_steps: int = 160
+    contrastive_steps: int = 30
     recpo_steps: int = 40
     batch: int = 48
     recpo_batch: int = 32
@@ -229,10 +229,11 @@ def warm_up(
 ) -> list[tuple[float, float]]:
     """Teach the new model both of its heads at once, as a pretrained model would bring them along.
 
-    Language: it reads histories, each followed by a reasoning made up from that history (brand,
-    colour and product of items drawn among the latest events; no target enters). Which of them are
-    worth naming, and reading the item out after them, is left to RecPO. Items: the contrastive
-    objective, read out right after the prompt.
+    Language: it reads histories, each followed by a reasoning made up from that history: brand,
+    colour and product of items drawn among the latest events (no target enters). Which of them are
+    worth naming is left to RecPO. Items: the contrastive objective, read out right after the prompt
+    for one half of the users, and for the other after a reasoning in hindsight, which names the
+    target's own brand and colour and the latest product: the item head learns to read a reasoning.
 
     Returns:
         For each step the mean negative log-probability of a token, and of the target in the batch.
@@ -252,11 +253,23 @@ def warm_up(
     losses = []
     for _ in range(steps):
         chosen = dataset.train[rng.integers(0, len(dataset.train), batch_size)]
-        prompts, reasonings = _written(builder, dataset, chosen, rng)
-        language = _language_step(model, prompts, reasonings)
         targets = dataset.target(chosen)
-        keys = list(range(batch_size))
-        users = UserBatch(prompts, targets, exclude=dataset.exclude(chosen), keys=keys)
+        prompts, latest = _prompts(builder, dataset, chosen)
+        guesses = [rng.choice(items, 3) for items in latest]
+        language = _language_step(model, prompts, _reasonings(builder, guesses))
+        half = batch_size // 2
+        hindsight = [
+            (target, target, items[-1])
+            for target, items in zip(targets[:half], latest[:half], strict=True)
+        ]
+        ends = len(builder.marker_ids)
+        known = [row[:-ends] for row in _reasonings(builder, hindsight)]
+        users = UserBatch(
+            [p + r for p, r in zip(prompts[:half], known, strict=True)] + prompts[half:],
+            targets,
+            exclude=dataset.exclude(chosen),
+            keys=list(range(batch_size)),
+        )
         items = np.unique(targets).tolist()
         rows = dict(zip(items, builder.items_ids(items), strict=True))
         contrast = update.contrastive([users], rows, builder.marker_ids)["loss"]
@@ -295,19 +308,22 @@ def _language_step(
     return loss.item()
 
 
-def _written(
-    builder: PromptBuilder, dataset: RecDataset, examples: Examples, rng: np.random.Generator
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of user prompts, and of a reasoning for each that ends with the marker."""
-    prompts, texts = [], []
-    fields = dataset.data.catalog.fields
-    for user, position in zip(examples.user, examples.position, strict=True):
-        history = dataset.history(user, position, PROMPTS.window)
-        named = rng.choice(history.items[-NAMED_EVENTS:], 3).tolist()
-        texts.append(reasoning_text(*(fields.row(item, named=True) for item in named)))
-        prompts.append(builder.user_ids(history))
+def _prompts(
+    builder: PromptBuilder, dataset: RecDataset, examples: Examples
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Token ids of the user prompts, and the latest items of each history, oldest first."""
+    pairs = zip(examples.user, examples.position, strict=True)
+    histories = [dataset.history(u, p, PROMPTS.window) for u, p in pairs]
+    latest = [history.items[-NAMED_EVENTS:] for history in histories]
+    return [builder.user_ids(history) for history in histories], latest
+
+
+def _reasonings(builder: PromptBuilder, named: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """Token ids of reasonings that name (brand, colour, product) of items, and of the marker."""
+    fields = builder.catalog.fields
+    texts = [reasoning_text(*(fields.row(int(i), named=True) for i in items)) for items in named]
     written = builder.tokenizer(texts, add_special_tokens=False).input_ids
-    return prompts, [[*ids, *builder.marker_ids] for ids in written]
+    return [[*ids, *builder.marker_ids] for ids in written]
 
 
 # ---- contrastive and RecPO ----------------------------------------------------------------------
@@ -349,7 +365,7 @@ def _train_contrastive(
     )
     trainer = RecPOTrainer(model, dataset, config)
     trainer.train()
-    first, last = _ends(_read_log(config.output_dir, "loss"))
+    first, last = _ends(_logged(config.output_dir, "loss"))
     _say(
         f"contrastive: {config.max_steps} steps, loss {first:.2f} -> {last:.2f}, "
         f"{time.perf_counter() - clock:.0f} s"
@@ -372,18 +388,16 @@ def _train_recpo(
         num_generations=sizes.generations,
         max_steps=sizes.recpo_steps,
         eval_steps=max(sizes.recpo_steps // 4, 1),
-        learning_rate=7e-4,
+        learning_rate=2e-4,
         warmup_steps=4,
-        temperature=0.7,
-        top_k=0,
-        # few users a step: the item action's gradient is less noisy than that of the tokens
-        item_weight=10.0,
-        # a table of older rows makes the fresh rows of the targets look better than they are
-        refresh_steps=1,
+        temperature=1.0,
+        top_k=8,
+        # a table of much older rows makes the fresh rows of the targets look better than they are
+        refresh_steps=4,
     )
     trainer = RecPOTrainer(model, dataset, config)
     trainer.train()
-    first, last = _ends(_read_log(config.output_dir, "reward"))
+    first, last = _ends(_logged(config.output_dir, "reward"))
     _say(
         f"RecPO: {config.max_steps} steps, mean reward of the first quarter {first:.3f}, "
         f"of the last {last:.3f}, {time.perf_counter() - clock:.0f} s"
@@ -400,13 +414,11 @@ def _test(trainer, sizes: Sizes, *, reasoning: bool) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in metrics.items()}
 
 
-def _read_log(run_dir: str | Path, key: str) -> list[float]:
+def _logged(run_dir: str | Path, key: str) -> list[float]:
     """The values that a run logged under `key`, in the order of its steps."""
-    return [record[key] for record in _records(Path(run_dir)) if key in record]
+    from r2ec_fast.plots import read_log
 
-
-def _records(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in read_log(run_dir) if key in record]
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
@@ -419,45 +431,20 @@ def _ends(values: list[float]) -> tuple[float, float]:
 
 
 def _report(rows: dict[str, dict[str, float]], output: Path, dataset: RecDataset) -> None:
-    from r2ec_fast.cli import show_recommendations
+    from r2ec_fast.display import show_recommendations
     from r2ec_fast.evaluation import metrics_table
+    from r2ec_fast.plots import plot_runs
     from r2ec_fast.recommender import Recommender
 
     _say(f"\n{metrics_table(rows)}")
     (output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    _plot(output)
+    runs = {name: output / name for name in ("contrastive", "recpo")}
+    plot_runs(runs, output / "training.png", note="generated data")
     recommender = Recommender.from_pretrained(output / "recpo" / "model", data=dataset)
     users = dataset.data.users.decode(dataset.test.user[:SHOWN_USERS])
     results = recommender.recommend(users, k=5, max_completion_length=24)
     for user, result in zip(users, results, strict=True):
         show_recommendations(f"user {user}", result)
-
-
-def _plot(output: Path) -> None:
-    """training.png: the reward of every RecPO step, and validation ndcg@10 of both objectives."""
-    from matplotlib.figure import Figure
-
-    from r2ec_fast.trainer import BEST_METRIC
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    reward = np.array(_read_log(output / "recpo", "reward"))
-    steps = np.arange(1, len(reward) + 1)
-    left.plot(steps, reward, alpha=0.4, label="step")
-    mean = [reward[max(0, i - 7) : i + 1].mean() for i in range(len(reward))]
-    left.plot(steps, mean, label="mean of 8 steps")
-    left.set(xlabel="RecPO step", ylabel="mean reward", title="Reward (generated data)")
-    left.legend()
-    for name in ("contrastive", "recpo"):
-        validations = [
-            (record["step"], record[BEST_METRIC])
-            for record in _records(output / name)
-            if BEST_METRIC in record
-        ]
-        right.plot(*zip(*validations, strict=True), marker="o", label=name)
-    right.set(xlabel="step", ylabel="ndcg@10", title="Validation (generated data)", ylim=(0, None))
-    right.legend()
-    figure.savefig(output / "training.png", dpi=120)
 
 
 def _say(text: str) -> None:
