@@ -31,6 +31,15 @@ RUN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit equality with the processes of these tests, which use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dict]:
     """Final metrics and trained parameters of a toy run."""
     settings = {**RUN, "output_dir": str(directory), "objective": objective, **changes}
