@@ -67,7 +67,7 @@ class VLLMServerEngine(VLLMBase):
 
     def _check_mode(self) -> None:
         # the one token that top_k=1 keeps has probability 1 only where truncation is counted
-        params = SamplingParams(temperature=4.0, top_k=1)
+        params = SamplingParams(temperature=2.0, top_k=1)
         ((_, log_probs),) = self._complete([[self.marker_ids[0]]], [0], 1, 1, params)
         if log_probs[0] < -1e-3:
             raise ValueError(

@@ -36,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.adapters[body["lora_name"]] = files
         if self.path != "/v1/completions":
             return self._answer(200, {})
+        if not 0.0 <= body["temperature"] <= 2.0:  # as vLLM's server does
+            return self._answer(400, {"error": "temperature must be in [0, 2]"})
         if body["top_k"] == 1:
             rows = [([A], [self.server.top_one])]
         else:
