@@ -299,7 +299,7 @@ def _language_step(
     written = np.concatenate(
         [np.arange(len(row)) >= len(row) - len(r) for row, r in zip(rows, reasonings, strict=True)]
     )
-    hidden = model(batch)[batch.predict_from]
+    hidden = model(batch).index_select(0, batch.predict_from)
     log_prob = linear_logprob(hidden, model.lm_head_weight, batch.targets).log_prob
     # history and reasoning weigh the same, though a history has more tokens
     written = torch.from_numpy(written)[batch.source]

@@ -231,7 +231,8 @@ class PolicyUpdate:
         kl_weight, source = self.config.kl_weight, batch.source.cpu()
         old = torch.from_numpy(experience.rollouts.log_prob)[source].to(model.device)
         out = recpo_loss(
-            hidden[batch.predict_from],
+            # not hidden[...]: its gradient adds a repeated row's parts in any order
+            hidden.index_select(0, batch.predict_from),
             model.lm_head_weight,
             batch.targets,
             batch.trajectory,
@@ -282,7 +283,7 @@ class PolicyUpdate:
         with disabled() if disabled is not None else nullcontext():
             hidden = model(batch)
         return linear_logprob(
-            hidden[batch.predict_from],
+            hidden.index_select(0, batch.predict_from),
             model.lm_head_weight,
             batch.targets,
             bias=model.lm_head_bias,

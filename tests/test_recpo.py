@@ -9,7 +9,7 @@ from toy import toy_dataset, toy_model
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.recpo import Candidates, Experience, PolicyUpdate, UserBatch, select_rows
-from r2ec_fast.rollout import TransformersEngine
+from r2ec_fast.rollout import Rollouts, TransformersEngine
 
 G = 3
 # transformers computes norms in float32 whatever the type of the model
@@ -247,3 +247,41 @@ def test_select_rows():
     got, bounds = select_rows((values, offsets), np.array([2, 1, 0, 2]))
     assert got.tolist() == [6, 7, 8, 5, 6, 7, 8]
     assert bounds.tolist() == [0, 3, 3, 4, 7]
+
+
+def test_same_step_same_bits_on_two_threads():
+    # the prompt's last state predicts a token of every completion: its gradient is a sum whose
+    # order must not depend on the threads
+    generations, length = 256, 8
+    model, data = toy_model(dtype=torch.float32), toy_dataset()
+    builder = model.prompt_builder(data.data.catalog)
+    model.set_items(model.encode_items(data.data.catalog))
+    example = data.train[np.array([1])]
+    user, position = int(example.user[0]), int(example.position[0])
+    users = UserBatch(
+        [builder.user_ids(data.history(user, position, 3))],
+        data.target(example),
+        data.exclude(example),
+        [1],
+    )
+    values = np.random.default_rng(0).integers(4, 400, generations * length)
+    rollouts = Rollouts(
+        values=values,
+        offsets=np.arange(generations + 1) * length,
+        sampled=np.ones(len(values), bool),
+        log_prob=np.full(len(values), -6.0, np.float32),
+        finish_reason=["length"] * generations,
+    )
+    target = int(users.targets[0])
+    rows = {target: builder.item_ids(target), 0: builder.item_ids(0)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(4):
+            experience = Experience.of(users, rollouts, model.device)
+            found.append(gradients(model, [experience], rows, config(num_generations=generations)))
+    finally:
+        torch.set_num_threads(before)
+    for _, again in found[1:]:
+        assert all(torch.equal(again[name], value) for name, value in found[0][1].items())
