@@ -1,7 +1,7 @@
 """What the implementations of the language-model head share: types, results and small steps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,3 +94,59 @@ def addmm(accumulator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     else:
         left = left.to(right.dtype)
         torch.addmm(accumulator, left, right, out_dtype=accumulator.dtype, out=accumulator)
+
+
+def live_rows(targets: torch.Tensor, *incoming: torch.Tensor | None) -> torch.Tensor:
+    """Numbers of the counted rows into which a gradient flows."""
+    live = torch.zeros_like(targets, dtype=torch.bool)
+    for grad in incoming:
+        if grad is not None:
+            live |= grad != 0
+    ((rows, _),) = row_parts((targets >= 0) & live, None, False)
+    return rows
+
+
+def block_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: int,
+    row_tile: int,
+    needed: tuple[bool, bool, bool],
+    settings: HeadSettings,
+    grad_logits: Callable[..., torch.Tensor],
+) -> HeadGradients:
+    """Gradients of hidden, weight and bias (where ``needed``) from those of the logits.
+
+    Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows``.
+    ``grad_logits(states, block, start, tile, first)`` returns the gradient of a tile's uncapped
+    logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``.
+    """
+    d, compute, dtype = weight.shape[1], settings.compute, accumulate_dtype(settings.compute)
+    d_hidden = hidden.new_zeros(rows.numel() if needed[0] else 0, d, dtype=dtype)
+    d_weight = torch.empty_like(weight) if needed[1] else None
+    d_bias = torch.empty_like(bias) if needed[2] else None
+    for start in range(0, weight.shape[0], columns):
+        block = weight[start : start + columns].to(compute)
+        dw = hidden.new_zeros(block.shape[0] if needed[1] else 0, d, dtype=dtype)
+        db = hidden.new_zeros(block.shape[0] if needed[2] else 0, dtype=dtype)
+        for first in range(0, rows.numel(), row_tile):
+            tile = rows[first : first + row_tile]
+            states = hidden[tile].to(compute)
+            grad = grad_logits(states, block, start, tile, first)
+            if needed[0]:
+                addmm(d_hidden[first : first + row_tile], grad, block)
+            if needed[1]:
+                addmm(dw, grad.T, states)
+            if needed[2]:
+                db += grad.sum(0, dtype=dtype)
+        if d_weight is not None:
+            d_weight[start : start + columns] = dw.div_(settings.temperature)
+        if d_bias is not None:
+            d_bias[start : start + columns] = db.div_(settings.temperature)
+    grad_hidden = None
+    if needed[0]:
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[rows] = d_hidden.div_(settings.temperature).to(hidden.dtype)
+    return HeadGradients(grad_hidden, d_weight, d_bias)

@@ -15,7 +15,9 @@ from .head import (
     HeadGradients,
     accumulate_dtype,
     addmm,
+    block_gradients,
     empty_forward,
+    live_rows,
     row_parts,
     slope,
 )
@@ -215,51 +217,29 @@ def head_backward(
 
     Rows whose incoming gradient is zero are left out.
     """
-    compute = settings.compute
-    counted = targets >= 0
-    live = torch.zeros_like(counted)
-    for grad in (grad_log_prob, grad_entropy):
-        if grad is not None:
-            live |= grad != 0
     stored = forward.logits.shape[0] > 0
-    rows = (counted if stored else counted & live).nonzero()[:, 0]
-    (vocab, d), dtype = weight.shape, forward.total.dtype
+    if stored:
+        rows = (targets >= 0).nonzero()[:, 0]
+    else:
+        rows = live_rows(targets, grad_log_prob, grad_entropy)
     tiles = _tiles(hidden, weight, rows.numel(), settings, stored)
-    new = hidden.new_zeros
-    d_hidden = new(rows.numel() if needed[0] else 0, d, dtype=dtype)
-    d_weight = torch.empty_like(weight) if needed[1] else None
-    d_bias = torch.empty_like(bias) if needed[2] else None
-    for start in range(0, vocab, tiles.width):
-        end = min(start + tiles.width, vocab)
-        block = weight[start:end].to(compute)
-        part = None if bias is None else bias[start:end]
-        dw = new(end - start if needed[1] else 0, d, dtype=dtype)
-        db = new(end - start if needed[2] else 0, dtype=dtype)
-        for first in range(0, rows.numel(), ROW_TILE):
-            tile_rows = rows[first : first + ROW_TILE]
-            tile = hidden[tile_rows].to(compute)
-            if stored:
-                logits = forward.logits[first : first + tile_rows.numel()]
-            else:
-                into = tiles.first[: tile_rows.numel() * (end - start)].view(-1, end - start)
-                logits = tiles.logits(tiles.hidden(tile), block, part, into)
-            local = targets[tile_rows] - start
-            dz = _grad_logits(tiles, logits, local, tile_rows, forward, grad_log_prob, grad_entropy)
-            if needed[0]:
-                addmm(d_hidden[first : first + ROW_TILE], dz, block)
-            if needed[1]:
-                addmm(dw, dz.T, tile)
-            if needed[2]:
-                db += dz.sum(0)
-        if d_weight is not None:
-            d_weight[start:end] = dw.div_(settings.temperature)
-        if d_bias is not None:
-            d_bias[start:end] = db.div_(settings.temperature)
-    grad_hidden = None
-    if needed[0]:
-        grad_hidden = torch.zeros_like(hidden)
-        grad_hidden[rows] = d_hidden.div_(settings.temperature).to(hidden.dtype)
-    return HeadGradients(grad_hidden, d_weight, d_bias)
+
+    def grad_logits(
+        states: torch.Tensor, block: torch.Tensor, start: int, tile: torch.Tensor, first: int
+    ) -> torch.Tensor:
+        num, columns = tile.numel(), block.shape[0]
+        if stored:
+            logits = forward.logits[first : first + num]
+        else:
+            part = None if bias is None else bias[start : start + columns]
+            into = tiles.first[: num * columns].view(num, columns)
+            logits = tiles.logits(tiles.hidden(states), block, part, into)
+        local = targets[tile] - start
+        return _grad_logits(tiles, logits, local, tile, forward, grad_log_prob, grad_entropy)
+
+    return block_gradients(
+        hidden, weight, bias, rows, tiles.width, ROW_TILE, needed, settings, grad_logits
+    )
 
 
 def _grad_logits(
