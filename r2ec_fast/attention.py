@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -28,8 +26,6 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from r2ec_fast.packing import PackedBatch
 
 VARLEN = "r2ec_varlen"
@@ -273,17 +269,3 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(VARLEN, varlen_attention)
-
-
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run ``model`` with the attention implementation ``name`` inside the block."""
-    before = model.config._attn_implementation
-    if before == name:
-        yield
-        return
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

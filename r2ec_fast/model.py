@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from r2ec_fast.attention import VARLEN, VarlenLayout, attention_implementation, register
+from r2ec_fast.attention import VARLEN, VarlenLayout, register
+from r2ec_fast.modes import attention_implementation, base_causal_lm, eval_mode
 from r2ec_fast.packing import PackedBatch, pack_histories
 from r2ec_fast.prompts import PromptBuilder, PromptConfig
 from r2ec_kernels import ItemIndex, TargetStats, TopK
@@ -65,8 +66,7 @@ class R2ecModel(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model, without the peft wrapper (its adapters stay in place)."""
-        inner = getattr(self.backbone, "get_base_model", None)
-        return self.backbone if inner is None else inner()
+        return base_causal_lm(self.backbone)
 
     @property
     def hidden_size(self) -> int:
@@ -105,13 +105,11 @@ class R2ecModel(nn.Module):
     @torch.no_grad()
     def _check_head(self) -> None:
         # the losses never see the model's own logits, so its head must be the one they compute
-        was_training = self.language_model.training
-        self.language_model.eval()
         ids = torch.arange(4, device=self.device)[None] % self.lm_head_weight.shape[0]
-        with attention_implementation(self.language_model, "eager"):
-            expected = self.language_model(input_ids=ids, use_cache=False).logits[0].float()
+        model = self.language_model
+        with eval_mode(model), attention_implementation(model, "eager"):
+            expected = model(input_ids=ids, use_cache=False).logits[0].float()
             hidden = self._decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-        self.language_model.train(was_training)
         logits = nn.functional.linear(hidden, self.lm_head_weight, self.lm_head_bias)
         logits = logits.float() * self.logit_scale
         if self.softcap is not None:
@@ -174,12 +172,8 @@ class R2ecModel(nn.Module):
     @torch.no_grad()
     def encode_rows(self, rows: Sequence[Sequence[int]], max_tokens: int = 8192) -> torch.Tensor:
         """:meth:`read_out` without gradient and in evaluation mode."""
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             return self.read_out(rows, max_tokens=max_tokens)
-        finally:
-            self.train(was_training)
 
     def set_items(self, table: torch.Tensor, *, scan: str = "auto") -> ItemIndex:
         """Build the item head's index over ``table`` [N, d] and keep it as ``index``."""

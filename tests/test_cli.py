@@ -21,7 +21,7 @@ COMMANDS = ("quickstart", "prepare", "train", "evaluate", "recommend", "index")
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def folder(tmp_path_factory):
     """A directory with an interaction file, its data set and an exported model."""
     path = tmp_path_factory.mktemp("cli")
     data = toy_dataset()
@@ -108,17 +108,17 @@ def test_a_file_then_overrides(tmp_path):
     assert settings.num_generations == RecPOConfig().num_generations
 
 
-def test_prepare_shows_what_was_read(workplace, capsys):
-    arguments = ["--path", workplace / "log.csv", "--items", workplace / "items.csv"]
-    assert run("prepare", "generic", *arguments, "--output_dir", workplace / "again") == 0
+def test_prepare_shows_what_was_read(folder, capsys):
+    arguments = ["--path", folder / "log.csv", "--items", folder / "items.csv"]
+    assert run("prepare", "generic", *arguments, "--output_dir", folder / "again") == 0
     out = capsys.readouterr().out
-    assert "source: log.csv" in out and f"wrote {workplace / 'again'}" in out
-    assert len(RecDataset.load(workplace / "again").test) == 5
+    assert "source: log.csv" in out and f"wrote {folder / 'again'}" in out
+    assert len(RecDataset.load(folder / "again").test) == 5
 
 
-def test_evaluate_prints_baselines_and_both_modes(workplace, capsys):
-    output = workplace / "metrics.json"
-    arguments = ["--model", workplace / "model", "--data", workplace / "data"]
+def test_evaluate_prints_baselines_and_both_modes(folder, capsys):
+    output = folder / "metrics.json"
+    arguments = ["--model", folder / "model", "--data", folder / "data"]
     assert run("evaluate", *arguments, "--max_completion_length", 4, "--output_file", output) == 0
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
     assert rows == ["method", "---", "popularity", "markov-1", "item-knn", "direct", "reasoned"]
@@ -127,52 +127,52 @@ def test_evaluate_prints_baselines_and_both_modes(workplace, capsys):
     assert 0 <= written["reasoned"]["ndcg@10"] <= 1
 
 
-def test_evaluate_takes_a_sample_and_a_model_without_table(workplace, capsys):
-    toy_model(dtype=torch.float32).save_pretrained(workplace / "bare")
-    arguments = ["--model", workplace / "bare", "--data", workplace / "data"]
+def test_evaluate_takes_a_sample_and_a_model_without_table(folder, capsys):
+    toy_model(dtype=torch.float32).save_pretrained(folder / "bare")
+    arguments = ["--model", folder / "bare", "--data", folder / "data"]
     assert run("evaluate", *arguments, "--modes", "[direct]", "--samples", 3) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("| direct |") and last.endswith("| 3 |")
 
 
-def test_recommend_prints_history_reasoning_and_items(workplace, capsys):
-    arguments = ["--model", workplace / "model", "--max_completion_length", 4, "--k", 3]
-    assert run("recommend", *arguments, "--data", workplace / "data", "--users", "[u0, u1]") == 0
+def test_recommend_prints_history_reasoning_and_items(folder, capsys):
+    arguments = ["--model", folder / "model", "--max_completion_length", 4, "--k", 3]
+    assert run("recommend", *arguments, "--data", folder / "data", "--users", "[u0, u1]") == 0
     out = capsys.readouterr().out
     assert out.count("history: ") == out.count("reasoning: ") == 2
     assert "user u0" in out and "user u1" in out and out.count("│    3 │") == 2
-    arguments = ["--model", workplace / "model", "--items", "[red mug, i2]"]
+    arguments = ["--model", folder / "model", "--items", "[red mug, i2]"]
     assert run("recommend", *arguments, "--reasoning", "false") == 0
     out = capsys.readouterr().out
     assert "history: red mug | red bowl" in out and "reasoning: " not in out
 
 
-def test_index_makes_a_bare_model_a_recommender(workplace, capsys):
-    toy_model(dtype=torch.float32).save_pretrained(workplace / "bare2")
-    arguments = ["--model", workplace / "bare2", "--items", "[i1]", "--reasoning", "false"]
+def test_index_makes_a_bare_model_a_recommender(folder, capsys):
+    toy_model(dtype=torch.float32).save_pretrained(folder / "bare2")
+    arguments = ["--model", folder / "bare2", "--items", "[i1]", "--reasoning", "false"]
     assert "holds no catalog.parquet" in error_line(capsys, "recommend", *arguments)
-    assert run("index", "--model", workplace / "bare2", "--data", workplace / "data") == 0
+    assert run("index", "--model", folder / "bare2", "--data", folder / "data") == 0
     assert "encoded 16 items" in capsys.readouterr().out
     assert run("recommend", *arguments) == 0
 
 
-def test_train_then_recommend(workplace, capsys):
-    file = workplace / "train.yaml"
+def test_train_then_recommend(folder, capsys):
+    file = folder / "train.yaml"
     file.write_text(
-        f"data: {workplace / 'data'}\noutput_dir: {workplace / 'run'}\nuse_lora: false\n"
+        f"data: {folder / 'data'}\noutput_dir: {folder / 'run'}\nuse_lora: false\n"
         "objective: contrastive\nper_device_train_batch_size: 4\n"
-        f"model: {{name_or_path: {workplace / 'bare3'}}}\n"
+        f"model: {{name_or_path: {folder / 'bare3'}}}\n"
     )
     model = toy_model(dtype=torch.float32)
-    model.save_pretrained(workplace / "bare3")
+    model.save_pretrained(folder / "bare3")
     assert run("train", "--config", file, "--max_steps", 2) == 0
     assert "eval_valid_ndcg@10: " in capsys.readouterr().out
-    trained = workplace / "run" / "model"
+    trained = folder / "run" / "model"
     assert run("recommend", "--model", trained, "--items", "[i1]", "--reasoning", "false") == 0
 
 
-def test_errors_are_one_line_unless_asked_for(workplace, capsys, monkeypatch):
-    arguments = ["evaluate", "--model", workplace / "model", "--data", workplace / "none"]
+def test_errors_are_one_line_unless_asked_for(folder, capsys, monkeypatch):
+    arguments = ["evaluate", "--model", folder / "model", "--data", folder / "none"]
     assert "no dataset here" in error_line(capsys, *arguments)
     monkeypatch.setenv("R2EC_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):
@@ -190,12 +190,12 @@ def test_the_module_runs_as_a_program():
     assert done.stderr == expected
 
 
-def test_a_table_of_another_size_is_refused(workplace, capsys):
+def test_a_table_of_another_size_is_refused(folder, capsys):
     data = toy_dataset()
     model = toy_model(dtype=torch.float32)
     model.set_items(model.encode_items(data.data.catalog)[:9])
-    model.save_pretrained(workplace / "nine", data.data.catalog)
-    arguments = ["--model", workplace / "nine", "--data", workplace / "data"]
+    model.save_pretrained(folder / "nine", data.data.catalog)
+    arguments = ["--model", folder / "nine", "--data", folder / "data"]
     assert "holds a table of 9 items, the data set has 16" in error_line(
         capsys, "evaluate", *arguments
     )

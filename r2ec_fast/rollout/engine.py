@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.modes import base_causal_lm, eval_mode
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
-from r2ec_fast.rollout.modes import base_causal_lm, eval_mode
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.packed import packed_linears
 from r2ec_fast.rollout.plain import PlainDecoder

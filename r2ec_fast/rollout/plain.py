@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from r2ec_fast.rollout.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
 
 
 def plain_attention_name(config: PreTrainedConfig) -> str:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from r2ec_fast.modes import eval_mode
 from r2ec_fast.packing import PackedBatch, pack_histories
 from r2ec_fast.rollout.base import Rollouts
-from r2ec_fast.rollout.modes import eval_mode
 from r2ec_kernels import linear_logprob
 
 

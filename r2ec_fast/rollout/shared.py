@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
 from r2ec_fast.rollout import shared_attention
-from r2ec_fast.rollout.modes import attention_implementation, base_causal_lm, model_device
 from r2ec_fast.rollout.shared_cache import SharedPromptCache
 
 # architectures whose rollouts are tested against a full forward pass

@@ -10,9 +10,9 @@ from rollout_toys import COMMON, CONFIGS, random_prompts
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from r2ec_fast.modes import eval_mode
 from r2ec_fast.rollout import TransformersEngine, packed
 from r2ec_fast.rollout.engine import choose_decoder
-from r2ec_fast.rollout.modes import eval_mode
 from r2ec_fast.rollout.packed import packed_linears
 from r2ec_fast.rollout.plain import PlainDecoder
 from r2ec_fast.rollout.shared import SharedPromptDecoder

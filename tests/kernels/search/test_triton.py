@@ -1,28 +1,19 @@
 """The Triton search in Triton's interpreter, in a process of its own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
+from interpreted import run_interpreted
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "l2"])
-def test_interpreted_kernels_equal_the_reference(similarity):
+def test_interpreted_kernels_equal_the_reference(similarity, monkeypatch):
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "triton_check.py"), similarity],
-        env={**os.environ, "TRITON_INTERPRET": "1", "R2EC_IMPL": "triton"},
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "cases 60" in done.stdout
+    monkeypatch.setenv("R2EC_IMPL", "triton")
+    check = Path(__file__).with_name("triton_check.py")
+    assert "cases 60" in run_interpreted(check, similarity)
 
 
 def test_import_without_triton():

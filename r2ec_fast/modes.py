@@ -1,4 +1,4 @@
-"""Put a model into generation mode and back, exactly as it was."""
+"""Put a model into another mode for a while, and back exactly as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
