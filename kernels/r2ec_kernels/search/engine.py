@@ -98,14 +98,6 @@ class Excluded:
         picked.empty = picked.rows.numel() == 0
         return picked
 
-    def without(self, targets: torch.Tensor) -> "Excluded":
-        """The pairs other than (b, targets[b])."""
-        picked = object.__new__(Excluded)
-        kept = self.rows != targets[self.of]
-        picked.rows, picked.of, picked.counts = self.rows[kept], self.of[kept], self.counts
-        picked.empty = picked.rows.numel() == 0
-        return picked
-
     def holds(self, of: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """bool, the shape of ``of``: whether (of, row) is an excluded pair."""
         count = self.counts.numel()

@@ -10,6 +10,7 @@ from .. import dispatch
 from ..dispatch import checks_enabled
 from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
+from ..reward.impl_torch import certified_stats
 from . import files
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
@@ -18,7 +19,6 @@ from .codes import PRODUCTS, CodePass, Product, measured_run
 from .engine import Excluded, FirstPass, SearchStats, certified_topk
 from .impl_torch import Float32Pass, block_rows
 from .locks import SharedLock
-from .stats import certified_stats
 from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
@@ -149,9 +149,9 @@ class ItemIndex:
         with self._lock.shared():
             rows = self._storage.place[self._live_ids("targets", targets)]
             query = prepare_queries(queries, self.similarity, self.temperature)
-            rank, log_prob = certified_stats(
-                self._view(), self._float32_pass, query, rows, self._excluded(exclude, queries)
-            )
+            excluded = self._excluded(exclude, queries)
+            live = (self._storage.live(name) for name in ("rows", "ids", "norm"))
+            rank, log_prob = certified_stats(*live, query, rows, excluded.of, excluded.rows)
         return TargetStats(rank, log_prob)
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
@@ -253,13 +253,10 @@ class ItemIndex:
     def _view(self) -> "_View":
         return _View(self._storage.live("rows"), self._storage.live("ids"))
 
-    def _float32_pass(self, query: Queries) -> FirstPass:
-        return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
-
     def _first_pass(self, query: Queries) -> FirstPass:
         kind, product = self._product(query)
         if product is None:
-            return self._float32_pass(query)
+            return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
         height = block_rows(self.dim, query.scaled.shape[0], self.device)
         return CodePass(self._storage.copy(kind), self._storage.mean, product, query, height)
 
