@@ -106,11 +106,11 @@ def evaluate(
         gguf_file: read the weights from this GGUF file of the model's directory.
         output_file: also write the metrics as JSON.
     """
+    from r2ec_fast.assembler import PromptAssembler
     from r2ec_fast.baselines import counting_baselines
     from r2ec_fast.data import RecDataset
     from r2ec_fast.evaluation import metrics_table, ranking_metrics
-    from r2ec_fast.inference import rank_examples
-    from r2ec_fast.rollout import TransformersEngine
+    from r2ec_fast.inference import rank_examples, transformers_engine
     from r2ec_fast.trainer import sample_examples
 
     for mode in modes:
@@ -125,12 +125,8 @@ def evaluate(
     if r2ec.index is None:
         r2ec.set_items(r2ec.encode_items(dataset.data.catalog, max_tokens=max_tokens))
     builder = r2ec.prompt_builder(dataset.data.catalog)
-    engine = TransformersEngine(
-        r2ec.backbone,
-        r2ec.tokenizer,
-        marker=r2ec.prompts.emb_token,
-        marker_ids=builder.marker_ids,
-    )
+    engine = transformers_engine(r2ec, builder)
+    assembler = PromptAssembler(builder)
     rows: dict[str, dict[str, float]] = {}
     if baselines:
         window = r2ec.prompts.window if exclude_window else None
@@ -139,7 +135,7 @@ def evaluate(
     for mode in modes:
         ranks, _ = rank_examples(
             r2ec,
-            builder,
+            assembler,
             dataset,
             examples,
             engine=engine if mode == "reasoned" else None,

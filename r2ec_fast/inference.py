@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from r2ec_fast.assembler import PromptAssembler
     from r2ec_fast.data import Examples, RecDataset
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.prompts import PromptBuilder
-    from r2ec_fast.rollout import TransformersEngine
+    from r2ec_fast.rollout import RolloutEngine, TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,28 @@ class UserStates:
     finish_reason: list[str]
 
 
+def transformers_engine(
+    model: R2ecModel, builder: PromptBuilder, *, max_tokens_in_flight: int = 65536
+) -> TransformersEngine:
+    """The engine that writes reasonings with ``model`` itself."""
+    from r2ec_fast.rollout import TransformersEngine
+
+    return TransformersEngine(
+        model.backbone,
+        model.tokenizer,
+        marker=model.prompts.emb_token,
+        marker_ids=builder.marker_ids,
+        max_tokens_in_flight=max_tokens_in_flight,
+    )
+
+
 @torch.no_grad()
 def user_states(
     model: R2ecModel,
     builder: PromptBuilder,
     prompts: Sequence[Sequence[int]],
     *,
-    engine: TransformersEngine | None = None,
+    engine: RolloutEngine | None = None,
     max_completion_length: int = 512,
     max_tokens: int = 8192,
 ) -> UserStates:
@@ -70,11 +86,11 @@ def user_states(
 @torch.no_grad()
 def rank_examples(
     model: R2ecModel,
-    builder: PromptBuilder,
+    assembler: PromptAssembler,
     dataset: RecDataset,
     examples: Examples,
     *,
-    engine: TransformersEngine | None = None,
+    engine: RolloutEngine | None = None,
     max_completion_length: int = 512,
     max_tokens: int = 8192,
     exclude_window: bool = False,
@@ -92,14 +108,10 @@ def rank_examples(
     ranks, log_probs = [], []
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        prompts = [
-            builder.user_ids(dataset.history(user, position, window))
-            for user, position in zip(part.user, part.position, strict=True)
-        ]
         users = user_states(
             model,
-            builder,
-            prompts,
+            assembler.builder,
+            assembler.example_ids(dataset, part),
             engine=engine,
             max_completion_length=max_completion_length,
             max_tokens=max_tokens,

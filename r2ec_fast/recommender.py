@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
-from r2ec_fast.inference import user_states
+from r2ec_fast.inference import transformers_engine, user_states
 
 if TYPE_CHECKING:
     from r2ec_fast.model import R2ecModel
@@ -82,8 +82,6 @@ class Recommender:
         data: RecDataset | None = None,
         engine: RolloutEngine | None = None,
     ) -> None:
-        from r2ec_fast.rollout import TransformersEngine
-
         self.model, self.catalog, self.data = model, catalog, data
         self.builder = model.prompt_builder(catalog)
         if model.index is None:
@@ -95,12 +93,7 @@ class Recommender:
             )
         if data is not None and data.data.catalog.ids != catalog.ids:
             raise ValueError("data: its items are not those of the model's catalog")
-        self.engine = engine or TransformersEngine(
-            model.backbone,
-            model.tokenizer,
-            marker=model.prompts.emb_token,
-            marker_ids=self.builder.marker_ids,
-        )
+        self.engine = engine or transformers_engine(model, self.builder)
         self._titles: dict[str, list[int]] | None = None
 
     @classmethod

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from r2ec_fast import distributed
+from r2ec_fast.assembler import PromptAssembler
 from r2ec_fast.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -35,10 +36,10 @@ from r2ec_fast.checkpoint import (
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Examples, RecDataset
 from r2ec_fast.evaluation import ranking_metrics
-from r2ec_fast.inference import rank_examples
+from r2ec_fast.inference import rank_examples, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
-from r2ec_fast.rollout import RolloutEngine, TransformersEngine
+from r2ec_fast.rollout import RolloutEngine
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +77,9 @@ class RecPOTrainer:
         self.config, self.data, self.model = config, data, model
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
-        self.engine = engine or TransformersEngine(
-            model.backbone,
-            model.tokenizer,
-            marker=model.prompts.emb_token,
-            marker_ids=self.builder.marker_ids,
-            max_tokens_in_flight=config.max_tokens_in_flight,
+        self.assembler = PromptAssembler(self.builder)
+        self.engine = engine or transformers_engine(
+            model, self.builder, max_tokens_in_flight=config.max_tokens_in_flight
         )
         self.update = PolicyUpdate(model, config)
         self.parameters = trainable_parameters(model)
@@ -222,10 +220,8 @@ class RecPOTrainer:
 
     def _user_batch(self, step: int, accumulation: int) -> UserBatch:
         examples, index = self._examples(step, accumulation)
-        window = self.model.prompts.window
-        pairs = zip(examples.user, examples.position, strict=True)
         return UserBatch(
-            prompts=[self.builder.user_ids(self.data.history(u, p, window)) for u, p in pairs],
+            prompts=self.assembler.example_ids(self.data, examples),
             targets=self.data.target(examples),
             exclude=self.data.exclude(examples),
             keys=index.tolist(),
@@ -272,7 +268,7 @@ class RecPOTrainer:
         own = distributed.shard(np.arange(len(examples)))
         ranks, _ = rank_examples(
             self.model,
-            self.builder,
+            self.assembler,
             self.data,
             examples[own],
             engine=self.engine if reasoning else None,
