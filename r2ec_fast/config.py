@@ -74,7 +74,7 @@ class RecPOConfig:
     kl_weight: float = 0.0
     """Weight of the KL term to the backbone without adapters; 0 = none (the paper)."""
     importance_cap: float | None = None
-    """Truncate the correction for a sampler with other numerics at this ratio; none = off."""
+    """Largest correction of a token for an engine with other numerics (vLLM); none = no bound."""
     num_iterations: int = 1
     """Optimiser steps on one batch of rollouts."""
 

@@ -229,7 +229,11 @@ class PolicyUpdate:
             self._score(experience, groups, states.detach())
         rows = batch.groups
         kl_weight, source = self.config.kl_weight, batch.source.cpu()
-        old = torch.from_numpy(experience.rollouts.log_prob)[source].to(model.device)
+        rollouts = experience.rollouts
+        old = torch.from_numpy(rollouts.log_prob)[source].to(model.device)
+        sampler = rollouts.sampler_log_prob
+        if sampler is not None:
+            sampler = torch.from_numpy(sampler)[source].to(model.device)
         out = recpo_loss(
             # not hidden[...]: its gradient adds a repeated row's parts in any order
             hidden.index_select(0, batch.predict_from),
@@ -244,6 +248,7 @@ class PolicyUpdate:
             bias=model.lm_head_bias,
             old_log_prob=old,
             old_item_log_prob=experience.old_item_log_prob[rows] if experience.scored else None,
+            sampler_log_prob=sampler,
             ref_log_prob=self._reference_log_prob(batch) if kl_weight else None,
             item_table=model.index.items if self.config.item_negatives == "catalog" else None,
             num_tokens=num_tokens,
@@ -329,7 +334,7 @@ class PolicyUpdate:
         gap = ((out.log_prob - old) * counted).abs()
         stats.add("sampling/log_prob_difference", gap.sum() / tokens.clamp(min=1), tokens)
         stats.add("log_prob", (out.log_prob * counted).sum() / tokens.clamp(min=1), tokens)
-        for name in ("kl", "entropy"):
+        for name in ("kl", "entropy", "importance_ratio"):
             value = getattr(out, name)
             if value is not None:
                 stats.add(name, value, tokens)

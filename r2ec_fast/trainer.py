@@ -402,6 +402,15 @@ def _completion_stats(experiences: Sequence[Experience]) -> dict[str, float]:
         "completions/clipped_ratio": (reasons == "length").mean(),
         "completions/eos_ratio": (reasons == "eos").mean(),
     }
+    gaps = [
+        np.abs(e.rollouts.log_prob - e.rollouts.sampler_log_prob)[e.rollouts.sampled]
+        for e in experiences
+        if e.rollouts.sampler_log_prob is not None
+    ]
+    if gaps:
+        gap = np.concatenate(gaps)
+        stats["sampling/sampler_difference_mean"] = gap.mean()
+        stats["sampling/sampler_difference_max"] = gap.max()
     return {k: float(v) for k, v in stats.items()}
 
 

@@ -1,6 +1,7 @@
 """One optimiser step of RecPO against the equations, and the traps of METHOD section 5."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,19 @@ def test_stored_log_probabilities_let_the_clip_act(step):
     second = update.recpo([experience], rows)
     assert second["clip_ratio/region_mean"] > 0.1
     assert torch.equal(experience.rewards, rewards)
+
+
+@pytest.mark.parametrize(("cap", "factor"), [(None, math.exp(0.3)), (1.2, 1.2)])
+def test_a_sampler_with_other_numerics_is_corrected(step, cap, factor):
+    model, users, rollouts, rows = step
+    plain, _ = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
+    other = replace(rollouts, sampler_log_prob=rollouts.log_prob - np.float32(0.3))
+    experience = Experience.of(users, other, model.device)
+    stats, _ = gradients(model, [experience], rows, config(importance_cap=cap))
+    assert abs(plain["token_loss"]) > 1e-3
+    assert stats["token_loss"] == pytest.approx(factor * plain["token_loss"], rel=1e-4)
+    assert stats["item_loss"] == pytest.approx(plain["item_loss"])
+    assert stats["importance_ratio"] == pytest.approx(factor, rel=1e-4)
 
 
 def test_contrastive_is_the_softmax_cross_entropy(step):
