@@ -56,7 +56,7 @@ def load_interactions(
     min_items: int = 0,
     rollback_months: int = 3,
     missing_text: str = "drop",
-    keep_unused_items: bool = True,
+    keep_unused_items: bool | None = None,
     quote: str | None = "auto",
     truncated: str = "refuse",
 ) -> InteractionData:
@@ -85,7 +85,8 @@ def load_interactions(
         rollback_months: by how many months at a time.
         missing_text: items of events without a row or title in the table: "drop" them with their
             events, "refuse" the data, or "use_id" as their title.
-        keep_unused_items: whether catalog items without events stay.
+        keep_unused_items: whether catalog items without events stay; None: only
+            without a k-core, which says that they do not.
         quote: the quote character of CSV; None: quotes are ordinary; "auto": '"' in CSV, none else.
         truncated: a gzip file which stops early: "refuse", or "keep" the rows before the break.
 
@@ -133,7 +134,8 @@ def load_interactions(
     if min_user_events > 1:
         drop_short_users(events, report, min_user_events)
         events.stage(report, f"users with >= {min_user_events} events")
-    if not keep_unused_items:
+    keep = k_core < 2 if keep_unused_items is None else keep_unused_items
+    if not keep:
         used = events.item_ids.gather(np.unique(events.item))
         table = table.filter(pl.col("item_id").is_in(used.implode()))
     return to_interactions(events, table, report)

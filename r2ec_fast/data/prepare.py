@@ -148,7 +148,7 @@ def prepare_movielens(
     min_rating: float | None = None,
     k_core: int = 0,
     min_user_events: int = 2,
-    keep_unused_items: bool = True,
+    keep_unused_items: bool | None = None,
     start: str | None = None,
     end: str | None = None,
     min_items: int = 0,
@@ -167,7 +167,8 @@ def prepare_movielens(
         min_rating: ratings below this are dropped; None keeps all.
         k_core: iterative k-core of users and movies; 0 is off.
         min_user_events: users with fewer ratings are dropped.
-        keep_unused_items: whether movies without ratings stay in the catalog.
+        keep_unused_items: whether movies without ratings stay in the catalog; None: only
+            without a k-core.
         start: first day of a time window; None is open.
         end: first day after it; None is open.
         min_items: `start` moves back until this many movies have ratings.
@@ -229,7 +230,7 @@ def prepare_generic(
     min_items: int = 0,
     rollback_months: int = 3,
     missing_text: str = "drop",
-    keep_unused_items: bool = True,
+    keep_unused_items: bool | None = None,
     quote: str | None = "auto",
     truncated: str = "refuse",
     method: str | None = None,
@@ -258,7 +259,8 @@ def prepare_generic(
         min_items: `start` moves back until this many items have events.
         rollback_months: by this many months at a time.
         missing_text: items without text: "drop", "refuse" or "use_id".
-        keep_unused_items: whether items without events stay in the catalog.
+        keep_unused_items: whether items without events stay in the catalog; None: only
+            without a k-core.
         quote: the quote character of CSV; None: quotes are ordinary characters.
         truncated: a gzip file that stops early: "refuse" it, or "keep" the rows before the break.
         method: "time", "leave_one_out" or "time_cut"; None: "time" where there are times.

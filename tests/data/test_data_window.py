@@ -81,8 +81,11 @@ def test_core_inside_the_window(write):
     data = load_interactions(log, start="0", end="50", k_core=2)
     assert data.users.ids == ("u", "v") and data.num_events == 4
     assert data.report.count("event outside the window's 2-core") == 2
-    slim = load_interactions(log, start="0", end="50", k_core=2, keep_unused_items=False)
-    assert slim.catalog.ids.ids == ("a", "b")
+    assert data.catalog.ids.ids == ("a", "b")
+    full = load_interactions(log, start="0", end="50", k_core=2, keep_unused_items=True)
+    assert full.catalog.ids.ids == ("a", "b", "c")
+    plain = load_interactions(log, start="0", end="50")
+    assert plain.catalog.ids.ids == ("a", "b", "c")
 
 
 def test_refusals(write):
