@@ -4,7 +4,8 @@ checkpoint-N/
   trainable.safetensors   every parameter that trains, by name
   optimizer.safetensors   its optimiser state, "parameter.state"
   item_index.safetensors  the item table
-  trainer_state.json      step, best metric, scheduler, generator state, settings
+  loop.safetensors        generator state and the age of every row of the table
+  trainer_state.json      step, best metric, scheduler, settings
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from r2ec_kernels import ItemIndex
 STATE_FILE = "trainer_state.json"
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+LOOP_FILE = "loop.safetensors"
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -34,6 +36,8 @@ def save_checkpoint(
     directory: Path, model: R2ecModel, optimizer: torch.optim.Optimizer, state: dict
 ) -> None:
     """Write a checkpoint; ``directory`` appears only when it is whole.
+
+    ``state`` holds JSON values and, on its first level, tensors.
 
     Raises OSError, naming the directory, where it cannot be written (full disk, no permission).
     """
@@ -52,8 +56,10 @@ def save_checkpoint(
         save_file(moments, temporary / OPTIMIZER_FILE)
         if model.index is not None:
             model.index.save(temporary / INDEX_FILE)
-        state = {**state, "torch_generator": torch.get_rng_state().tolist()}
-        (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
+        loop = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        save_file({**loop, "torch_generator": torch.get_rng_state()}, temporary / LOOP_FILE)
+        values = {k: v for k, v in state.items() if k not in loop}
+        (temporary / STATE_FILE).write_text(json.dumps(values) + "\n")
 
 
 def load_checkpoint(
@@ -92,7 +98,9 @@ def load_checkpoint(
                 key: value.reshape(()) if key == "step" else value.to(parameter.device)
                 for key, value in own.items()
             }
-        torch.set_rng_state(torch.tensor(state["torch_generator"], dtype=torch.uint8))
+        loop = _read_tensors(directory / LOOP_FILE)
+        torch.set_rng_state(loop.pop("torch_generator"))
+        state |= loop
     if (directory / INDEX_FILE).is_file():
         model.index = ItemIndex.load(directory / INDEX_FILE)
     return state

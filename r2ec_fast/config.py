@@ -10,6 +10,7 @@ from r2ec_kernels import RecPOLossConfig
 OBJECTIVES = ("recpo", "contrastive")
 SCHEDULERS = ("constant_with_warmup", "constant", "linear", "cosine")
 OPTIMIZERS = ("adamw_torch", "paged_adamw_8bit")
+REFRESH_MODES = ("full", "rolling")
 REPORTERS = ("none", "tensorboard", "wandb", "trackio")
 
 
@@ -105,6 +106,9 @@ class RecPOConfig:
     # item table
     refresh_steps: int = 100
     """Re-encode the whole catalog every so many steps; 0 = only for evaluations."""
+    refresh_mode: str = "full"
+    """"full": all rows at once, every refresh_steps; "rolling": after each step the oldest rows, so
+    many that none is older than refresh_steps."""
     index_scan: str = "auto"
     """First pass of the item index: "auto", "none", "bf16" or "int8"; never changes a result."""
 
@@ -137,6 +141,9 @@ class RecPOConfig:
         _one_of("optim", self.optim, OPTIMIZERS)
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         _one_of("report_to", self.report_to, REPORTERS)
+        _one_of("refresh_mode", self.refresh_mode, REFRESH_MODES)
+        if self.refresh_mode == "rolling" and not self.refresh_steps:
+            raise ValueError("refresh_steps: refresh_mode='rolling' needs at least 1, got 0")
         for name in (
             "lora_r",
             "num_generations",

@@ -10,11 +10,9 @@ Departures from the paper and its code, each with a test (METHOD section 5):
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from r2ec_fast import distributed
 from r2ec_fast.assembler import PromptAssembler
+from r2ec_fast.catalog_refresh import CatalogTable
 from r2ec_fast.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -40,6 +39,7 @@ from r2ec_fast.inference import rank_examples, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
 from r2ec_fast.rollout import RolloutEngine
+from r2ec_fast.run_log import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,12 @@ class RecPOTrainer:
         self.parameters = trainable_parameters(model)
         self.optimizer = _optimizer(config, list(self.parameters.values()))
         self.scheduler = _scheduler(config, self.optimizer, self.max_steps)
-        self.step, self.refreshed_at, self.validated_at = 0, -1, -1
+        self.table = CatalogTable(model, self.builder, config, len(data.data.catalog))
+        self.run_log = RunLog(config, self.accelerator)
+        self.step, self.validated_at = 0, -1
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
         self._stop_signal = False
-        self._item_rows: dict[int, list[int]] = {}
 
     def _prepare_model(self) -> None:
         model, config = self.model, self.config
@@ -126,11 +127,10 @@ class RecPOTrainer:
         current step with a checkpoint.
         """
         self._resume()
-        self._start_trackers()
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
         try:
             if self.model.index is None:
-                self.refresh_items()
+                self.table.refresh(self.step)
             with self._progress() as bar:
                 while self.step < self.max_steps and not self._stop_signal:
                     if self._loop_body():
@@ -149,9 +149,8 @@ class RecPOTrainer:
         record = self._train_step(self.step)
         record |= {"step": self.step, "step_time": time.perf_counter() - started}
         if self.step % config.logging_steps == 0:
-            self._log(record)
-        if config.refresh_steps and self.step % config.refresh_steps == 0:
-            self.refresh_items()
+            self.run_log.write(record)
+        self.table.after_step(self.step)
         stop = False
         if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
             stop = self._validate()
@@ -161,7 +160,8 @@ class RecPOTrainer:
 
     def _train_step(self, step: int) -> dict[str, float]:
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
-        rows = self._target_rows(users)
+        rows = self.table.target_rows(users)
+        self.table.wrote(rows, step - 1)
         self.model.train()
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
@@ -172,7 +172,7 @@ class RecPOTrainer:
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
-        return record | _completion_stats(experiences) | self._staleness(step)
+        return record | _completion_stats(experiences) | self.table.staleness(step)
 
     def _rollout(self, users: UserBatch, step: int) -> Experience:
         config = self.config
@@ -227,26 +227,6 @@ class RecPOTrainer:
             keys=index.tolist(),
         )
 
-    def _target_rows(self, users: Sequence[UserBatch]) -> dict[int, list[int]]:
-        """Tokens of every distinct target of the step, of all processes."""
-        own = np.concatenate([batch.targets for batch in users])
-        wanted = np.unique(np.concatenate(distributed.gather_objects(own))).tolist()
-        new = [item for item in wanted if item not in self._item_rows]
-        self._item_rows |= dict(zip(new, self.builder.items_ids(new), strict=True))
-        return {item: self._item_rows[item] for item in wanted}
-
-    def refresh_items(self) -> None:
-        """Re-encode the whole catalog, each process a part, and rebuild the table."""
-        own = distributed.shard(range(len(self.data.data.catalog)))
-        states = self.model.encode_rows(
-            self.builder.items_ids(own), self.config.max_tokens_per_microbatch
-        )
-        self.model.set_items(distributed.gather_rows(states), scan=self.config.index_scan)
-        self.refreshed_at = self.step
-
-    def _staleness(self, step: int) -> dict[str, float]:
-        return {"item_table_age": step - 1 - self.refreshed_at}
-
     # ---- evaluation -----------------------------------------------------------------------------
 
     def evaluate(
@@ -259,8 +239,8 @@ class RecPOTrainer:
         ``eval_{split}_ndcg@10`` and so on, ``.../se`` the standard errors.
         """
         reasoning = self.config.reasons if reasoning is None else reasoning
-        if self.refreshed_at != self.step:
-            self.refresh_items()
+        if self.table.refreshed_at != self.step:
+            self.table.refresh(self.step)
         examples = sample_examples(
             self.data, split, self.config.eval_samples if samples is None else samples,
             self.config.seed,
@@ -281,7 +261,7 @@ class RecPOTrainer:
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
         metrics = self.evaluate("valid")
-        self._log({"step": self.step, **metrics})
+        self.run_log.write({"step": self.step, **metrics})
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0
@@ -304,7 +284,7 @@ class RecPOTrainer:
         self.accelerator.wait_for_everyone()
         if self.config.load_best_model_at_end:
             load_checkpoint(self.output_dir / "best", self.model)
-            self.refreshed_at = self.step
+            self.table.refreshed_at = self.step
         else:
             metrics = self.evaluate("valid")
         if self.accelerator.is_main_process:
@@ -319,7 +299,8 @@ class RecPOTrainer:
             "step": self.step,
             "best": self.best,
             "bad_evaluations": self.bad_evaluations,
-            "refreshed_at": self.refreshed_at,
+            "refreshed_at": self.table.refreshed_at,
+            "written_at": torch.from_numpy(self.table.written_at),
             "validated_at": self.validated_at,
             "scheduler": self.scheduler.state_dict(),
             "config": self.config.to_dict(),
@@ -334,10 +315,8 @@ class RecPOTrainer:
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
-        metrics = self.output_dir / "metrics.jsonl"
         if wanted is None:
-            if self.accelerator.is_main_process:
-                metrics.unlink(missing_ok=True)
+            self.run_log.open(None)
             return
         path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
         if path is None:
@@ -346,26 +325,10 @@ class RecPOTrainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.best = state["step"], state["best"]
         self.bad_evaluations = state["bad_evaluations"]
-        self.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
-        if self.accelerator.is_main_process and metrics.is_file():
-            _truncate_metrics(metrics, self.step)
+        self.table.written_at = state["written_at"].numpy()
+        self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
+        self.run_log.open(self.step)
         log.info("resumed from %s after step %d", path, self.step)
-
-    def _start_trackers(self) -> None:
-        if self.config.report_to != "none":
-            settings = {k: v for k, v in self.config.to_dict().items() if v is not None}
-            self.accelerator.init_trackers("r2ec", config=settings)
-
-    def _log(self, record: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with open(self.output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
-        log.info(" | ".join(shown))
-        if self.config.report_to != "none":
-            values = {k: v for k, v in record.items() if k != "step"}
-            self.accelerator.log(values, step=int(record["step"]))
 
     def _progress(self) -> tqdm:
         # disable=None: shown on a terminal only
@@ -449,21 +412,6 @@ def _check_writable(directory: Path) -> None:
         raise type(error)(
             error.errno, f"output_dir: cannot write to {directory}: {error.strerror}"
         ) from error
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, which the resumed run writes again."""
-    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    shutil.move(temporary, path)
-
-
-def _step_in(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the line a killed process was writing
-        return math.inf
 
 
 def _main_thread() -> bool:

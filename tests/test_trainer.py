@@ -1,62 +1,17 @@
 """The training loop: what must not change its result, and what must."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 import torch
 from toy import toy_dataset, toy_model
+from training import launch, lines, run, same, two
 
 from r2ec_fast.checkpoint import TRAINABLE_FILE, load_checkpoint, trainable_parameters
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.trainer import RecPOTrainer
-
-RUN = {
-    "num_generations": 2,
-    "max_completion_length": 5,
-    "temperature": 1.2,
-    "top_k": 0,
-    "learning_rate": 3e-3,
-    "warmup_steps": 0,
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "eval_steps": 2,
-    "save_steps": 2,
-    "refresh_steps": 3,
-    "lora_alpha": 8,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bit equality with the processes of these tests, which use one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dict]:
-    """Final metrics and trained parameters of a toy run."""
-    settings = {**RUN, "output_dir": str(directory), "objective": objective, **changes}
-    trainer = RecPOTrainer(toy_model(), toy_dataset(), RecPOConfig(**settings))
-    metrics = trainer.train()
-    return metrics, {n: p.detach().clone() for n, p in trainer.parameters.items()}
-
-
-def lines(directory: Path) -> list[dict]:
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.endswith("_time")} for r in records]
-
-
-def same(first: dict, second: dict, **tolerance) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], **tolerance)
 
 
 @pytest.mark.parametrize("objective", ["recpo", "contrastive"])
@@ -127,62 +82,18 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         load_checkpoint(tmp_path / "nowhere", trainer.model)
 
 
-SCRIPT = """
-import os
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import torch
-from test_trainer import run
-torch.set_num_threads(1)
-metrics, parameters = run(Path({out!r}), {objective!r}, **{changes!r})
-torch.save((metrics, parameters), {out!r} + f"/result-{{os.environ.get('RANK', 0)}}.pt")
-"""
-
-
-def launch(out: Path, objective: str, changes: dict, rank: int = 0, size: int = 1, port: int = 0):
-    out.mkdir(exist_ok=True)
-    code = SCRIPT.format(
-        tests=str(Path(__file__).parent), out=str(out), objective=objective, changes=changes
-    )
-    environment = dict(os.environ)
-    if size > 1:
-        environment |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-    return subprocess.Popen([sys.executable, "-c", code], env=environment)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
-def test_two_processes_equal_one(tmp_path, objective):
-    changes = {"max_steps": 2, "eval_steps": 0}
+@pytest.mark.parametrize(
+    ("objective", "mode"), [("recpo", "full"), ("contrastive", "full"), ("recpo", "rolling")]
+)
+def test_two_processes_equal_one(tmp_path, objective, mode):
+    changes = {"max_steps": 2, "eval_steps": 0, "refresh_mode": mode}
     metrics, parameters = run(tmp_path / "one", objective, **changes, per_device_train_batch_size=8)
-    port = free_port()
-    out = tmp_path / "two"
-    processes = [launch(out, objective, changes, rank, 2, port) for rank in range(2)]
-    assert [p.wait(timeout=240) for p in processes] == [0, 0]
-    results = [torch.load(out / f"result-{rank}.pt") for rank in range(2)]
-    for got_metrics, got_parameters in results:
+    for got_metrics, got_parameters in two(tmp_path / "two", objective, changes):
         assert got_metrics == pytest.approx(metrics)
         same(parameters, got_parameters, rtol=1e-5, atol=1e-7)
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
-    import time
-
     out = tmp_path / "run"
     process = launch(out, "recpo", {"max_steps": 10_000, "eval_steps": 0, "save_steps": 0})
     log = out / "metrics.jsonl"
@@ -197,8 +108,6 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 
 
 def test_kill_in_the_middle_then_resume(tmp_path):
-    import time
-
     metrics, parameters = run(tmp_path / "whole", max_steps=6)
     out = tmp_path / "killed"
     process = launch(out, "recpo", {"max_steps": 6})

@@ -1,0 +1,71 @@
+"""What a run writes while it trains: metrics.jsonl, and the trackers of ``report_to``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from r2ec_fast.config import RecPOConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The log of a run in ``config.output_dir``; only the main process writes."""
+
+    def __init__(self, config: RecPOConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.files = [Path(config.output_dir) / METRICS_FILE]
+
+    def open(self, step: int | None) -> None:
+        """Begin anew (None), or go on after ``step``: later lines are dropped, because the resumed
+        run writes them again."""
+        if self.config.report_to != "none":
+            settings = {k: v for k, v in self.config.to_dict().items() if v is not None}
+            self.accelerator.init_trackers("r2ec", config=settings)
+        if not self.accelerator.is_main_process:
+            return
+        for path in self.files:
+            if step is None:
+                path.unlink(missing_ok=True)
+            elif path.is_file():
+                _truncate(path, step)
+
+    def write(self, record: dict[str, float]) -> None:
+        """One line of metrics; ``record["step"]`` is its step."""
+        if not self.accelerator.is_main_process:
+            return
+        _append(self.files[0], [record])
+        shown = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
+        log.info(" | ".join(shown))
+        if self.config.report_to != "none":
+            values = {k: v for k, v in record.items() if k != "step"}
+            self.accelerator.log(values, step=int(record["step"]))
+
+
+def _append(path: Path, records: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _truncate(path: Path, step: int) -> None:
+    kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    shutil.move(temporary, path)
+
+
+def _step_in(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # the line a killed process was writing
+        return math.inf
