@@ -27,7 +27,9 @@ from .triton_kernels import fold_kernel, fused_kernel, grad_kernel
 ROW_TILE = 4096  # rows of one pass over the vocabulary
 BLOCK_COLUMNS = 2048  # vocabulary of a block: 32 MiB of float32 logits stay in the L2 cache
 FUSED_WIDTH = 128  # the widest head that the fused kernel takes
-FUSED_ROWS, FUSED_COLUMNS = 64, 64
+FUSED_TYPES = (torch.bfloat16, torch.float16)  # without tensor cores its tiles do not fit registers
+FUSED_ROWS, FUSED_COLUMNS = 64, 32
+FUSED_ROWS_SOFTCAP = 32  # the slopes are a third tile in registers
 FUSED_PROGRAMS = 264  # two on each multiprocessor: few rows split the vocabulary
 
 
@@ -63,7 +65,8 @@ def head_forward(
             if not tile.numel():
                 continue
             states, target = hidden[tile].to(settings.compute), targets[tile]
-            fused = with_jacobian and d <= FUSED_WIDTH and not settings.entropy
+            narrow = d <= FUSED_WIDTH and settings.compute in FUSED_TYPES
+            fused = with_jacobian and narrow and not settings.entropy
             run = _fused if fused else _folded
             found = run(states, weight, target, bias, with_jacobian, settings)
             _finish(out, tile, weight, target, counted[tile], found, settings)
@@ -160,7 +163,8 @@ def _fused(
     """One kernel for a narrow head; splits of the vocabulary are merged by their maxima."""
     num, d = states.shape
     vocab = weight.shape[0]
-    tiles = triton.cdiv(num, FUSED_ROWS)
+    row_tile = FUSED_ROWS if settings.softcap is None else FUSED_ROWS_SOFTCAP
+    tiles = triton.cdiv(num, row_tile)
     splits = max(1, min(FUSED_PROGRAMS // tiles, triton.cdiv(vocab, 8 * FUSED_COLUMNS)))
     per_split = triton.cdiv(triton.cdiv(vocab, splits), FUSED_COLUMNS) * FUSED_COLUMNS
     splits = triton.cdiv(vocab, per_split)
@@ -190,7 +194,7 @@ def _fused(
         HAS_BIAS=bias is not None,
         SOFTCAP=settings.softcap is not None,
         PRECISION="ieee",
-        BLOCK_T=FUSED_ROWS,
+        BLOCK_T=row_tile,
         BLOCK_V=FUSED_COLUMNS,
         BLOCK_D=max(16, triton.next_power_of_2(d)),
         num_warps=4,
@@ -283,16 +287,16 @@ def aot_configs() -> list[dict[str, Any]]:
     flags: dict[str, Any] = {"HAS_BIAS": True, "BLOCK_V": BLOCK_COLUMNS}
     fold = flags | {"ENTROPY": True, "JACOBIAN": True, "BLOCK_D": 1024}
     grad = flags | {"HAS_GRAD": True, "HAS_GRAD_ENTROPY": True}
-    tile = {"HAS_BIAS": True, "BLOCK_T": FUSED_ROWS, "BLOCK_V": FUSED_COLUMNS}
-    fused = [tile | {"PRECISION": "ieee", "BLOCK_D": d} for d in (16, 32, 64, FUSED_WIDTH)]
+    tile = {"HAS_BIAS": True, "PRECISION": "ieee", "BLOCK_V": FUSED_COLUMNS}
     found = []
     for compute in ("bf16", "fp16", "fp32"):
-        for softcap in (False, True):
+        for rows, softcap in ((FUSED_ROWS, False), (FUSED_ROWS_SOFTCAP, True)):
             cap = {"SOFTCAP": softcap}
             found.append(_aot(fold_kernel, compute, fold | cap, 8, 1, False))
             found.append(_aot(grad_kernel, compute, grad | cap, 8, 1, False))
-            tensor_cores = compute != "fp32"
-            found += [_aot(fused_kernel, compute, f | cap, 4, 2, tensor_cores) for f in fused]
+            for d in (16, 32, 64, FUSED_WIDTH) if compute != "fp32" else ():
+                shape = tile | cap | {"BLOCK_T": rows, "BLOCK_D": d}
+                found.append(_aot(fused_kernel, compute, shape, 4, 2, True))
     return found
 
 

@@ -12,12 +12,15 @@ from ..exclude import exclude_rows
 from ..search.bounds import HUGE, Queries, prepare_queries
 from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
 
-BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 128, 32, 32
-PROGRAMS = 528  # four on each multiprocessor
+# the largest tile that no target's compiler spills
+BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32
+WARPS, STAGES = 8, 2
+PROGRAMS = 528  # a few rounds of one on each multiprocessor
 CAPACITY = 1 << 16  # near-ties kept for an exact comparison; more take the dense path
 # float32 as three products of 10-bit parts on tensor cores: what the parts miss, and sums that may
 # be truncated instead of rounded
 _SPLIT_UNIT, _TENSOR_CORE_UNIT = 2.0**-20, 2.0**-22
+_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 
 
 @triton.jit
@@ -53,7 +56,8 @@ def _stats_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A split of the items against a tile of queries. counter: [near-ties, untrusted rows]."""
-    i_split, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # neighbours share a split of the items: the table is read once from memory, then from cache
+    i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
     m_b = o_b < batch
     # [BLOCK_B]: limits are raw scores relative to nothing; the rest to the target's
@@ -68,15 +72,17 @@ def _stats_kernel(
     num_tiles = tl.cdiv(num_rows, BLOCK_N)
     last = tl.minimum((i_split + 1) * tiles_per_split, num_tiles)
     for i_n in range(i_split * tiles_per_split, last):
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < num_rows
+        # 32-bit places in a tile whose base is 64-bit: pointers of a tile take half the registers
+        o_n = tl.arange(0, BLOCK_N)
+        m_n = o_n < num_rows - i_n * BLOCK_N
+        p_tile = x_ptr + i_n * BLOCK_N * stride_x
         scores = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
         square = tl.zeros((BLOCK_N,), tl.float32)
         for first in range(0, d, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < d
             # [BLOCK_N, BLOCK_D]
-            p_x = x_ptr + o_n[:, None] * stride_x + o_d[None, :]
+            p_x = p_tile + (o_n[:, None] * stride_x + o_d[None, :])
             x = tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
             # [BLOCK_D, BLOCK_B]
             p_q = q_ptr + o_b[None, :] * stride_q + o_d[:, None]
@@ -96,19 +102,21 @@ def _stats_kernel(
         begin, end = tl.load(pair_start_ptr + i_n), tl.load(pair_start_ptr + i_n + 1)
         for i_pair in range(begin, end):
             row, of = tl.load(pair_row_ptr + i_pair), tl.load(pair_of_ptr + i_pair)
-            alive = alive & ~((o_n == row)[:, None] & (o_b == of)[None, :])
+            alive = alive & ~((o_n == row - i_n * BLOCK_N)[:, None] & (o_b == of)[None, :])
         above = alive & (scores > raw[None, :] + error)
         ahead += tl.sum(above.to(tl.int32), axis=0)
         near = tl.where(alive & ~above & (scores >= raw[None, :] - error), 1, 0)
         count = tl.sum(near)
         if count > 0:
-            flat = tl.reshape(near, (BLOCK_N * BLOCK_B,))
-            place = tl.atomic_add(counter_ptr, count) + tl.cumsum(flat, 0) - 1
-            m_near = (flat > 0) & (place < capacity)
-            near_row = tl.reshape(o_n[:, None] + o_b[None, :] * 0, (BLOCK_N * BLOCK_B,))
-            near_of = tl.reshape(o_n[:, None] * 0 + o_b[None, :], (BLOCK_N * BLOCK_B,))
-            tl.store(near_row_ptr + place, near_row, mask=m_near)
-            tl.store(near_of_ptr + place, near_of, mask=m_near)
+            # [BLOCK_N, BLOCK_B]: query by query, the order of the places does not matter
+            per_query = tl.sum(near, axis=0)
+            before = tl.cumsum(per_query, 0) - per_query
+            place = tl.cumsum(near, 0) - 1 + before[None, :] + tl.atomic_add(counter_ptr, count)
+            m_near = (near > 0) & (place < capacity)
+            row_of = i_n * BLOCK_N + tl.broadcast_to(o_n[:, None], (BLOCK_N, BLOCK_B))
+            tl.store(near_row_ptr + place, row_of, mask=m_near)
+            query_of = tl.broadcast_to(o_b[None, :], (BLOCK_N, BLOCK_B)).to(tl.int64)
+            tl.store(near_of_ptr + place, query_of, mask=m_near)
         x2 = tl.where(alive, (scores - origin[None, :]) * logit[None, :], -float("inf"))
         higher = tl.maximum(peak, tl.max(x2, axis=0))
         mass = mass * tl.exp2(peak - higher)
@@ -200,7 +208,8 @@ def _scan(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The kernel's pass; None where it cannot be exact (untrusted rows, too many near-ties)."""
     (num, d), batch, device = items.shape, targets.shape[0], items.device
-    precision = "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+    on_cuda = device.type == "cuda" and torch.version.hip is None
+    precision = _PRECISION["cuda" if on_cuda else "hip"]
     if precision == "tf32x3":
         query = replace(query, unit=query.unit + _SPLIT_UNIT + d * _TENSOR_CORE_UNIT)
     items = items if items.stride(1) == 1 else items.contiguous()
@@ -220,7 +229,7 @@ def _scan(
     peak, mass = torch.empty(2, splits, batch, device=device)
     near = torch.empty(2, CAPACITY, dtype=torch.int64, device=device)
     counter = torch.zeros(2, dtype=torch.int32, device=device)
-    _stats_kernel[(splits, columns)](
+    _stats_kernel[(columns, splits)](
         items,
         query.scaled,
         origin.rounded,
@@ -250,8 +259,8 @@ def _scan(
         BLOCK_N=BLOCK_ITEMS,
         BLOCK_B=BLOCK_QUERIES,
         BLOCK_D=BLOCK_WIDTH,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     num_near, untrusted = counter.tolist()
     if untrusted or num_near > CAPACITY:
@@ -300,8 +309,10 @@ def aot_configs() -> list[dict[str, Any]]:
     found = []
     for table in ("fp32", "bf16", "fp16"):
         for cosine in (False, True):
-            constants = tile | {"COSINE": cosine, "PRECISION": "ieee"}
-            found.append(_aot(_stats_kernel, table, constants, 4, 3))
+            for backend, precision in _PRECISION.items():
+                constants = tile | {"COSINE": cosine, "PRECISION": precision}
+                case = _aot(_stats_kernel, table, constants, WARPS, STAGES)
+                found.append(case | {"backend": backend, "uses_tensor_cores": backend == "cuda"})
     for rloo in (False, True):
         constants = {"BEST": 1, "RLOO": rloo, "BLOCK_G": 8}
         found.append(_aot(_reward_kernel, "fp32", constants, 1, 1))

@@ -57,6 +57,8 @@ def compare(shape, head, frozen, entropy):
 def main():
     impl_triton.ROW_TILE, impl_triton.BLOCK_COLUMNS = 16, 128  # many tiles and blocks
     impl_triton.FUSED_ROWS, impl_triton.FUSED_COLUMNS = 16, 32
+    impl_triton.FUSED_ROWS_SOFTCAP = 16
+    impl_triton.FUSED_TYPES = (torch.float32,)  # all that the interpreter multiplies rightly
     cases = 0
     for width in (0, 128):  # library products with the fold kernel; the fused kernel
         impl_triton.FUSED_WIDTH = width
