@@ -116,7 +116,7 @@ def run(
         f"loss {losses[0][1]:.2f} -> {losses[-1][1]:.2f}, {time.perf_counter() - clock:.0f} s"
     )
     rows["contrastive (direct)"] = _train_contrastive(model, dataset, sizes, seed, output)
-    rows |= _train_recpo(model, dataset, sizes, seed, output)
+    rows |= _train_recpo(dataset, sizes, seed, output)
     _report(rows, output, dataset)
     _say(f"total: {time.perf_counter() - started:.0f} s, written to {output}")
     return rows
@@ -334,7 +334,6 @@ def _config(output: Path, seed: int, sizes: Sizes, **changes: object) -> RecPOCo
 
     return RecPOConfig(
         output_dir=str(output),
-        use_lora=False,
         save_steps=0,
         eval_samples=min(200, sizes.test_examples),
         max_completion_length=24,
@@ -355,6 +354,7 @@ def _train_contrastive(
         seed,
         sizes,
         objective="contrastive",
+        use_lora=False,
         per_device_train_batch_size=sizes.batch,
         max_steps=sizes.contrastive_steps,
         eval_steps=max(sizes.contrastive_steps // 4, 1),
@@ -374,10 +374,12 @@ def _train_contrastive(
 
 
 def _train_recpo(
-    model: R2ecModel, dataset: RecDataset, sizes: Sizes, seed: int, output: Path
+    dataset: RecDataset, sizes: Sizes, seed: int, output: Path
 ) -> dict[str, dict[str, float]]:
+    from r2ec_fast.model import R2ecModel
     from r2ec_fast.trainer import RecPOTrainer
 
+    model = R2ecModel.from_pretrained(str(output / "contrastive" / "model"))
     clock = time.perf_counter()
     config = _config(
         output / "recpo",
@@ -388,7 +390,12 @@ def _train_recpo(
         num_generations=sizes.generations,
         max_steps=sizes.recpo_steps,
         eval_steps=max(sizes.recpo_steps // 4, 1),
-        learning_rate=2e-4,
+        # adapters, and a pull towards the model without them: so small a model forgets how to
+        # write within a few steps of reward otherwise
+        lora_r=16,
+        lora_alpha=32,
+        kl_weight=0.1,
+        learning_rate=1e-3,
         warmup_steps=4,
         temperature=1.0,
         top_k=8,

@@ -59,14 +59,14 @@ def test_the_same_seed_gives_the_same_numbers_and_says_that_data_is_generated(
     assert out.startswith("Everything below is GENERATED data")
     assert out.count("reasoning: ") == out.count("history: ") == 3
     assert all(f"| {name} |" in out for name in METHODS)
-    weights = "recpo/model/model.safetensors"
+    weights = "recpo/model/adapter_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (first[0] / weights).read_bytes()
 
 
 def test_another_seed_gives_other_numbers(first, tmp_path):
     other = run(tmp_path, seed=2, sizes=TOY)
     one, two = (rows["RecPO (reasoned)"]["mrr@20"] for rows in (first[1], other))
-    weights = "recpo/model/model.safetensors"
+    weights = "recpo/model/adapter_model.safetensors"
     assert (tmp_path / weights).read_bytes() != (first[0] / weights).read_bytes()
     assert np.isfinite([one, two]).all()
 
