@@ -12,6 +12,7 @@ from r2ec_fast import distributed
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.failures import TokenBudget
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.prompts import PromptBuilder
     from r2ec_fast.recpo import UserBatch
@@ -33,9 +34,14 @@ class CatalogTable:
     """
 
     def __init__(
-        self, model: R2ecModel, builder: PromptBuilder, config: RecPOConfig, num_items: int
+        self,
+        model: R2ecModel,
+        builder: PromptBuilder,
+        config: RecPOConfig,
+        num_items: int,
+        budget: TokenBudget,
     ) -> None:
-        self.model, self.builder, self.config = model, builder, config
+        self.model, self.builder, self.config, self.budget = model, builder, config, budget
         self.written_at = np.full(num_items, -1, np.int64)
         self.refreshed_at = -1
         self._tokens: dict[int, list[int]] = {}
@@ -88,7 +94,5 @@ class CatalogTable:
 
     def _encode(self, items: Sequence[int]) -> torch.Tensor:
         own = distributed.shard(items)
-        states = self.model.encode_rows(
-            self.builder.items_ids(own), self.config.max_tokens_per_microbatch
-        )
+        states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)
         return distributed.gather_rows(states)

@@ -2,15 +2,34 @@
 
 Each process trains its own users. Gradients of a step are *summed* over processes, because the
 loss is already divided by the counts of the whole step (METHOD section 2). Every function is the
-identity in a single process.
+identity in a single process, and raises PeerError where another process is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+
+class PeerError(RuntimeError):
+    """Another process of the run failed, died or does not answer."""
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerError(
+            f"another process of the run died, or did not answer within ddp_timeout seconds "
+            f"({str(error).splitlines()[0]}); start the run again with "
+            "resume_from_checkpoint=latest"
+        ) from error
 
 
 def world() -> tuple[int, int]:
@@ -26,7 +45,8 @@ def gather_objects(value: object) -> list:
     if size == 1:
         return [value]
     out: list = [None] * size
-    dist.all_gather_object(out, value)
+    with _exchange():
+        dist.all_gather_object(out, value)
     return out
 
 
@@ -46,14 +66,16 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded)
+    with _exchange():
+        dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
     """Sum ``tensor`` over processes, in place."""
     if world()[1] > 1:
-        dist.all_reduce(tensor)
+        with _exchange():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -64,4 +86,12 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        sum_(parameter.grad)
+
+
+def any_(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    if world()[1] == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(sum_(torch.tensor(int(flag), device=device)))

@@ -14,7 +14,7 @@ accumulation and processes change nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from r2ec_fast import distributed
+from r2ec_fast.failures import TokenBudget, together
 from r2ec_fast.packing import PackedBatch, pack_histories
 from r2ec_kernels import (
     RecPOLoss,
@@ -36,6 +37,15 @@ if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.rollout import Rollouts
+
+FEWER_ITEMS = (
+    "the step's target items do not fit, each encoded alone; lower per_device_train_batch_size or "
+    "gradient_accumulation_steps, or set gradient_checkpointing"
+)
+SMALLER_GROUP = (
+    "a group of {tokens} tokens does not fit alone; lower num_generations, max_completion_length "
+    "or the prompts' window, or set gradient_checkpointing"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,11 @@ class Candidates:
     def __init__(self, model: R2ecModel, item_rows: dict[int, list[int]], max_tokens: int) -> None:
         ids = sorted(item_rows)
         self.own = slice(*_shard_bounds(len(ids)))
-        self.states = model.read_out([item_rows[i] for i in ids[self.own]], max_tokens=max_tokens)
+        rows = [item_rows[i] for i in ids[self.own]]
+        self.divisible = max_tokens > max(map(len, rows), default=0)
+        with together("target items") as section:
+            section.smallest = None if self.divisible else FEWER_ITEMS
+            self.states = model.read_out(rows, max_tokens=max_tokens)
         self.ids = torch.tensor(ids, device=model.device)
         self.leaf = distributed.gather_rows(self.states).requires_grad_()
 
@@ -73,8 +87,10 @@ class Candidates:
         if self.leaf.grad is None:
             return
         gradient = distributed.sum_(self.leaf.grad)
-        if self.states.requires_grad and len(self.states):
-            self.states.backward(gradient[self.own])
+        with together("gradient of the target items") as section:
+            section.smallest = None if self.divisible else FEWER_ITEMS
+            if self.states.requires_grad and len(self.states):
+                self.states.backward(gradient[self.own])
 
 
 def _shard_bounds(count: int) -> tuple[int, int]:
@@ -147,6 +163,7 @@ class PolicyUpdate:
     def __init__(self, model: R2ecModel, config: RecPOConfig) -> None:
         self.model = model
         self.config = config
+        self.budget = TokenBudget(config.max_tokens_per_microbatch)
         self.loss_config: RecPOLossConfig = config.loss_config(
             similarity=model.similarity,
             item_temperature=model.temperature,
@@ -158,8 +175,21 @@ class PolicyUpdate:
         """Accumulate the gradient of one optimiser step of RecPO; returns its statistics.
 
         ``experiences``: one an accumulation step; ``item_rows``: the tokens of every distinct
-        target of the step, of all processes. Writes the targets' fresh rows into the table.
+        target of the step, of all processes. Writes the targets' fresh rows into the table. Where
+        memory runs out on any process, the call is done again with smaller micro-batches on all.
+
+        Raises StepOutOfMemory where a group does not fit alone.
         """
+        scored = [experience.scored for experience in experiences]
+
+        def reset() -> None:
+            self.model.zero_grad(set_to_none=True)
+            for experience, before in zip(experiences, scored, strict=True):
+                experience.scored = before
+
+        return self._within_memory(lambda: self._recpo(experiences, item_rows), reset)
+
+    def _recpo(self, experiences: Sequence[Experience], item_rows: dict[int, list[int]]) -> dict:
         candidates = self._candidates(item_rows)
         targets = [np.int64((e.rollouts.targets != -100).sum()) for e in experiences]
         users = sum(len(e.users.targets) for e in experiences)
@@ -168,10 +198,14 @@ class PolicyUpdate:
         )
         num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
         stats = UpdateStats()
-        for experience in experiences:
-            for batch in self._pack(experience):
-                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
-            experience.scored = True
+        with together("micro-batches") as section:
+            for experience in experiences:
+                for batch in self._pack(experience):
+                    section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
+                    self._micro_batch(
+                        experience, batch, candidates, num_tokens, num_selected, stats
+                    )
+                experience.scored = True
         candidates.backward()
         return stats.totals()
 
@@ -179,32 +213,47 @@ class PolicyUpdate:
         """Accumulate the gradient of one step of the direct objective: -log p(target in batch).
 
         It is recpo_loss of one trajectory a group, without tokens: its advantage is 1 and its
-        ratio 1, so that the item action's gradient is that of the softmax cross-entropy.
+        ratio 1, so that the item action's gradient is that of the softmax cross-entropy. Where
+        memory runs out it acts as :meth:`recpo` does.
         """
+        return self._within_memory(
+            lambda: self._contrastive(users, item_rows, marker),
+            lambda: self.model.zero_grad(set_to_none=True),
+        )
+
+    def _contrastive(self, users: Sequence[UserBatch], item_rows, marker: list[int]) -> dict:
         candidates = self._candidates(item_rows)
         total = distributed.sum_(
             torch.tensor(sum(len(u.targets) for u in users), device=self.model.device)
         )
         stats = UpdateStats()
-        for batch in users:
-            rows = [[*prompt, *marker] for prompt in batch.prompts]
-            for part in _by_tokens(rows, self.config.max_tokens_per_microbatch):
-                states = self.model.read_out(
-                    [rows[i] for i in part], max_tokens=self.config.max_tokens_per_microbatch
-                )
-                out = self._item_loss(states, candidates, batch.targets[part], total)
-                out.loss.backward()
-                n = float(len(part))
-                log_prob = out.item_log_prob[:, 0]
-                stats.add("loss", -log_prob.mean(), n)
-                stats.add("in_batch_probability", log_prob.exp().mean(), n)
+        with together("micro-batches") as section:
+            for batch in users:
+                rows = [[*prompt, *marker] for prompt in batch.prompts]
+                for part in _by_tokens(rows, self.budget.tokens):
+                    section.smallest = _smallest(len(part), len(rows[part[0]]))
+                    self._contrastive_part(
+                        [rows[i] for i in part], batch.targets[part], candidates, total, stats
+                    )
         candidates.backward()
         return stats.totals()
 
+    def _contrastive_part(self, rows, targets, candidates, total, stats) -> None:
+        states = self.model.read_out(rows, max_tokens=self.budget.tokens)
+        out = self._item_loss(states, candidates, targets, total)
+        out.loss.backward()
+        log_prob = out.item_log_prob[:, 0]
+        stats.add("loss", -log_prob.mean(), float(len(rows)))
+        stats.add("in_batch_probability", log_prob.exp().mean(), float(len(rows)))
+
     # ---- parts of a step ------------------------------------------------------------------------
 
+    def _within_memory(self, attempt: Callable[[], dict], reset: Callable[[], None]) -> dict:
+        stats, retries = self.budget.spend(attempt, reset)
+        return stats | {"memory/token_budget": self.budget.tokens, "memory/oom_retries": retries}
+
     def _candidates(self, item_rows: dict[int, list[int]]) -> Candidates:
-        candidates = Candidates(self.model, item_rows, self.config.max_tokens_per_microbatch)
+        candidates = Candidates(self.model, item_rows, self.budget.tokens)
         if self.model.index is not None:
             self.model.write_items(candidates.ids, candidates.leaf.detach())
         return candidates
@@ -215,7 +264,7 @@ class PolicyUpdate:
             experience.users.prompts,
             (rollouts.values, rollouts.offsets),
             num_generations=experience.rewards.shape[1],
-            max_tokens=self.config.max_tokens_per_microbatch,
+            max_tokens=self.budget.tokens,
             completion_targets=rollouts.targets,
             oversize="alone",
         )
@@ -338,6 +387,10 @@ class PolicyUpdate:
             value = getattr(out, name)
             if value is not None:
                 stats.add(name, value, tokens)
+
+
+def _smallest(groups: int, tokens: int) -> str | None:
+    return SMALLER_GROUP.format(tokens=tokens) if groups == 1 else None
 
 
 def select_rows(

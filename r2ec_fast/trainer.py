@@ -35,6 +35,7 @@ from r2ec_fast.checkpoint import (
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Examples, RecDataset
 from r2ec_fast.evaluation import ranking_metrics
+from r2ec_fast.failures import together
 from r2ec_fast.inference import rank_examples, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
@@ -85,7 +86,9 @@ class RecPOTrainer:
         self.parameters = trainable_parameters(model)
         self.optimizer = _optimizer(config, list(self.parameters.values()))
         self.scheduler = _scheduler(config, self.optimizer, self.max_steps)
-        self.table = CatalogTable(model, self.builder, config, len(data.data.catalog))
+        self.table = CatalogTable(
+            model, self.builder, config, len(data.data.catalog), self.update.budget
+        )
         self.run_log = RunLog(config, self.accelerator)
         self.step, self.validated_at = 0, -1
         self.best: dict[str, float] = {}
@@ -167,7 +170,8 @@ class RecPOTrainer:
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
             return record | self._optimizer_step()
         started = time.perf_counter()
-        experiences = [self._rollout(batch, step) for batch in users]
+        with together("rollouts"):
+            experiences = [self._rollout(batch, step) for batch in users]
         record = {"rollout_time": time.perf_counter() - started}
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
@@ -253,7 +257,7 @@ class RecPOTrainer:
             examples[own],
             engine=self.engine if reasoning else None,
             max_completion_length=self.config.max_completion_length,
-            max_tokens=self.config.max_tokens_per_microbatch,
+            max_tokens=self.update.budget.tokens,
         )
         ranks = np.concatenate(distributed.gather_objects(ranks))
         return {f"eval_{split}_{k}": v for k, v in ranking_metrics(ranks).items()}
@@ -295,6 +299,7 @@ class RecPOTrainer:
     # ---- checkpoints and logs -------------------------------------------------------------------
 
     def _state(self) -> dict:
+        budget = self.update.budget
         return {
             "step": self.step,
             "best": self.best,
@@ -303,6 +308,7 @@ class RecPOTrainer:
             "written_at": torch.from_numpy(self.table.written_at),
             "validated_at": self.validated_at,
             "scheduler": self.scheduler.state_dict(),
+            "token_budget": budget.tokens if budget.lowered else None,
             "config": self.config.to_dict(),
         }
 
@@ -325,6 +331,8 @@ class RecPOTrainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.best = state["step"], state["best"]
         self.bad_evaluations = state["bad_evaluations"]
+        if state["token_budget"] is not None:
+            self.update.budget.lower(state["token_budget"])
         self.table.written_at = state["written_at"].numpy()
         self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
         self.run_log.open(self.step)

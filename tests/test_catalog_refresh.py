@@ -8,6 +8,7 @@ from training import lines, run, same
 
 from r2ec_fast.catalog_refresh import CatalogTable
 from r2ec_fast.config import RecPOConfig
+from r2ec_fast.failures import TokenBudget
 
 ROLLING = {"refresh_mode": "rolling", "refresh_steps": 4, "eval_steps": 0}  # 4 of 16 rows a step
 
@@ -16,7 +17,8 @@ ROLLING = {"refresh_mode": "rolling", "refresh_steps": 4, "eval_steps": 0}  # 4 
 def table():
     model, catalog = toy_model(), toy_dataset().data.catalog
     config = RecPOConfig(refresh_mode="rolling", refresh_steps=5)
-    table = CatalogTable(model, model.prompt_builder(catalog), config, len(catalog))
+    builder = model.prompt_builder(catalog)
+    table = CatalogTable(model, builder, config, len(catalog), TokenBudget(1024))
     table.refresh(0)
     return table
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.failures import free_memory, is_out_of_memory
 from r2ec_fast.modes import base_causal_lm, eval_mode
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
@@ -36,7 +37,8 @@ class TransformersEngine:
         decoder: "shared" (prompt cache stored and read once for all samples), "plain" (the model's
             own cache and attention; any architecture), or "auto" (see `choose_decoder`).
         max_tokens_in_flight: bound on cached tokens; `generate` splits the prompts into batches by
-            it, with at least one prompt a batch.
+            it, with at least one prompt a batch. Where memory runs out it is lowered, with a
+            warning, and the call done again: the samples stay the same.
 
     Raises:
         ValueError: the marker tokenizes to nothing, or the decoder cannot run this model.
@@ -105,6 +107,7 @@ class TransformersEngine:
         Raises:
             ValueError: an empty prompt, keys that do not match, sizes out of range, or a prompt
                 which with its completion exceeds the model's positions.
+            MemoryError: the rollout of one prompt does not fit.
         """
         check_request(prompts, user_keys, num_generations, max_completion_length)
         budget = self.max_tokens_in_flight if max_tokens_in_flight is None else max_tokens_in_flight
@@ -113,10 +116,41 @@ class TransformersEngine:
         self._check_positions(prompts, max_completion_length)
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
-        rows = [Trajectory() for _ in range(len(prompts) * num_generations)]
         decoder = DECODERS[self.decoder](self.model)
         lengths = [len(prompt) for prompt in prompts]
-        plan = list(decoder.batches(lengths, num_generations, max_completion_length, budget))
+        while True:
+            plan = list(decoder.batches(lengths, num_generations, max_completion_length, budget))
+            try:
+                return self._run(
+                    decoder, plan, prompts, keys, num_generations, max_completion_length, params
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if max(map(len, plan)) == 1:
+                    raise MemoryError(
+                        f"the rollout of one prompt does not fit ({error}); lower num_generations, "
+                        "max_completion_length or the prompts' window"
+                    ) from error
+            free_memory()
+            budget = max(
+                sum(lengths[i] + num_generations * max_completion_length for i in batch) // 2
+                for batch in plan
+            )
+            self.max_tokens_in_flight = min(self.max_tokens_in_flight, budget)
+            logger.warning("out of memory in a rollout: max_tokens_in_flight is now %d", budget)
+
+    def _run(
+        self,
+        decoder: SharedPromptDecoder | PlainDecoder,
+        plan: list[list[int]],
+        prompts: Sequence[Sequence[int]],
+        keys: torch.Tensor,
+        num_generations: int,
+        max_completion_length: int,
+        params: SamplingParams,
+    ) -> Rollouts:
+        rows = [Trajectory() for _ in keys]
         with (
             torch.no_grad(),
             eval_mode(self.model),
