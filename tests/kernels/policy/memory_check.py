@@ -1,4 +1,4 @@
-"""Peak memory of one loss, forward and backward, above its inputs: prints MiB for "T V" pairs."""
+"""Peak memory of one loss, forward and backward, above its inputs: prints MiB. Arguments: T V."""
 
 import ctypes
 import sys
@@ -42,6 +42,4 @@ def peak_mib(tokens: int, vocab: int) -> float:
     return (status("VmHWM") - before) / 1024
 
 
-for pair in sys.argv[1:]:
-    sizes = [int(x) for x in pair.split("x")]
-    sys.stdout.write(f"{peak_mib(*sizes):.1f}\n")
+sys.stdout.write(f"{peak_mib(int(sys.argv[1]), int(sys.argv[2])):.1f}\n")
