@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from r2ec_fast import distributed
+from r2ec_fast.failures import TokenBudget, together
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
-    from r2ec_fast.failures import TokenBudget
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.prompts import PromptBuilder
     from r2ec_fast.recpo import UserBatch
@@ -94,5 +94,7 @@ class CatalogTable:
 
     def _encode(self, items: Sequence[int]) -> torch.Tensor:
         own = distributed.shard(items)
-        states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)
+        with together("catalog refresh") as section:
+            section.smallest = "lower max_tokens_per_microbatch"
+            states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)
         return distributed.gather_rows(states)

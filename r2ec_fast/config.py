@@ -133,6 +133,8 @@ class RecPOConfig:
     """A checkpoint directory, or "latest" of output_dir."""
     report_to: str = "none"
     """"none", "tensorboard", "wandb" or "trackio", beside metrics.jsonl."""
+    ddp_timeout: int = 1800
+    """Seconds after which a process that does not answer the others ends the run."""
     seed: int = 42
     """Of the order of examples, the sampling and the initialisation."""
 
@@ -157,6 +159,7 @@ class RecPOConfig:
             "max_tokens_per_microbatch",
             "logging_steps",
             "save_total_limit",
+            "ddp_timeout",
         ):
             _at_least(name, getattr(self, name), 1)
         for name in (

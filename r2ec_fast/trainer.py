@@ -16,6 +16,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,12 @@ from r2ec_fast import distributed
 from r2ec_fast.assembler import PromptAssembler
 from r2ec_fast.catalog_refresh import CatalogTable
 from r2ec_fast.checkpoint import (
-    latest_checkpoint,
+    clear_interrupted,
+    generator_states,
     load_checkpoint,
+    load_wanted,
     prune_checkpoints,
+    restore_generators,
     save_checkpoint,
     trainable_parameters,
 )
@@ -66,14 +70,17 @@ class RecPOTrainer:
         engine: RolloutEngine | None = None,
     ) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import set_seed
+        from accelerate.utils import InitProcessGroupKwargs, set_seed
 
         if len(data.train) == 0:
             raise ValueError("data: the training split holds no example")
         self.output_dir = Path(config.output_dir)
         _check_writable(self.output_dir)
         tracker = None if config.report_to == "none" else config.report_to
-        self.accelerator = Accelerator(log_with=tracker, project_dir=str(self.output_dir))
+        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
+        self.accelerator = Accelerator(
+            log_with=tracker, project_dir=str(self.output_dir), kwargs_handlers=[timeout]
+        )
         set_seed(config.seed)
         self.config, self.data, self.model = config, data, model
         self._prepare_model()
@@ -93,7 +100,7 @@ class RecPOTrainer:
         self.step, self.validated_at = 0, -1
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
-        self._stop_signal = False
+        self._stop_signal = self.stopped = False
 
     def _prepare_model(self) -> None:
         model, config = self.model, self.config
@@ -128,6 +135,9 @@ class RecPOTrainer:
 
         Continues where ``config.resume_from_checkpoint`` says. SIGTERM ends the run after the
         current step with a checkpoint.
+
+        Raises StepOutOfMemory, CheckpointError, RolloutServerError, and PeerError for another
+        process of the run; docs/distributed.md says what each leaves behind.
         """
         self._resume()
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
@@ -135,7 +145,7 @@ class RecPOTrainer:
             if self.model.index is None:
                 self.table.refresh(self.step)
             with self._progress() as bar:
-                while self.step < self.max_steps and not self._stop_signal:
+                while not self._stops() and self.step < self.max_steps:
                     if self._loop_body():
                         break
                     bar.update()
@@ -250,15 +260,17 @@ class RecPOTrainer:
             self.config.seed,
         )  # fmt: skip
         own = distributed.shard(np.arange(len(examples)))
-        ranks, _ = rank_examples(
-            self.model,
-            self.assembler,
-            self.data,
-            examples[own],
-            engine=self.engine if reasoning else None,
-            max_completion_length=self.config.max_completion_length,
-            max_tokens=self.update.budget.tokens,
-        )
+        with together("evaluation") as section:
+            section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
+            ranks, _ = rank_examples(
+                self.model,
+                self.assembler,
+                self.data,
+                examples[own],
+                engine=self.engine if reasoning else None,
+                max_completion_length=self.config.max_completion_length,
+                max_tokens=self.update.budget.tokens,
+            )
         ranks = np.concatenate(distributed.gather_objects(ranks))
         return {f"eval_{split}_{k}": v for k, v in ranking_metrics(ranks).items()}
 
@@ -269,15 +281,14 @@ class RecPOTrainer:
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0
-            if self.accelerator.is_main_process:
-                save_checkpoint(self.output_dir / "best", self.model, self.optimizer, self._state())
+            self._save("best")
         else:
             self.bad_evaluations += 1
         patience = self.config.early_stopping_patience
         return bool(patience) and self.bad_evaluations >= patience
 
     def _finish(self) -> dict[str, float]:
-        if self._stop_signal:
+        if self.stopped:
             self._save()
             log.info("stopped by SIGTERM after step %d; the run can be resumed", self.step)
             return {}
@@ -310,24 +321,26 @@ class RecPOTrainer:
             "scheduler": self.scheduler.state_dict(),
             "token_budget": budget.tokens if budget.lowered else None,
             "config": self.config.to_dict(),
+            **generator_states(),
         }
 
-    def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            target = self.output_dir / f"checkpoint-{self.step}"
-            save_checkpoint(target, self.model, self.optimizer, self._state())
-            prune_checkpoints(self.output_dir, self.config.save_total_limit)
+    def _save(self, name: str | None = None) -> None:
+        state = self._state()
+        with together("checkpoint"):
+            if self.accelerator.is_main_process:
+                target = self.output_dir / (name or f"checkpoint-{self.step}")
+                save_checkpoint(target, self.model, self.optimizer, state)
+                prune_checkpoints(self.output_dir, self.config.save_total_limit)
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
+        if self.accelerator.is_main_process:
+            clear_interrupted(self.output_dir)
         if wanted is None:
             self.run_log.open(None)
             return
-        path = latest_checkpoint(self.output_dir) if wanted == "latest" else Path(wanted)
-        if path is None:
-            raise FileNotFoundError(f"resume_from_checkpoint: no checkpoint in {self.output_dir}")
-        state = load_checkpoint(path, self.model, self.optimizer)
+        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer)
+        restore_generators(state)
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.best = state["step"], state["best"]
         self.bad_evaluations = state["bad_evaluations"]
@@ -336,13 +349,18 @@ class RecPOTrainer:
         self.table.written_at = state["written_at"].numpy()
         self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
         self.run_log.open(self.step)
-        log.info("resumed from %s after step %d", path, self.step)
+        log.info("resumed after step %d", self.step)
 
     def _progress(self) -> tqdm:
         # disable=None: shown on a terminal only
         hidden = None if self.accelerator.is_main_process else True
         title = f"train ({self.config.objective})"
         return tqdm(total=self.max_steps, initial=self.step, desc=title, disable=hidden)
+
+    def _stops(self) -> bool:
+        """Whether any process was told to end, the same answer on all."""
+        self.stopped = distributed.any_(self._stop_signal)
+        return self.stopped
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop_signal = True
