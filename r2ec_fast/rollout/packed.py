@@ -6,6 +6,7 @@ adapter is added to its weight on the way, so that decoding does not run it besi
 model's own weights are not touched.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,6 +46,8 @@ def _packable(module: nn.Module) -> bool:
 
 def _foldable(module: nn.Module) -> bool:
     """A plain LoRA layer (no DoRA or other variant, no bias of its own) around a packable layer."""
+    if sys.modules.get("peft") is None:  # never imported: nothing here is a layer of its
+        return False
     from peft.tuners.lora import Linear as LoraLinear
 
     return (
