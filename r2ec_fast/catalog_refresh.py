@@ -10,6 +10,7 @@ import torch
 
 from r2ec_fast import distributed
 from r2ec_fast.failures import TokenBudget, together
+from r2ec_fast.sharding import gathered
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
@@ -94,7 +95,7 @@ class CatalogTable:
 
     def _encode(self, items: Sequence[int]) -> torch.Tensor:
         own = distributed.shard(items)
-        with together("catalog refresh") as section:
+        with gathered(self.model), together("catalog refresh") as section:
             section.smallest = "lower max_tokens_per_microbatch"
             states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)
         return distributed.gather_rows(states)

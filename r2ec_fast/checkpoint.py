@@ -21,6 +21,7 @@ from torch import nn
 from r2ec_fast import distributed
 from r2ec_fast.files import replaced_directory
 from r2ec_fast.model import INDEX_FILE, R2ecModel
+from r2ec_fast.sharding import like, whole
 from r2ec_kernels import ItemIndex
 
 STATE_FILE = "trainer_state.json"
@@ -38,12 +39,36 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in sorted(model.named_parameters()) if p.requires_grad}
 
 
+def checkpoint_tensors(
+    model: R2ecModel, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, torch.Tensor]]:
+    """File -> tensors of model and optimiser, whole where they are sharded (all processes call
+    it; only the main one keeps what it gathers)."""
+    keep = distributed.world()[0] == 0
+    tensors: dict[str, dict[str, torch.Tensor]] = {TRAINABLE_FILE: {}, OPTIMIZER_FILE: {}}
+    for name, parameter in trainable_parameters(model).items():
+        found = {(TRAINABLE_FILE, name): parameter.detach()} | {
+            (OPTIMIZER_FILE, f"{name}.{key}"): value
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+        for (file, key), value in found.items():
+            value = whole(value)
+            if keep:
+                tensors[file][key] = value.contiguous() if value.ndim else value.reshape(1)
+    return tensors
+
+
 def save_checkpoint(
-    directory: Path, model: R2ecModel, optimizer: torch.optim.Optimizer, state: dict
+    directory: Path,
+    tensors: Mapping[str, dict[str, torch.Tensor]],
+    index: ItemIndex | None,
+    state: dict,
 ) -> None:
     """Write a checkpoint; ``directory`` appears only when it is whole.
 
-    ``state`` holds JSON values and, on its first level, tensors.
+    ``tensors`` as :func:`checkpoint_tensors` gives them; ``state`` holds JSON values and, on its
+    first level, tensors.
 
     Raises OSError, naming the directory, where it cannot be written (full disk, no permission).
     What was there before is then still there.
@@ -51,23 +76,14 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    names = {p: n for n, p in trainable_parameters(model).items()}
-    tensors = {n: p.detach().contiguous() for p, n in names.items()}
-    moments = {
-        f"{names[p]}.{key}": value.contiguous() if value.ndim else value.reshape(1)
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-        if isinstance(value, torch.Tensor)
-    }
     loop = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     values = {k: v for k, v in state.items() if k not in loop}
     try:
         with replaced_directory(directory) as temporary:
-            save_file(tensors, temporary / TRAINABLE_FILE)
-            save_file(moments, temporary / OPTIMIZER_FILE)
-            save_file(loop, temporary / LOOP_FILE)
-            if model.index is not None:
-                model.index.save(temporary / INDEX_FILE)
+            for file, content in {**tensors, LOOP_FILE: loop}.items():
+                save_file(content, temporary / file)
+            if index is not None:
+                index.save(temporary / INDEX_FILE)
             (temporary / STATE_FILE).write_text(json.dumps(values) + "\n")
     except (SafetensorError, OSError) as error:
         raise OSError(
@@ -101,7 +117,7 @@ def load_checkpoint(
             raise CheckpointError(f"{directory / INDEX_FILE}: damaged ({error})") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(like(saved[name], parameter))
     if moments is not None:
         for name, parameter in parameters.items():
             optimizer.state[parameter] = _moments_of(name, parameter, moments)
@@ -171,7 +187,7 @@ def _moments_of(name: str, parameter: nn.Parameter, moments: Mapping[str, torch.
     prefix = f"{name}."
     own = {k[len(prefix) :]: v for k, v in moments.items() if k.startswith(prefix)}
     return {
-        key: value.reshape(()) if key == "step" else value.to(parameter.device)
+        key: value.reshape(()) if key == "step" else like(value, parameter)
         for key, value in own.items()
     }
 

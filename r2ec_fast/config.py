@@ -133,6 +133,9 @@ class RecPOConfig:
     """A checkpoint directory, or "latest" of output_dir."""
     report_to: str = "none"
     """"none", "tensorboard", "wandb" or "trackio", beside metrics.jsonl."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimiser state over the processes (FSDP2); also on where
+    accelerate's configuration asks for FSDP."""
     ddp_timeout: int = 1800
     """Seconds after which a process that does not answer the others ends the run."""
     seed: int = 42

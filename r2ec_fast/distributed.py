@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 class PeerError(RuntimeError):
@@ -25,11 +26,22 @@ def _exchange() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerError(
-            f"another process of the run died, or did not answer within ddp_timeout seconds "
-            f"({str(error).splitlines()[0]}); start the run again with "
-            "resume_from_checkpoint=latest"
-        ) from error
+        raise lost_peer(error) from error
+
+
+def lost_peer(error: BaseException) -> PeerError:
+    """What a failed exchange means for the run."""
+    return PeerError(
+        "another process of the run died, or did not answer within ddp_timeout seconds "
+        f"({str(error).splitlines()[0]}); start the run again with resume_from_checkpoint=latest"
+    )
+
+
+def is_exchange_error(error: BaseException) -> bool:
+    """Whether torch.distributed raised ``error``."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def world() -> tuple[int, int]:
@@ -80,10 +92,15 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum the gradients of ``parameters`` over processes; a missing one counts as zero."""
+    """Sum the gradients of ``parameters`` over processes; a missing one counts as zero.
+
+    Those of sharded parameters are summed already, by the backward pass.
+    """
     if world()[1] == 1:
         return
     for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         sum_(parameter.grad)
@@ -91,7 +108,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 def any_(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
+    return most(int(flag)) > 0
+
+
+def most(count: int) -> int:
+    """The largest ``count`` of all processes."""
     if world()[1] == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(sum_(torch.tensor(int(flag), device=device)))
+        return count
+    value = torch.tensor(count, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    with _exchange():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_LINKED = "with sharded weights a step cannot be done again; lower max_tokens_per_microbatch"
 _ALLOCATOR_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -59,8 +60,11 @@ class _Failure:
 
 
 @contextmanager
-def together(what: str) -> Iterator[Section]:
+def together(what: str, *, linked: bool = False) -> Iterator[Section]:
     """Local work, without exchanges, that every process does at this place.
+
+    ``linked``: the work itself exchanges (sharded weights). A process that fails then cannot wait
+    for the others: it raises at once, and they find it gone.
 
     If memory ran out on some processes, all raise StepOutOfMemory. If anything else failed, the
     process raises its own error and every other one distributed.PeerError, which says whose.
@@ -72,6 +76,12 @@ def together(what: str) -> Iterator[Section]:
         raise
     except BaseException as error:
         memory = is_out_of_memory(error)
+        if linked and memory:
+            raise StepOutOfMemory(f"{what}: {error}; {_LINKED}", hopeless=True) from error
+        if linked and distributed.is_exchange_error(error):
+            raise distributed.lost_peer(error) from error
+        if linked:
+            raise
         failure = _Failure(f"{type(error).__name__}: {error}", memory, section.smallest)
         if not memory:
             own = error

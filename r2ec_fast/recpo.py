@@ -25,6 +25,7 @@ import torch
 from r2ec_fast import distributed
 from r2ec_fast.failures import TokenBudget, together
 from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.sharding import is_sharded
 from r2ec_kernels import (
     RecPOLoss,
     RecPOLossConfig,
@@ -64,19 +65,22 @@ class Candidates:
 
     ``ids`` int64 [M] are the distinct targets of all processes, ascending; ``leaf`` [M, d] their
     states. Gradients collect on ``leaf``; :meth:`backward` sends them through the encoder. Each
-    process encodes a part of the items.
+    process encodes a part of the items; with sharded weights, whose passes need every process, all
+    encode all.
     """
 
     def __init__(self, model: R2ecModel, item_rows: dict[int, list[int]], max_tokens: int) -> None:
         ids = sorted(item_rows)
-        self.own = slice(*_shard_bounds(len(ids)))
+        self.sharded = is_sharded(model)
+        self.own = slice(None) if self.sharded else slice(*_shard_bounds(len(ids)))
         rows = [item_rows[i] for i in ids[self.own]]
         self.divisible = max_tokens > max(map(len, rows), default=0)
-        with together("target items") as section:
+        with together("target items", linked=self.sharded) as section:
             section.smallest = None if self.divisible else FEWER_ITEMS
             self.states = model.read_out(rows, max_tokens=max_tokens)
         self.ids = torch.tensor(ids, device=model.device)
-        self.leaf = distributed.gather_rows(self.states).requires_grad_()
+        every = self.states.detach() if self.sharded else distributed.gather_rows(self.states)
+        self.leaf = every.requires_grad_()
 
     def rows_of(self, targets: np.ndarray) -> torch.Tensor:
         """The row of each target, int64 [B]."""
@@ -84,10 +88,12 @@ class Candidates:
 
     def backward(self) -> None:
         """Push the collected gradient through the item encoder."""
-        if self.leaf.grad is None:
-            return
-        gradient = distributed.sum_(self.leaf.grad)
-        with together("gradient of the target items") as section:
+        gradient = self.leaf.grad
+        if gradient is None:
+            gradient = torch.zeros_like(self.leaf)
+        if not self.sharded:  # else the backward pass sums it, with that of the weights
+            gradient = distributed.sum_(gradient)
+        with together("gradient of the target items", linked=self.sharded) as section:
             section.smallest = None if self.divisible else FEWER_ITEMS
             if self.states.requires_grad and len(self.states):
                 self.states.backward(gradient[self.own])
@@ -164,6 +170,7 @@ class PolicyUpdate:
         self.model = model
         self.config = config
         self.budget = TokenBudget(config.max_tokens_per_microbatch)
+        self.sharded = is_sharded(model)
         self.loss_config: RecPOLossConfig = config.loss_config(
             similarity=model.similarity,
             item_temperature=model.temperature,
@@ -198,14 +205,16 @@ class PolicyUpdate:
         )
         num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
         stats = UpdateStats()
-        with together("micro-batches") as section:
-            for experience in experiences:
-                for batch in self._pack(experience):
-                    section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
-                    self._micro_batch(
-                        experience, batch, candidates, num_tokens, num_selected, stats
-                    )
-                experience.scored = True
+        batches = [(e, batch) for e in experiences for batch in self._pack(e)]
+        idle = self._idle_passes(len(batches))
+        with together("micro-batches", linked=self.sharded) as section:
+            for experience, batch in batches:
+                section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
+                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
+            for _ in range(idle):
+                self._idle_pass(reference=self.config.kl_weight > 0)
+        for experience in experiences:
+            experience.scored = True
         candidates.backward()
         return stats.totals()
 
@@ -227,14 +236,19 @@ class PolicyUpdate:
             torch.tensor(sum(len(u.targets) for u in users), device=self.model.device)
         )
         stats = UpdateStats()
-        with together("micro-batches") as section:
-            for batch in users:
-                rows = [[*prompt, *marker] for prompt in batch.prompts]
-                for part in _by_tokens(rows, self.budget.tokens):
-                    section.smallest = _smallest(len(part), len(rows[part[0]]))
-                    self._contrastive_part(
-                        [rows[i] for i in part], batch.targets[part], candidates, total, stats
-                    )
+        rows = [[[*prompt, *marker] for prompt in batch.prompts] for batch in users]
+        parts = [
+            ([own[i] for i in part], batch.targets[part])
+            for own, batch in zip(rows, users, strict=True)
+            for part in _by_tokens(own, self.budget.tokens)
+        ]
+        idle = self._idle_passes(len(parts))
+        with together("micro-batches", linked=self.sharded) as section:
+            for own, targets in parts:
+                section.smallest = _smallest(len(own), len(own[0]))
+                self._contrastive_part(own, targets, candidates, total, stats)
+            for _ in range(idle):
+                self._idle_pass(reference=False)
         candidates.backward()
         return stats.totals()
 
@@ -251,6 +265,18 @@ class PolicyUpdate:
     def _within_memory(self, attempt: Callable[[], dict], reset: Callable[[], None]) -> dict:
         stats, retries = self.budget.spend(attempt, reset)
         return stats | {"memory/token_budget": self.budget.tokens, "memory/oom_retries": retries}
+
+    def _idle_passes(self, own: int) -> int:
+        """Passes this process must add, so that with sharded weights all do as many."""
+        return distributed.most(own) - own if self.sharded else 0
+
+    def _idle_pass(self, *, reference: bool) -> None:
+        """Take part in another process's pass, and add nothing to the gradient."""
+        state = self.model.read_out([[0]])
+        if reference:
+            with torch.no_grad():
+                self.model.read_out([[0]])
+        (state.sum() * 0).backward()
 
     def _candidates(self, item_rows: dict[int, list[int]]) -> Candidates:
         candidates = Candidates(self.model, item_rows, self.budget.tokens)

@@ -27,6 +27,7 @@ from r2ec_fast import distributed
 from r2ec_fast.assembler import PromptAssembler
 from r2ec_fast.catalog_refresh import CatalogTable
 from r2ec_fast.checkpoint import (
+    checkpoint_tensors,
     clear_interrupted,
     generator_states,
     load_checkpoint,
@@ -45,6 +46,8 @@ from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
 from r2ec_fast.rollout import RolloutEngine
 from r2ec_fast.run_log import RunLog
+from r2ec_fast.sharding import gathered, saveable, shard, whole
+from r2ec_fast.sharding import wanted as sharding_wanted
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class RecPOTrainer:
         self.output_dir = Path(config.output_dir)
         _check_writable(self.output_dir)
         tracker = None if config.report_to == "none" else config.report_to
+        self._sharded = sharding_wanted(config, engine)
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
         self.accelerator = Accelerator(
             log_with=tracker, project_dir=str(self.output_dir), kwargs_handlers=[timeout]
@@ -113,6 +117,8 @@ class RecPOTrainer:
         if config.gradient_checkpointing:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         model.to(self.accelerator.device)
+        if self._sharded:
+            shard(model)
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -180,7 +186,7 @@ class RecPOTrainer:
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
             return record | self._optimizer_step()
         started = time.perf_counter()
-        with together("rollouts"):
+        with gathered(self.model), together("rollouts"):
             experiences = [self._rollout(batch, step) for batch in users]
         record = {"rollout_time": time.perf_counter() - started}
         for _ in range(self.config.num_iterations):
@@ -211,7 +217,7 @@ class RecPOTrainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "learning_rate": learning_rate}
+        return {"grad_norm": float(whole(norm)), "learning_rate": learning_rate}
 
     # ---- data -----------------------------------------------------------------------------------
 
@@ -260,7 +266,7 @@ class RecPOTrainer:
             self.config.seed,
         )  # fmt: skip
         own = distributed.shard(np.arange(len(examples)))
-        with together("evaluation") as section:
+        with gathered(self.model), together("evaluation") as section:
             section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
             ranks, _ = rank_examples(
                 self.model,
@@ -302,8 +308,9 @@ class RecPOTrainer:
             self.table.refreshed_at = self.step
         else:
             metrics = self.evaluate("valid")
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.output_dir / "model", self.data.data.catalog)
+        with saveable(self.model), together("export"):
+            if self.accelerator.is_main_process:
+                self.model.save_pretrained(self.output_dir / "model", self.data.data.catalog)
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -325,11 +332,11 @@ class RecPOTrainer:
         }
 
     def _save(self, name: str | None = None) -> None:
-        state = self._state()
+        state, tensors = self._state(), checkpoint_tensors(self.model, self.optimizer)
         with together("checkpoint"):
             if self.accelerator.is_main_process:
                 target = self.output_dir / (name or f"checkpoint-{self.step}")
-                save_checkpoint(target, self.model, self.optimizer, state)
+                save_checkpoint(target, tensors, self.model.index, state)
                 prune_checkpoints(self.output_dir, self.config.save_total_limit)
 
     def _resume(self) -> None:

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from toy import toy_dataset, toy_model
 
+from r2ec_fast.checkpoint import TRAINABLE_FILE
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.trainer import RecPOTrainer
 
@@ -45,6 +47,8 @@ def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dic
     try:
         trainer = toy_trainer(directory, objective, **changes)
         metrics = trainer.train()
+        if trainer.config.fsdp:  # the processes have parted: what they saved together
+            return metrics, load_file(directory / "best" / TRAINABLE_FILE)
         return metrics, {n: p.detach().clone() for n, p in trainer.parameters.items()}
     finally:
         torch.set_num_threads(threads)
