@@ -3,7 +3,15 @@
 from . import ops as ops  # registers the torch.library schemas
 from .policy.api import LogProb, RecPOLoss, linear_logprob, recpo_loss
 from .policy.config import RecPOLossConfig
-from .reward.api import Advantages, TargetStats, grouped_advantage, recpo_reward, target_stats
+from .reward.api import (
+    Advantages,
+    RewardedGroups,
+    TargetStats,
+    grouped_advantage,
+    recpo_reward,
+    reward_and_advantage,
+    target_stats,
+)
 from .search.api import TopK, item_topk, sharded_topk
 from .search.engine import SearchStats
 from .search.index import ItemIndex
@@ -14,6 +22,7 @@ __all__ = [
     "LogProb",
     "RecPOLoss",
     "RecPOLossConfig",
+    "RewardedGroups",
     "SearchStats",
     "TargetStats",
     "TopK",
@@ -22,6 +31,7 @@ __all__ = [
     "linear_logprob",
     "recpo_loss",
     "recpo_reward",
+    "reward_and_advantage",
     "sharded_topk",
     "target_stats",
 ]
