@@ -199,7 +199,8 @@ def open_entry(entry: Entry, settings: Settings) -> tuple[list[Case], list[Row],
         row = rows[case.method]
         foreseen = _foresee(case, settings)
         if time.monotonic() + foreseen > settings.deadline:
-            row.status, row.note = "skipped", f"budget: up to {foreseen:.0f} s a call"
+            need = f"up to {foreseen:.0f} s a call" if foreseen else "no time left"
+            row.status, row.note = "skipped", f"budget: {need}"
             continue
         try:
             result, seconds, row.peak_mib = with_peak(case.run, settings.device)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import torch_peak_mib
 
 from r2ec_kernels import ItemIndex, item_topk
 
@@ -98,20 +99,6 @@ def vectors(count: int, dim: int, seed: int, embeddings: torch.Tensor | None) ->
     if embeddings is not None:
         return embeddings[:count].contiguous()
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes that torch held at once for one call, above what it held before."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    held = most = 0
-    for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def machine(items: torch.Tensor) -> tuple[float, float]:
@@ -195,7 +182,7 @@ def measure(
 
 
 def peak(search: Search, queries: torch.Tensor, k: int) -> float:
-    return peak_bytes(lambda: search(queries, k)) / 2**20
+    return torch_peak_mib(lambda: search(queries, k))
 
 
 def show(row: dict[str, object], header: bool) -> None:

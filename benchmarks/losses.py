@@ -14,7 +14,6 @@ above the inputs. A peer that cannot run is a row with its reason.
 
 import argparse
 import csv
-import ctypes
 import gc
 import statistics
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from machine import synchronize, with_peak
 
 from r2ec_kernels import RecPOLossConfig, linear_logprob, recpo_loss, target_stats
 
@@ -201,11 +201,6 @@ PEERS: dict[str, Callable[[Data, torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(run: Callable[[], object], device: str, repeats: int) -> list[float]:
     """Milliseconds of each of ``repeats`` runs, after one to warm up."""
     run()
@@ -221,22 +216,7 @@ def timed(run: Callable[[], object], device: str, repeats: int) -> list[float]:
 
 def peak_mib(run: Callable[[], object], device: str) -> float:
     """Peak memory of one run above what was held before it, in MiB."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-    before = status("VmRSS")
-    run()
-    return (status("VmHWM") - before) / 1024
+    return with_peak(run, device)[2]
 
 
 def exact(data: Data, rows: int) -> tuple[float, torch.Tensor]:
