@@ -59,6 +59,11 @@ class CatalogTable:
         """Note that the weights after ``step`` optimiser steps encoded the rows ``ids``."""
         self.written_at[list(ids)] = step
 
+    def write(self, ids: Sequence[int], step: int) -> None:
+        """Encode the rows ``ids`` with the weights after ``step`` steps, each process a part."""
+        self.model.write_items(torch.tensor(ids), self._encode(ids))
+        self.wrote(ids, step)
+
     def refresh(self, step: int) -> None:
         """Encode the whole catalog with the weights after ``step`` steps and rebuild the table."""
         rows = self._encode(range(len(self.written_at)))
@@ -73,8 +78,7 @@ class CatalogTable:
         # one key a row, all distinct, so that the choice does not hang on how ties are partitioned
         age_then_id = self.written_at * total + np.arange(total)
         oldest = np.sort(np.argpartition(age_then_id, count - 1)[:count])
-        self.model.write_items(torch.from_numpy(oldest), self._encode(oldest.tolist()))
-        self.wrote(oldest, step)
+        self.write(oldest.tolist(), step)
 
     def after_step(self, step: int) -> None:
         """Do what ``refresh_mode`` and ``refresh_steps`` ask for after a step."""

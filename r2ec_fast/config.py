@@ -76,6 +76,9 @@ class RecPOConfig:
     """Weight of the KL term to the backbone without adapters; 0 = none (the paper)."""
     importance_cap: float | None = None
     """Largest correction of a token for an engine with other numerics (vLLM); none = no bound."""
+    dynamic_sampling_rounds: int = 0
+    """Sample groups whose rewards tie again, at most so many times a step; 0 = never. Each round
+    costs its tokens and a scoring pass."""
     num_iterations: int = 1
     """Optimiser steps on one batch of rollouts."""
 
@@ -167,6 +170,7 @@ class RecPOConfig:
             _at_least(name, getattr(self, name), 1)
         for name in (
             "top_k",
+            "dynamic_sampling_rounds",
             "warmup_steps",
             "max_grad_norm",
             "refresh_steps",

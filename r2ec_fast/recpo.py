@@ -24,6 +24,7 @@ import torch
 
 from r2ec_fast import distributed
 from r2ec_fast.failures import TokenBudget, together
+from r2ec_fast.modes import eval_mode
 from r2ec_fast.packing import PackedBatch, pack_histories
 from r2ec_fast.sharding import is_sharded
 from r2ec_kernels import (
@@ -259,6 +260,14 @@ class PolicyUpdate:
         log_prob = out.item_log_prob[:, 0]
         stats.add("loss", -log_prob.mean(), float(len(rows)))
         stats.add("in_batch_probability", log_prob.exp().mean(), float(len(rows)))
+
+    @torch.no_grad()
+    def score(self, experience: Experience) -> None:
+        """Fill the rewards and ranks of ``experience`` by a pass without gradient or dropout."""
+        with eval_mode(self.model):
+            for batch in self._pack(experience):
+                states = self.model(batch)[batch.readout.to(self.model.device)]
+                self._score(experience, batch.groups.numpy(), states)
 
     # ---- parts of a step ------------------------------------------------------------------------
 

@@ -39,12 +39,13 @@ from r2ec_fast.checkpoint import (
 )
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Examples, RecDataset
+from r2ec_fast.dynamic_sampling import ResamplingCost, resample_ties, round_key
 from r2ec_fast.evaluation import ranking_metrics
 from r2ec_fast.failures import together
 from r2ec_fast.inference import rank_examples, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
-from r2ec_fast.rollout import RolloutEngine
+from r2ec_fast.rollout import RolloutEngine, Rollouts
 from r2ec_fast.run_log import RunLog
 from r2ec_fast.sharding import gathered, saveable, shard, whole
 from r2ec_fast.sharding import wanted as sharding_wanted
@@ -186,17 +187,37 @@ class RecPOTrainer:
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
             return record | self._optimizer_step()
         started = time.perf_counter()
-        with gathered(self.model), together("rollouts"):
-            experiences = [self._rollout(batch, step) for batch in users]
-        record = {"rollout_time": time.perf_counter() - started}
+        experiences, cost = self._rollouts(users, rows, step)
+        record = {"rollout_time": time.perf_counter() - started} | cost
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
         return record | _completion_stats(experiences) | self.table.staleness(step)
 
-    def _rollout(self, users: UserBatch, step: int) -> Experience:
+    def _rollouts(self, users: Sequence[UserBatch], rows: Sequence[int], step: int):
+        """The step's experiences, and what dynamic sampling cost."""
+        rounds, cost = self.config.dynamic_sampling_rounds, ResamplingCost()
+        if rounds:  # its scores need the fresh rows before the update writes them
+            self.table.write(list(rows), step - 1)
+        experiences = []
+        with gathered(self.model), together("rollouts"):
+            for batch in users:
+                rollouts = self._generate(batch, step)
+                if rounds:
+                    rollouts = resample_ties(
+                        batch,
+                        rollouts,
+                        update=self.update,
+                        generate=lambda part, n: self._generate(part, round_key(step, n)),
+                        rounds=rounds,
+                        cost=cost,
+                    )
+                experiences.append(Experience.of(batch, rollouts, self.accelerator.device))
+        return experiences, cost.totals() if rounds else {}
+
+    def _generate(self, users: UserBatch, step: int) -> Rollouts:
         config = self.config
-        rollouts = self.engine.generate(
+        return self.engine.generate(
             users.prompts,
             user_keys=users.keys,
             num_generations=config.num_generations,
@@ -206,7 +227,6 @@ class RecPOTrainer:
             seed=config.seed,
             step=step,
         )
-        return Experience.of(users, rollouts, self.accelerator.device)
 
     def _optimizer_step(self) -> dict[str, float]:
         parameters = list(self.parameters.values())
