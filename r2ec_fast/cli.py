@@ -1,4 +1,4 @@
-"""The command line, `r2ec-fast`: quickstart, prepare, train, evaluate, recommend, index.
+"""The command line, `r2ec-fast`: quickstart, prepare, train, report, evaluate, recommend, index.
 
 Every setting of a command can stand in a YAML file (`--config`) and be overridden behind it. What a
 user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 shows where it arose.
@@ -223,6 +223,17 @@ def index(
     _say(f"encoded {len(catalog):,} items, wrote {target}")
 
 
+def report(run_dir: str) -> None:
+    """Write one self-contained HTML file about a training run: curves, numbers, reasonings.
+
+    Args:
+        run_dir: output directory of the run; gets report.html.
+    """
+    from r2ec_fast.report import write_report
+
+    _say(f"wrote {write_report(run_dir)}")
+
+
 def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
     """Train and evaluate a small recommender on a generated catalog, offline, on the CPU.
 
@@ -342,6 +353,8 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--data", type=str, required=True, help="Prepared data set (directory).")
     sub.add_class_arguments(ModelConfig, "model", as_positional=False)
     sub.add_class_arguments(RecPOConfig, as_positional=False)
+    sub = command("report", _summary(report))
+    sub.add_function_arguments(report, as_positional=True)
     for name, function in (("evaluate", evaluate), ("recommend", recommend), ("index", index)):
         command(name, _summary(function)).add_function_arguments(function, as_positional=False)
     return parser
@@ -371,6 +384,7 @@ def run_command(arguments: Sequence[str] | None = None) -> None:
             "evaluate": evaluate,
             "recommend": recommend,
             "index": index,
+            "report": report,
         }
         functions[name](**_values(settings[name]))
 

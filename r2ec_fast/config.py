@@ -128,6 +128,10 @@ class RecPOConfig:
     """Export the checkpoint with the best eval_valid_ndcg@10 rather than the last."""
     logging_steps: int = 1
     """Log every so many steps."""
+    log_completions_steps: int = 0
+    """Write the reasonings of one user to samples.jsonl every so many steps; 0 = never."""
+    log_entropy: bool = False
+    """Log the mean entropy of the sampled tokens' distributions (nats): a few percent more time."""
     save_steps: int = 100
     """Checkpoint every so many steps; 0 = only at the end."""
     save_total_limit: int = 2
@@ -178,6 +182,7 @@ class RecPOConfig:
             "eval_samples",
             "early_stopping_patience",
             "save_steps",
+            "log_completions_steps",
             "weight_decay",
         ):
             _at_least(name, getattr(self, name), 0)
@@ -219,6 +224,7 @@ class RecPOConfig:
             max_completion_length=self.max_completion_length,
             kl_weight=self.kl_weight,
             importance_cap=self.importance_cap,
+            entropy=self.log_entropy,
         )
 
     def to_dict(self) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from r2ec_fast.run_log import METRICS_FILE
 from r2ec_fast.trainer import BEST_METRIC
 
 SMOOTH = 8  # steps of the running mean
@@ -16,7 +17,7 @@ SMOOTH = 8  # steps of the running mean
 
 def read_log(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The records of a run's metrics.jsonl, in the order they were written."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(run_dir) / METRICS_FILE).read_text().splitlines()]
 
 
 def plot_runs(

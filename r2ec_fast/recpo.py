@@ -415,6 +415,7 @@ class PolicyUpdate:
         stats.add("clip_ratio/low_mean", out.clip_fraction_low, tokens)
         stats.add("clip_ratio/high_mean", out.clip_fraction_high, tokens)
         stats.add("clip_ratio/region_mean", out.clip_fraction, tokens)
+        stats.add("clip_ratio/item_mean", out.item_clip_fraction, users)
         gap = ((out.log_prob - old) * counted).abs()
         stats.add("sampling/log_prob_difference", gap.sum() / tokens.clamp(min=1), tokens)
         stats.add("log_prob", (out.log_prob * counted).sum() / tokens.clamp(min=1), tokens)

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, and the trackers of ``report_to``."""
+"""What a run writes while it trains: metrics.jsonl, samples.jsonl, and to its tracker."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ class RunLog:
 
     def __init__(self, config: RecPOConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        self.files = [Path(config.output_dir) / METRICS_FILE]
+        self.metrics_file = Path(config.output_dir) / METRICS_FILE
+        self.samples_file = Path(config.output_dir) / SAMPLES_FILE
 
     def open(self, step: int | None) -> None:
         """Begin anew (None), or go on after ``step``: later lines are dropped, because the resumed
@@ -34,7 +36,7 @@ class RunLog:
             self.accelerator.init_trackers("r2ec", config=settings)
         if not self.accelerator.is_main_process:
             return
-        for path in self.files:
+        for path in (self.metrics_file, self.samples_file):
             if step is None:
                 path.unlink(missing_ok=True)
             elif path.is_file():
@@ -44,12 +46,17 @@ class RunLog:
         """One line of metrics; ``record["step"]`` is its step."""
         if not self.accelerator.is_main_process:
             return
-        _append(self.files[0], [record])
+        _append(self.metrics_file, [record])
         shown = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
         log.info(" | ".join(shown))
         if self.config.report_to != "none":
             values = {k: v for k, v in record.items() if k != "step"}
             self.accelerator.log(values, step=int(record["step"]))
+
+    def write_samples(self, records: list[dict]) -> None:
+        """Reasonings with their "step", one line each."""
+        if self.accelerator.is_main_process:
+            _append(self.samples_file, records)
 
 
 def _append(path: Path, records: list[dict]) -> None:

@@ -39,6 +39,7 @@ from r2ec_fast.checkpoint import (
 )
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Examples, RecDataset
+from r2ec_fast.diagnostics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.dynamic_sampling import ResamplingCost, resample_ties, round_key
 from r2ec_fast.evaluation import ranking_metrics
 from r2ec_fast.failures import together
@@ -164,10 +165,9 @@ class RecPOTrainer:
 
     def _loop_body(self) -> bool:
         """One step with all that is due after it; True = stop early."""
-        config, started = self.config, time.perf_counter()
+        config = self.config
         self.step += 1
-        record = self._train_step(self.step)
-        record |= {"step": self.step, "step_time": time.perf_counter() - started}
+        record = {**self._train_step(self.step), "step": self.step}
         if self.step % config.logging_steps == 0:
             self.run_log.write(record)
         self.table.after_step(self.step)
@@ -179,20 +179,28 @@ class RecPOTrainer:
         return stop
 
     def _train_step(self, step: int) -> dict[str, float]:
+        meter = StepMeter()
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
         rows = self.table.target_rows(users)
         self.table.wrote(rows, step - 1)
         self.model.train()
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
-            return record | self._optimizer_step()
+            return record | self._optimizer_step() | meter.read(users, [])
         started = time.perf_counter()
         experiences, cost = self._rollouts(users, rows, step)
         record = {"rollout_time": time.perf_counter() - started} | cost
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
-        return record | _completion_stats(experiences) | self.table.staleness(step)
+        every = self.config.log_completions_steps
+        if every and step % every == 0:
+            titles = self.data.data.catalog.titles
+            self.run_log.write_samples(
+                reasoning_samples(experiences[0], step, self.model.tokenizer, titles)
+            )
+        record |= completion_stats(experiences) | self.table.staleness(step)
+        return record | meter.read(users, experiences)
 
     def _rollouts(self, users: Sequence[UserBatch], rows: Sequence[int], step: int):
         """The step's experiences, and what dynamic sampling cost."""
@@ -407,27 +415,6 @@ def sample_examples(data: RecDataset, split: str, samples: int, seed: int) -> Ex
         len(examples), samples, replace=False
     )
     return examples[np.sort(drawn)]
-
-
-def _completion_stats(experiences: Sequence[Experience]) -> dict[str, float]:
-    lengths = np.concatenate([np.diff(e.rollouts.offsets) for e in experiences])
-    reasons = np.concatenate([e.rollouts.finish_reason for e in experiences])
-    stats = {
-        "completions/mean_length": lengths.mean(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": (reasons == "length").mean(),
-        "completions/eos_ratio": (reasons == "eos").mean(),
-    }
-    gaps = [
-        np.abs(e.rollouts.log_prob - e.rollouts.sampler_log_prob)[e.rollouts.sampled]
-        for e in experiences
-        if e.rollouts.sampler_log_prob is not None
-    ]
-    if gaps:
-        gap = np.concatenate(gaps)
-        stats["sampling/sampler_difference_mean"] = gap.mean()
-        stats["sampling/sampler_difference_max"] = gap.max()
-    return {k: float(v) for k, v in stats.items()}
 
 
 def _optimizer(config: RecPOConfig, parameters: list[torch.nn.Parameter]):
