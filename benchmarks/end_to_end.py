@@ -288,16 +288,18 @@ def check_floor(bench: Bench, served: Served) -> float:
 
 
 def check_beams(bench: Bench, served: Served, name: str) -> float:
-    """User 0's titles: scores of the best three by plain passes; the same list from every search.
+    """User 0's titles: scores of the best three and the last by plain passes; the same list from
+    every search.
 
     Where two searches order titles differently their scores must be equal within the limit.
     """
     work, found = bench.work, served.titles[0]
     prompt = work.builder.user_ids(work.users[0])
-    best = [work.titles[title.item] for title in found[:3]]
-    exact = title_log_probs(work.model.language_model, prompt, best, work.eos)
+    checked = [*found[:3], *found[3:][-1:]]
+    rows = [work.titles[title.item] for title in checked]
+    exact = title_log_probs(work.model.language_model, prompt, rows, work.eos)
     worst = 0.0
-    for title, right in zip(found, exact, strict=False):
+    for title, right in zip(checked, exact, strict=True):
         error = abs(title.score - right) / max(1.0, abs(right))
         worst = max(worst, require(error, bench.score_limit, f"score of title {title.item}"))
     for other, titles in bench.kept.items():

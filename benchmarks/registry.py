@@ -111,7 +111,7 @@ def _bench(options: Options) -> end_to_end.Bench:
         dtype=compute_dtype(options.device),
         items=300 if options.tiny else 100_000 if half else 10_000,
         users=4 if options.tiny else max(end_to_end.BATCHES),
-        prompt_tokens=200 if options.tiny else 600,
+        prompt_tokens=280 if options.tiny else 600,
         titles=options.titles,
     )
     if half:  # a sum over thirty layers in bfloat16

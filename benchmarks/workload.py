@@ -184,7 +184,8 @@ def random_model(size: str, dtype: torch.dtype, seed: int = 0):
 
 
 def small_tokenizer(texts: Sequence[str]):
-    """A byte-level BPE of at most 600 tokens, learned from titles and the prompts' words."""
+    """A byte-level BPE of at most 400 tokens, learned from titles and the prompts' words: titles of
+    about as many tokens as a real tokenizer gives."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -194,7 +195,7 @@ def small_tokenizer(texts: Sequence[str]):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=400,
         special_tokens=["<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
