@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from r2ec_fast.prompts import PromptBuilder
     from r2ec_fast.recpo import UserBatch
 
+_SAMPLED = 1  # tells this use of (seed, step) from others
+
 
 class CatalogTable:
     """Keeps the rows of ``model.index`` young.
@@ -47,10 +49,15 @@ class CatalogTable:
         self.refreshed_at = -1
         self._tokens: dict[int, list[int]] = {}
 
-    def target_rows(self, users: Sequence[UserBatch]) -> dict[int, list[int]]:
-        """Tokens of every distinct target of the step, of all processes."""
+    def candidate_rows(self, users: Sequence[UserBatch], step: int) -> dict[int, list[int]]:
+        """Tokens of every distinct target of the step, of all processes, and of the items sampled
+        beside them (a function of seed and step)."""
         own = np.concatenate([batch.targets for batch in users])
-        wanted = np.unique(np.concatenate(distributed.gather_objects(own))).tolist()
+        total = len(self.written_at)
+        rng = np.random.default_rng([self.config.seed, step, _SAMPLED])
+        sampled = rng.choice(total, min(self.config.sampled_negatives, total), replace=False)
+        every = np.concatenate([*distributed.gather_objects(own), sampled])
+        wanted = np.unique(every).tolist()
         new = [item for item in wanted if item not in self._tokens]
         self._tokens |= dict(zip(new, self.builder.items_ids(new), strict=True))
         return {item: self._tokens[item] for item in wanted}

@@ -71,7 +71,11 @@ class RecPOConfig:
     item_weight: float = 1.0
     """Weight of the item action's term."""
     item_negatives: str = "in-batch"
-    """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog"."""
+    """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog" (which
+    wants refresh_steps 1: a model learns to tell fresh rows from stale ones)."""
+    sampled_negatives: int = 0
+    """Items of the catalog, drawn uniformly in every step and encoded with it, that join the
+    in-batch candidates; for steps of few users."""
     kl_weight: float = 0.0
     """Weight of the KL term to the backbone without adapters; 0 = none (the paper)."""
     importance_cap: float | None = None
@@ -178,6 +182,7 @@ class RecPOConfig:
             "warmup_steps",
             "max_grad_norm",
             "refresh_steps",
+            "sampled_negatives",
             "eval_steps",
             "eval_samples",
             "early_stopping_patience",

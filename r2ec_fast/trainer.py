@@ -181,7 +181,7 @@ class RecPOTrainer:
     def _train_step(self, step: int) -> dict[str, float]:
         meter = StepMeter()
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
-        rows = self.table.target_rows(users)
+        rows = self.table.candidate_rows(users, step)
         self.table.wrote(rows, step - 1)
         self.model.train()
         if self.config.objective == "contrastive":

@@ -1,5 +1,7 @@
 """Which rows of the item table are encoded anew, and that their ages are told."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,27 @@ def test_the_oldest_rows_are_encoded_with_the_new_weights(table):
     assert table.written_at.tolist() == [1] * 6 + [0] * 10
     table.after_step(2)
     assert changed_rows(table, before) == [1, *range(3, 10)]
+
+
+def test_sampled_negatives_join_the_targets(table):
+    users = [SimpleNamespace(targets=np.array([3, 3, 9]))]
+    assert sorted(table.candidate_rows(users, 1)) == [3, 9]
+    table.config.sampled_negatives = 5
+    drawn = [set(table.candidate_rows(users, step)) for step in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all({3, 9} < ids and len(ids) <= 7 for ids in drawn)
+    table.config.sampled_negatives = 99
+    assert len(table.candidate_rows(users, 1)) == 16
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "recpo"])
+def test_training_with_sampled_negatives_scores_more_candidates(tmp_path, objective):
+    settings = {"max_steps": 1, "eval_steps": 0, "learning_rate": 1e-9}
+    few, _ = run(tmp_path / "few", objective, **settings)
+    many, _ = run(tmp_path / "many", objective, sampled_negatives=12, **settings)
+    key = "item_log_prob" if objective == "recpo" else "in_batch_probability"
+    first = [lines(tmp_path / name)[0][key] for name in ("few", "many")]
+    assert first[1] < first[0]
 
 
 def test_no_row_grows_older_than_refresh_steps(table):
