@@ -80,6 +80,7 @@ def shard(model: R2ecModel) -> None:
     for module in _units(model):
         # the loss is divided by the counts of all processes: gradients are summed, not averaged
         module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other in float32
 
 
 def is_sharded(model: R2ecModel) -> bool:

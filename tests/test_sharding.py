@@ -13,6 +13,12 @@ RUN = {"max_steps": 2, "eval_steps": 0}
 ONE = {"max_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 8}
 TWO = {"max_steps": 4, "eval_steps": 2, "fsdp": True}
 
+FLOAT32 = """
+import functools
+import training
+training.toy_model = functools.partial(training.toy_model, dtype=torch.float32)
+"""
+
 
 @pytest.mark.parametrize(
     ("objective", "changes"),
@@ -33,6 +39,13 @@ def test_two_sharded_processes_equal_one(tmp_path, objective, changes):
         assert got_metrics == pytest.approx(metrics)
         same(parameters, got_parameters, rtol=1e-5, atol=1e-7)
     assert saved(tmp_path / "two") == saved(tmp_path / "one")
+
+
+def test_float32_is_sharded_too(tmp_path):
+    _, parameters = run(tmp_path / "one", "contrastive", **RUN, per_device_train_batch_size=8)
+    settings = {**RUN, "fsdp": True}
+    for _, got in two(tmp_path / "two", "contrastive", settings, before=FLOAT32):
+        same(parameters, got, rtol=1e-2, atol=1e-3, check_dtype=False)
 
 
 def saved(out) -> dict[str, tuple[int, ...]]:
