@@ -34,9 +34,17 @@ class SharedPromptCache(Cache):
         return len(self.lengths)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values [n, H_kv, q, D]; attention reads the rest from here."""
+        """Store the new keys and values [n, H_kv, q, D]; attention reads the rest from here.
+
+        What else models of a transformers version hand over is theirs alone.
+        """
         if self.suffix_length is None:
             if layer_idx == len(self.prefix):
                 self._allocate(key_states)
