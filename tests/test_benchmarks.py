@@ -276,6 +276,7 @@ def measured(work: workload.Workload, batch: int = 2) -> dict[str, Row]:
     return {row.method: row for row in measure(entry, Settings(repeats=1))}
 
 
+@pytest.mark.slow  # the smoke suite does the same
 def test_every_method_passes_its_gate_and_times_its_stages(work):
     rows = measured(work)
     vllm = rows.pop("vLLM, 3 tokens")

@@ -161,6 +161,7 @@ def run_gpu(path: Path, budget: float = 60.0) -> list[Row]:
     )
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_stops_and_goes_on_from_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "asked", [])
@@ -208,6 +209,7 @@ def test_no_time_no_rows(tmp_path):
     assert run_gpu(tmp_path / "rows.json", budget=0.1) == []
 
 
+@pytest.mark.slow
 def test_kernel_rows_launch_every_kernel_and_pass_in_the_interpreter():
     script = """
 import sys

@@ -43,7 +43,9 @@ def wait_for(path: Path, processes, text: str = "") -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_killed_at_a_random_point_then_resumed(tmp_path, whole, seed):
     out = tmp_path / "killed"
     process = launch(out, "recpo", {"max_steps": 8})

@@ -26,8 +26,11 @@ training.toy_model = functools.partial(training.toy_model, dtype=torch.float32)
         ("recpo", {}),
         # one group a pass: the processes' numbers of passes differ
         ("recpo", {"max_tokens_per_microbatch": 1, "kl_weight": 0.1, "use_lora": True}),
-        ("recpo", {"use_lora": False, "num_iterations": 2, "learning_rate": 1e-3}),
-        ("contrastive", {"max_tokens_per_microbatch": 100}),
+        pytest.param(
+            *("recpo", {"use_lora": False, "num_iterations": 2, "learning_rate": 1e-3}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*("contrastive", {"max_tokens_per_microbatch": 100}), marks=pytest.mark.slow),
     ],
 )
 def test_two_sharded_processes_equal_one(tmp_path, objective, changes):
@@ -41,6 +44,7 @@ def test_two_sharded_processes_equal_one(tmp_path, objective, changes):
     assert saved(tmp_path / "two") == saved(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_float32_is_sharded_too(tmp_path):
     _, parameters = run(tmp_path / "one", "contrastive", **RUN, per_device_train_batch_size=8)
     settings = {**RUN, "fsdp": True}
@@ -54,6 +58,7 @@ def saved(out) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_sharded_processes_resumes_in_one(tmp_path):
     metrics, parameters = run(tmp_path / "one", **ONE)
     two(tmp_path / "two", "recpo", {**TWO, "max_steps": 2})
@@ -62,6 +67,7 @@ def test_a_checkpoint_of_sharded_processes_resumes_in_one(tmp_path):
     same(parameters, got, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_resumes_in_sharded_ones(tmp_path):
     metrics, parameters = run(tmp_path / "one", **ONE)
     run(tmp_path / "two", **ONE | {"max_steps": 2})
