@@ -9,6 +9,15 @@ TWO_LOG2_E = tl.constexpr(2 * LOG2_E)
 
 
 @triton.jit
+def _row(p_z, p_bias, o_v, m_v, HAS_BIAS: tl.constexpr):
+    """One row's products of a block, with the bias."""
+    z = tl.load(p_z + o_v, mask=m_v, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
 def _transform(z, inner, outer, SOFTCAP: tl.constexpr):
     """Products to logits in units of log 2, and the slope of the soft-cap."""
     x = z * inner
@@ -52,9 +61,7 @@ def fold_kernel(
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < columns
     # [BLOCK_V]
-    z = tl.load(z_ptr + i_row * stride_z + o_v, mask=m_v, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + start + o_v, mask=m_v, other=0.0).to(tl.float32)
+    z = _row(z_ptr + i_row * stride_z, bias_ptr + start, o_v, m_v, HAS_BIAS)
     x, derivative = _transform(z, inner, outer, SOFTCAP)
     x = tl.where(m_v, x, -float("inf"))
 
@@ -115,9 +122,7 @@ def grad_kernel(
     o_v = tl.arange(0, BLOCK_V)
     m_v = o_v < columns
     # [BLOCK_V]
-    z = tl.load(z_ptr + i_row * stride_z + o_v, mask=m_v, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + start + o_v, mask=m_v, other=0.0).to(tl.float32)
+    z = _row(z_ptr + i_row * stride_z, bias_ptr + start, o_v, m_v, HAS_BIAS)
     x, derivative = _transform(z, inner, outer, SOFTCAP)
     shifted = x - tl.load(maximum_ptr + i_row)
     total = tl.load(total_ptr + i_row)
