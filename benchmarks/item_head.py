@@ -90,6 +90,8 @@ METHODS: dict[str, Callable[[torch.Tensor], Search]] = {
     "usearch": usearch_search,
     "item_topk": plain_search,
     "index none": index_search("none"),
+    "index fp16": index_search("fp16"),
+    "index bf16": index_search("bf16"),
     "index int8": index_search("int8"),
     "index auto": index_search("auto"),
 }
@@ -224,7 +226,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64,256")
     parser.add_argument("--tables", default="200000x1024,100000x576", help="items x dim")
     parser.add_argument("--ks", default="10,100")
-    parser.add_argument("--peers", default="torch,faiss,item_topk,index none,index int8,index auto")
+    parser.add_argument("--peers", default="torch,faiss,item_topk,index none,index auto")
     parser.add_argument("--seconds", type=float, default=1.0, help="a method and shape")
     parser.add_argument("--embeddings", type=Path, help="safetensors file with one [N, d] table")
     parser.add_argument("--out", type=Path, help="writes OUT.csv and OUT.png")

@@ -206,7 +206,7 @@ def index(
         model: directory of a model, or a name on the Hub.
         data: prepared data set (directory) whose catalog is encoded.
         output_dir: where the model with its new table is written; default: `model` itself.
-        scan: first pass of the item index: "auto", "none", "bf16" or "int8".
+        scan: first pass of the item index: "auto", "none", "fp16", "bf16" or "int8".
         max_tokens: token budget of a forward pass.
         dtype: "auto", "float32", "bfloat16" or "float16".
         gguf_file: read the weights from this GGUF file of the model's directory.

@@ -117,7 +117,7 @@ class RecPOConfig:
     """"full": all rows at once, every refresh_steps; "rolling": after each step the oldest rows, so
     many that none is older than refresh_steps."""
     index_scan: str = "auto"
-    """First pass of the item index: "auto", "none", "bf16" or "int8"; never changes a result."""
+    """First pass of the item index: "auto", "none", "fp16", "bf16" or "int8"; same results."""
 
     # evaluation, logs, checkpoints
     eval_steps: int = 100

@@ -50,7 +50,8 @@ class Pairs(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The target's raw score (``search.bounds``), to which all scores of a query are compared.
+    """The target's raw score (``search.bounds``) as a first pass counts it, to which all scores of
+    a query are compared.
 
     Log-sum-exps are taken relative to the target, whose own term they start with.
     """
@@ -61,18 +62,25 @@ class Origin(NamedTuple):
     moved: torch.Tensor  # float64 [B], what that rounding moves all other terms by
 
     @classmethod
-    def of(cls, query: Queries, own: torch.Tensor) -> "Origin":
-        """own: [B, d], the targets' rows."""
+    def of(cls, query: Queries, own: torch.Tensor, offset: torch.Tensor | float = 0.0) -> "Origin":
+        """own: [B, d], the targets' rows; offset: float64 [B], what the pass leaves out."""
         own = own.double()
         raw = (query.original.double() * query.scale[:, None] * own).sum(1)
-        length = query.scale
         if query.similarity == "cosine":
             norm = torch.linalg.vector_norm(own, dim=1)
             raw = raw / torch.where(norm == 0, 1.0, norm)
-            length = torch.linalg.vector_norm(query.original.double(), dim=1) * query.scale
-            length = torch.where(length == 0, 1.0, length)
-        logit = LOG2_E / (length * query.temperature)
+        logit = LOG2_E / raw_per_score(query)
+        raw = raw - offset
         return cls(raw, raw.float(), logit.float(), (raw - raw.float().double()) * logit)
+
+
+def raw_per_score(query: Queries) -> torch.Tensor:
+    """float64 [B]: raw scores (``search.bounds``) that make one score, for dot and cosine."""
+    length = query.scale
+    if query.similarity == "cosine":
+        length = torch.linalg.vector_norm(query.original.double(), dim=1) * query.scale
+        length = torch.where(length == 0, 1.0, length)
+    return length * query.temperature
 
 
 def count_settled(

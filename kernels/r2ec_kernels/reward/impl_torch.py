@@ -1,20 +1,26 @@
 """The reward room in plain torch: one pass over the items in blocks, any device.
 
-``certified_stats`` counts the items ahead of the target by float32 products with their error bound
-and settles what lies within the bound by canonical scores, so that ranks are exact.
+``certified_stats`` counts the items ahead of the target by a first pass with its error bound and
+settles what lies within the bound by canonical scores, so that ranks are exact.
 """
 
-import math
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
-from ..search.bounds import HUGE, Queries, prepare_queries
+from ..search.bounds import Queries, prepare_queries
+from ..search.engine import FirstPass, Table
+from ..search.impl_torch import Float32Pass
+from ..search.plain import PlainTable
 from . import exact
 from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
 
+# Share of the scores within the error bound of the target from which settling them costs more than
+# a narrower bound, for many queries and for one.
+NEAR_SHARE, NEAR_SHARE_ONE = 0.003, 0.05
 SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
 
 
@@ -57,13 +63,20 @@ def target_stats(
     """(rank int64 [B], log_prob float32 [B]) over a plain table."""
     query = prepare_queries(queries, similarity, temperature)
     of = exclude_rows(exclude_offsets, exclude_values.numel())
-    return certified_stats(items, None, None, query, targets, of, exclude_values)
+    passes = [partial(float32_pass, items, None)]
+    return certified_stats(PlainTable(items), passes, query, targets, of, exclude_values)
+
+
+def float32_pass(rows: torch.Tensor, norms: torch.Tensor | None, query: Queries) -> Float32Pass:
+    """The rows' own products, in two parts for many queries: what lies within the error bound of a
+    target costs more there than the second part."""
+    parts = 2 if query.scaled.shape[0] >= SPLIT_BATCH and rows.shape[1] > 1 else 1
+    return Float32Pass(rows, norms, query, parts)
 
 
 def certified_stats(
-    rows: torch.Tensor,
-    ids: torch.Tensor | None,
-    norms: torch.Tensor | None,
+    table: Table,
+    passes: Sequence[Callable[[Queries], FirstPass]],
     query: Queries,
     targets: torch.Tensor,
     exclude_of: torch.Tensor,
@@ -72,9 +85,9 @@ def certified_stats(
     """(rank int64 [B], log_prob float32 [B]) of targets among the rows of a table.
 
     Args:
-        rows: [N, d].
-        ids: int64 [N], by which equal scores are ordered; None: positions.
-        norms: float32 [N] of the rows; None: taken on the way.
+        table: the rows, and the ids by which equal scores are ordered.
+        passes: first passes, the next one for when too much lies within the bound of the one
+            before; where the last cannot bound a row's score, canonical scores of all rows.
         query: the prepared batch.
         targets: int64 [B], row positions; a target competes even where it is excluded.
         exclude_of, exclude_rows: int64 [E], queries and row positions that do not compete.
@@ -85,20 +98,23 @@ def certified_stats(
     log_prob = torch.zeros(batch, device=device)
     if batch == 0:
         return rank, log_prob
-    own = rows[targets][:, None]
+    own = table.rows[targets][:, None]
     target = canonical_scores(query.original, own, query.similarity, query.temperature)[:, 0]
     # A distance from a float32 square loses its digits where the query is near the item.
     dense = query.dense | ~torch.isfinite(target) | (query.similarity == "l2")
     scanned = ~dense
     if bool(scanned.any()):
-        scan = _Scan(rows, ids, norms, query[scanned], target[scanned], targets[scanned])
-        if scan.run(left_out.pick(scanned)):
-            rank[scanned], log_prob[scanned] = scan.rank, scan.log_prob()
+        part, own = query[scanned], (target[scanned], targets[scanned])
+        for position, first_pass in enumerate(passes, start=1):
+            scan = _Scan(table, first_pass(part), part, *own, patient=position == len(passes))
+            if scan.run(left_out.pick(scanned)):
+                rank[scanned], log_prob[scanned] = scan.rank, scan.log_prob()
+                break
         else:
             dense[:] = True
     if bool(dense.any()):
         part = query[dense], target[dense], targets[dense], left_out.pick(dense)
-        rank[dense], log_prob[dense] = dense_stats(rows, ids, *part)
+        rank[dense], log_prob[dense] = dense_stats(table.rows, table.ids, *part)
     return rank, log_prob
 
 
@@ -107,92 +123,62 @@ class _Scan:
 
     def __init__(
         self,
-        rows: torch.Tensor,
-        ids: torch.Tensor | None,
-        norms: torch.Tensor | None,
+        table: Table,
+        first_pass: FirstPass,
         query: Queries,
         target: torch.Tensor,
         targets: torch.Tensor,
+        patient: bool,
     ) -> None:
-        self.rows, self.ids, self.norms = rows, ids, norms
+        """patient: go on however much lies within the error bound."""
+        self.table, self.first_pass, self.query = table, first_pass, query
         self.target, self.targets = target, targets
-        d = rows.shape[1]
-        parts = 2 if targets.shape[0] >= SPLIT_BATCH and d > 1 else 1
-        self.chunk = -(-d // parts)
-        # d products summed in ``parts`` sums: (chunk + parts) roundings instead of d
-        saved = max(0, d - self.chunk - parts)
-        self.query = replace(query, unit=query.unit - saved * UNIT)
-        self.operand = query.scaled.T.contiguous()
-        self.origin = Origin.of(query, rows[targets])
+        self.origin = Origin.of(query, table.rows[targets], first_pass.offset)
         self.peak = torch.zeros_like(target)
         self.mass = self.origin.moved.exp2()
-        batch = targets.shape[0]
-        self.height = max(exact.MIN_BLOCK, exact.BLOCK_ELEMENTS // (d + 3 * batch)) // 8 * 8
-        self.buffers = rows.new_empty(3, self.height * batch, dtype=torch.float32)
         self.rank = torch.ones_like(targets)
+        self.above: torch.Tensor | None = None  # memory in the order of the scores
+        self.reach: torch.Tensor | None = None
         self.near: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.num_near = 0
+        share = 1.0 if patient else max(NEAR_SHARE, NEAR_SHARE_ONE / targets.shape[0])
+        self.most_near = share * targets.shape[0]  # of a row
 
     def run(self, left_out: Pairs) -> bool:
-        """Scan all rows but the targets; False where some row's score cannot be bounded."""
+        """Scan all rows but the targets; False where some row's score cannot be bounded, or too
+        many lie within the bound."""
         left_out = left_out.adding(self.targets)
-        batch = self.targets.shape[0]
-        for start in range(0, self.rows.shape[0], self.height):
-            stop = min(start + self.height, self.rows.shape[0])
-            scores, above, reach = (
-                buffer[: (stop - start) * batch].view(-1, batch) for buffer in self.buffers
-            )
-            error = self._score(start, stop, scores)
-            if error is None:
+        height = self.first_pass.height
+        for start in range(0, self.table.rows.shape[0], height):
+            stop = min(start + height, self.table.rows.shape[0])
+            scores, error, doubtful = self.first_pass.score(start, stop)
+            if doubtful is not None:
                 return False
             left_out.mask(start, stop, scores, -torch.inf)
-            self._count(scores, error, start, above, reach)
+            if self._count(scores, error, start) > self.most_near * (stop - start):
+                return False
             self._add(scores)
         self._settle()
         return True
 
-    def _score(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor | None:
-        """Raw scores of a block (``search.bounds``) and the bound of their errors, [B]."""
-        block = self.rows[start:stop].float()
-        torch.mm(block[:, : self.chunk], self.operand[: self.chunk], out=out)
-        for at in range(self.chunk, block.shape[1], self.chunk):
-            part = slice(at, at + self.chunk)
-            out.addmm_(block[:, part], self.operand[part])
-        if self.norms is None:
-            norms = torch.linalg.vector_norm(block, dim=1)
-        else:
-            norms = self.norms[start:stop]
-        high = norms.amax()
-        if self.query.similarity == "cosine":
-            low = norms.amin()
-            if low < 1 / HUGE and bool(((norms < 1 / HUGE) & (block != 0).any(1)).any()):
-                return None
-            out.mul_(torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None])
-        if not high <= HUGE:
-            return None
-        # squares below float32's normal range may be lost from the norm
-        return self.query.product_error(high * 1.001 + math.sqrt(block.shape[1]) * 2.0**-62)
-
-    def _count(
-        self,
-        scores: torch.Tensor,
-        error: torch.Tensor,
-        start: int,
-        above: torch.Tensor,
-        reach: torch.Tensor,
-    ) -> None:
+    def _count(self, scores: torch.Tensor, error: torch.Tensor, start: int) -> int:
+        """Count what is ahead for certain; returns how many pairs are not."""
+        if self.above is None or self.above.shape != scores.shape:
+            self.above, self.reach = torch.empty_like(scores), torch.empty_like(scores)
         # both canonical roundings and that of the two limits
         error = error.double() + self.origin.raw.abs() * 4 * UNIT
         high, low = (self.origin.raw + error).float(), (self.origin.raw - error).float()
-        self.rank += _sum_rows(torch.gt(scores, high, out=above)).long()
-        near = torch.ge(scores, low, out=reach).sub_(above)
+        above = torch.gt(scores, high, out=self.above)
+        self.rank += _sum_rows(above).long()
+        near = torch.ge(scores, low, out=self.reach).sub_(above)
         some = near.amax(1).nonzero()[:, 0]
-        if some.numel():
-            row, of = near[some].nonzero(as_tuple=True)
+        row, of = near[some].nonzero(as_tuple=True)
+        if of.numel():
             self.near.append((of, some[row] + start))
             self.num_near += of.numel()
-            if self.num_near * self.rows.shape[1] > exact.PAIR_ELEMENTS:
+            if self.num_near * self.table.rows.shape[1] > exact.PAIR_ELEMENTS:
                 self._settle()
+        return of.numel()
 
     def _settle(self) -> None:
         """Compare the near pairs' canonical scores with the target's."""
@@ -201,7 +187,7 @@ class _Scan:
         of, at = (torch.cat(parts) for parts in zip(*self.near, strict=True))
         self.near, self.num_near = [], 0
         self.rank += count_settled(
-            self.rows, self.ids, self.query, self.target, self.targets, of, at
+            self.table.rows, self.table.ids, self.query, self.target, self.targets, of, at
         )
 
     def _add(self, scores: torch.Tensor) -> None:
@@ -219,7 +205,8 @@ class _Scan:
 
 
 def _fold(scores: torch.Tensor) -> torch.Tensor:
-    """[n, B] as [n / f, f, B] flattened to wide rows: reductions over few columns are slow."""
+    """Scores [n, B] in rows of the width that reductions want, [n / f, f B]; the entry of a column
+    belongs to query ``column % B``."""
     rows, batch = scores.shape
     wide = 1
     while wide * batch < 128 and rows % (2 * wide) == 0:
@@ -229,8 +216,12 @@ def _fold(scores: torch.Tensor) -> torch.Tensor:
 
 def _sum_rows(scores: torch.Tensor) -> torch.Tensor:
     """Sum [n, B] over n; exact for fewer than 2^24 ones."""
+    if not scores.is_contiguous():  # [B, n] in memory
+        return scores.T.sum(1)
     return _fold(scores).sum(0).view(-1, scores.shape[1]).sum(0)
 
 
 def _max_rows(scores: torch.Tensor) -> torch.Tensor:
+    if not scores.is_contiguous():
+        return scores.T.amax(1)
     return _fold(scores).amax(0).view(-1, scores.shape[1]).amax(0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 HUGE = 2.0**50  # norms outside [1/HUGE, HUGE] are not trusted to float32
-_UNIT = 2.0**-24  # rounding unit of float32
+UNIT = 2.0**-24  # rounding unit of float32
 _SAFETY = 1.01  # second-order terms and float32 norms
 
 
@@ -26,7 +26,9 @@ class Queries:
         scaled: float32 [B, d]; for dot and cosine scaled by a power of two to a norm near 1.
         scale: float64 [B], ``scaled = original * scale``.
         norm: float32 [B], upper bound of the norm of ``scaled``.
-        unit: relative error of a float32 product, canonical rounding included.
+        unit: relative error of a float32 product of the rows, canonical rounding included.
+        rounding: the part of it that does not depend on the rows' product: canonical rounding, and
+            TF32 or bfloat16 inside float32 products.
         floor: float32 [B], absolute error where numbers leave float32's normal range.
         dense: bool [B], queries whose norm is not trusted to float32.
         similarity, temperature: of the search.
@@ -37,6 +39,7 @@ class Queries:
     scale: torch.Tensor
     norm: torch.Tensor
     unit: float
+    rounding: float
     floor: torch.Tensor
     dense: torch.Tensor
     similarity: str
@@ -44,13 +47,18 @@ class Queries:
 
     def product_error(self, row_norm: torch.Tensor) -> torch.Tensor:
         """Error bound [B] of a float32 pass over rows with norms of at most ``row_norm`` []."""
+        return self.unit * self._size(row_norm) + self.floor
+
+    def rounding_error(self, row_norm: torch.Tensor) -> torch.Tensor:
+        """The part [B] of ``product_error`` that a pass with its own bound has to add to it."""
+        return self.rounding * self._size(row_norm) + self.floor
+
+    def _size(self, row_norm: torch.Tensor) -> torch.Tensor:
         if self.similarity == "cosine":
-            size = self.norm
-        elif self.similarity == "l2":
-            size = (self.norm + row_norm) ** 2
-        else:
-            size = self.norm * row_norm
-        return self.unit * size + self.floor
+            return self.norm
+        if self.similarity == "l2":
+            return (self.norm + row_norm) ** 2
+        return self.norm * row_norm
 
     def __getitem__(self, chosen: torch.Tensor) -> "Queries":
         """The queries picked by a bool or index tensor."""
@@ -80,14 +88,25 @@ def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) 
     # dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and
     # its reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
     terms = 1.5 * dim + 12 if similarity == "cosine" else dim + 10
-    unit = _SAFETY * (terms * _UNIT + _product_unit(queries.device))
+    product = _product_unit(queries.device)
+    unit = _SAFETY * (terms * UNIT + product)
+    rounding = _SAFETY * ((4 if similarity == "l2" else 2) * 2 * UNIT + product)
     # Products below float32's normal range may be flushed to zero (cosine: then multiplied by
     # 1/|x| <= HUGE), and the canonical score rounds to a multiple of 2^-149.
     flushed = dim * 2.0**-126 * (2 * HUGE if similarity == "cosine" else 4)
     rounded = temperature * 2.0**-148 * (4 * HUGE if similarity == "l2" else 2)
     floor = flushed + rounded * scale.clamp_min(1.0)
     return Queries(
-        queries, scaled, scale, norm, unit, floor.float(), dense, similarity, temperature
+        original=queries,
+        scaled=scaled,
+        scale=scale,
+        norm=norm,
+        unit=unit,
+        rounding=rounding,
+        floor=floor.float(),
+        dense=dense,
+        similarity=similarity,
+        temperature=temperature,
     )
 
 

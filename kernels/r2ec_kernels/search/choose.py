@@ -25,12 +25,13 @@ def batch_class(batch: int) -> int:
     return 1 << max(0, batch - 1).bit_length()
 
 
-def fastest(key: tuple, runs: dict[str, Callable[[int], None]], rows: int, row_bytes: int) -> str:
+def fastest(key: tuple, runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> str:
     """The name of the candidate that takes the least time per row.
 
     Args:
         key: what a measurement may be reused for.
-        runs: by name, a function that multiplies the first n rows with the batch.
+        runs: by name, a function that multiplies the first n rows or more with the batch and
+            returns how many it took.
         rows: rows there are.
         row_bytes: bytes of the widest candidate's row.
     """
@@ -42,19 +43,19 @@ def fastest(key: tuple, runs: dict[str, Callable[[int], None]], rows: int, row_b
         return _timings[key]
 
 
-def _measure(runs: dict[str, Callable[[int], None]], rows: int, row_bytes: int) -> str:
-    small = {name: _seconds(run, min(rows, 128)) for name, run in runs.items()}
+def _measure(runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> str:
+    small = {name: _seconds_per_row(run, min(rows, 128)) for name, run in runs.items()}
     limit = _HOPELESS * min(small.values())
     sample = min(rows, _SAMPLE_BYTES // row_bytes)
-    large = {name: _seconds(runs[name], sample) for name in runs if small[name] <= limit}
+    large = {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}
     # Codes leave more rows to rescore than float32 does: they must be clearly faster.
     return min(large, key=lambda name: large[name] * (_CLEARLY if name == EXACT else 1.0))
 
 
-def _seconds(run: Callable[[int], None], rows: int) -> float:
+def _seconds_per_row(run: Callable[[int], int], rows: int) -> float:
     best = float("inf")
     for _ in range(_REPEATS):
         begin = time.perf_counter()
-        run(rows)
-        best = min(best, time.perf_counter() - begin)
+        done = run(rows)
+        best = min(best, (time.perf_counter() - begin) / done)
     return best

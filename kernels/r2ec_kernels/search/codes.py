@@ -10,13 +10,15 @@ spends its bits on what differs between rows. Kept beside the code: the norm of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .bounds import HUGE, Queries
+from . import packed
+from .bounds import HUGE, UNIT, Queries
+from .engine import GROUP, Buffer, Scores, whole_groups
 
-ROW_MULTIPLE = 32  # products take blocks of this many rows ...
-DIM_MULTIPLE = 64  # ... of this many columns; a code is padded with zeros
+DIM_MULTIPLE = 64  # columns of a code, beside GROUP rows; padded with zeros
 _BF16_UNIT = 2.0**-9
 _TINY = 2.0**-100  # relative to size: products that leave float32's normal range
 _UP = 1.0 + 2.0**-20  # a float64 bound stays one after rounding to float32
@@ -30,23 +32,31 @@ class Operand:
     missed: torch.Tensor
 
 
+Codes = torch.Tensor | packed.PackedCodes  # [n, d padded]
+
+
 @dataclass(frozen=True)
 class Product:
-    """One way to multiply codes [n, d] with queries.
+    """One way to multiply codes with queries.
 
     Attributes:
         name: for statistics and messages.
         prepare: float64 queries [B, d padded] -> Operand.
-        run: (codes [n, d padded], Operand, out float32 [n, B]) -> None; n a multiple of 32.
-        unit: relative error of the product beyond float32 accumulation.
+        run: (codes, start, stop, Operand, Buffer) -> float32 [stop - start, B], in the buffer or
+            memory of its own; ``start`` a multiple of ``block``, ``stop`` of GROUP.
+        unit: relative error of the product beyond the accumulation of its d terms.
         supports: (codes, batch) -> whether torch can run it here.
+        block: rows that are multiplied together.
+        addition: relative error of adding one term to a float32 sum.
     """
 
     name: str
     prepare: Callable[[torch.Tensor], Operand]
-    run: Callable[[torch.Tensor, Operand, torch.Tensor], None]
+    run: Callable[[Codes, int, int, Operand, Buffer], torch.Tensor]
     unit: float
-    supports: Callable[[torch.Tensor, int], bool]
+    supports: Callable[[Codes, int], bool]
+    block: int = GROUP
+    addition: float = 2 * UNIT
 
 
 def _round_query(dtype: torch.dtype) -> Callable[[torch.Tensor], Operand]:
@@ -69,10 +79,27 @@ def _split_query(query: torch.Tensor) -> Operand:
     return Operand((packed, step[:, 0]), missed)
 
 
+def _in_buffer(
+    multiply: Callable[[torch.Tensor, Operand, torch.Tensor], None],
+) -> Callable[[Codes, int, int, Operand, Buffer], torch.Tensor]:
+    """A ``Product.run`` from (codes [n, d], operand, out [n, B]) -> None."""
+
+    def run(
+        codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+    ) -> torch.Tensor:
+        out = buffer.take(stop - start)
+        multiply(codes[start:stop], operand, out)
+        return out
+
+    return run
+
+
+@_in_buffer
 def _run_widened(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
     torch.mm(codes.float(), operand.value.T, out=out)
 
 
+@_in_buffer
 def _run_bf16(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
     if operand.value.shape[0] == 1:
         out[:, 0] = torch.mv(codes, operand.value[0])
@@ -80,33 +107,52 @@ def _run_bf16(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
         out.copy_(torch.mm(codes, operand.value.T))
 
 
-def _run_packed(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
+@_in_buffer
+def _run_mixed(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
     ones = torch.ones(codes.shape[0], dtype=torch.bfloat16, device=codes.device)
     out.copy_(torch._weight_int8pack_mm(operand.value, codes, ones).T)
 
 
+@_in_buffer
 def _run_integer(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
     packed, step = operand.value
     high, low = torch._int_mm(codes, packed).float().chunk(2, dim=1)
     torch.add(high, low, alpha=1 / 254, out=out).mul_(step)
 
 
-def _anywhere(codes: torch.Tensor, batch: int) -> bool:
+def _run_fbgemm(
+    codes: packed.PackedCodes, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
+    return codes.multiply(operand.value, start, stop).T
+
+
+def _anywhere(codes: Codes, batch: int) -> bool:
     return True
 
 
-def _on_cpu(codes: torch.Tensor, batch: int) -> bool:
+def _on_cpu(codes: Codes, batch: int) -> bool:
     return codes.device.type == "cpu"
 
 
 _WIDENED = Product("widened", _round_query(torch.float32), _run_widened, 0.0, _anywhere)
 PRODUCTS = {
+    "fp16": (
+        Product(
+            "fp16",
+            _round_query(torch.float32),
+            _run_fbgemm,
+            0.0,
+            _anywhere,
+            block=packed.BLOCK,
+            addition=UNIT,  # fused multiply-adds
+        ),
+    ),
     "bf16": (
         Product("bf16", _round_query(torch.bfloat16), _run_bf16, 2 * _BF16_UNIT, _anywhere),
         _WIDENED,
     ),
     "int8": (
-        Product("int8 x bf16", _round_query(torch.bfloat16), _run_packed, 2 * _BF16_UNIT, _on_cpu),
+        Product("int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 2 * _BF16_UNIT, _on_cpu),
         Product("int8 x 2 int8", _split_query, _run_integer, 2.0**-22, _on_cpu),
         _WIDENED,
     ),
@@ -118,7 +164,7 @@ def encode(
 ) -> dict[str, torch.Tensor]:
     """Codes of rows [n, d]: the tensors of an index's low-precision copy.
 
-    code bfloat16 or int8 [n, d padded]; float32 [n]: scale, residual, size, and half
+    code float16, bfloat16 or int8 [n, d padded]; float32 [n]: scale, residual, size, and half
     (|y - m|^2 / 2, for l2); trusted bool [n]: False where float32 cannot hold the numbers (the code
     of such a row is 0).
     """
@@ -126,6 +172,9 @@ def encode(
     if kind == "bf16":
         code = exact.bfloat16()
         scale = torch.ones(rows.shape[0], device=rows.device)
+    elif kind == "fp16":
+        scale = _half_scale(exact.abs().amax(1))
+        code = (exact / scale[:, None]).half()
     else:
         scale = (exact.abs().amax(1) / 127).float()
         scale = torch.where(scale == 0, 1.0, scale)
@@ -139,6 +188,14 @@ def encode(
         "half": (0.5 * exact.square().sum(1)).float(),
         "trusted": trusted,
     }
+
+
+def _half_scale(largest: torch.Tensor) -> torch.Tensor:
+    """A power of two [n] by which rows with these largest entries are divided before float16 holds
+    them: 1 where they lie well inside its normal range."""
+    power = torch.exp2(torch.floor(torch.log2(largest)))
+    inside = (largest == 0) | ((largest >= 2.0**-6) & (largest < 2.0**14))
+    return torch.where(inside, 1.0, power).float()
 
 
 def padded(vectors: torch.Tensor) -> torch.Tensor:
@@ -172,64 +229,107 @@ def scaled_queries(query: Queries) -> torch.Tensor:
     return torch.where(query.dense[:, None], 0.0, exact)
 
 
-def measured_run(product: Product, codes: torch.Tensor, query: Queries) -> Callable[[int], None]:
-    """A function that multiplies the first n rows of ``codes`` with a batch, for timing."""
+def measured_run(product: Product, codes: Codes, query: Queries) -> Callable[[int], int]:
+    """A function that multiplies the first n rows of ``codes`` (or the least more that the product
+    can) with a batch, for timing, and returns how many it multiplied."""
     operand = product.prepare(padded(scaled_queries(query)))
+    buffer = Buffer(query.scaled.shape[0], query.scaled.device)
 
-    def run(rows: int) -> None:
-        part = codes[: -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE]
-        product.run(part, operand, query.scaled.new_empty(part.shape[0], query.scaled.shape[0]))
+    def run(rows: int) -> int:
+        stop = min(-(-rows // product.block) * product.block, whole_groups(len(codes)))
+        product.run(codes, 0, stop, operand, buffer)
+        return stop
 
     return run
 
 
+class Limits(NamedTuple):
+    """What a pass has to know of all rows of a copy.
+
+    Attributes:
+        residual, size, norm: float32 [], the largest of trusted rows.
+        typical_residual: float32 [], the root of their mean square.
+        trusted: whether all rows are.
+        scaled: whether some row's scale is not 1.
+    """
+
+    residual: torch.Tensor
+    size: torch.Tensor
+    norm: torch.Tensor
+    typical_residual: torch.Tensor
+    trusted: bool
+    scaled: bool
+
+    @classmethod
+    def of(cls, fields: dict[str, Codes]) -> "Limits":
+        trusted = fields["trusted"]
+        residual, size, norm = (
+            torch.where(trusted, fields[name], 0.0) for name in ("residual", "size", "norm")
+        )
+        return cls(
+            residual=residual.max(),
+            size=size.max(),
+            norm=norm.max(),
+            typical_residual=residual.square().mean().sqrt(),
+            trusted=bool(trusted.all()),
+            scaled=bool((fields["scale"] != 1).any()),
+        )
+
+
 class CodePass:
-    """First pass over the codes in ``fields`` (see ``encode``) by one product."""
+    """First pass over the codes in ``fields`` (see ``encode``) by one product.
+
+    Beside what ``engine.FirstPass`` asks for: ``typical`` float64 [B], the standard deviation of
+    its raw scores' errors where the errors of a row's entries have nothing to do with the query.
+    """
 
     def __init__(
         self,
-        fields: dict[str, torch.Tensor],
+        fields: dict[str, Codes],
+        limits: Limits,
         mean: torch.Tensor,
         product: Product,
         query: Queries,
         height: int,
     ) -> None:
-        """``fields``: live rows, the code padded to whole blocks."""
-        self.fields, self.product, self.query, self.height = fields, product, query, height
+        """``fields``: live rows, the code padded to whole groups; ``height``: about so many rows
+        at once."""
+        self.fields, self.limits, self.product, self.query = fields, limits, product, query
+        self.height = -(-height // product.block) * product.block
+        self.buffer = Buffer(query.scaled.shape[0], query.scaled.device)
         exact = scaled_queries(query)
+        self.offset = exact @ mean  # what the mean adds to a query's raw scores (dot, cosine)
         if query.similarity == "l2":
             exact = exact - mean
         self.name = product.name
         self.operand = product.prepare(padded(exact))
         norm = torch.linalg.vector_norm(exact, dim=1)
         used = norm + self.operand.missed
-        unit = product.unit + (exact.shape[1] + 4) * 2.0**-23 + query.unit + _TINY
-        trusted = fields["trusted"]
-        self.trusted = bool(trusted.all())
-        residual, size, high = (
-            torch.where(trusted, fields[name], 0.0).max() for name in ("residual", "size", "norm")
-        )
+        unit = product.unit + (exact.shape[1] + 4) * product.addition + _TINY
+        residual, size = limits.residual, limits.size
         error = norm * residual + (self.operand.missed + unit * used) * size
+        # Rounding errors of d entries mostly cancel; those of a product's result do not.
+        self.typical = (norm * limits.typical_residual + self.operand.missed * size) / exact.shape[
+            1
+        ] ** 0.5
+        self.typical += product.unit * used * size
         if query.similarity == "l2":
             error = error + 2.0**-21 * (norm + size + residual) ** 2
-        self.error = (error * _UP).float() + query.product_error(high * 1.001)
+        self.error = (error * _UP).float() + query.rounding_error(limits.norm * 1.001)
 
-    def score(
-        self, start: int, stop: int, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        field = {name: tensor[start:stop] for name, tensor in self.fields.items()}
+    def score(self, start: int, stop: int) -> Scores:
         size = stop - start
-        height = -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
-        whole = out if height == size else out.new_empty(height, out.shape[1])
-        self.product.run(self.fields["code"][start : start + height], self.operand, whole)
-        if whole is not out:
-            out.copy_(whole[:size])
-        if field["code"].dtype == torch.int8:
-            out.mul_(field["scale"][:, None])
+        values = self.product.run(
+            self.fields["code"], start, start + whole_groups(size), self.operand, self.buffer
+        )
+        field = {name: self.fields[name][start:stop] for name in ("scale", "half", "trusted")}
+        values[size:] = float("-inf")
+        if self.limits.scaled:
+            values[:size].mul_(field["scale"][:, None])
         if self.query.similarity == "l2":
-            out.sub_(field["half"][:, None])
-        if self.trusted:
-            return self.error, None
+            values[:size].sub_(field["half"][:, None])
+        if self.limits.trusted:
+            return Scores(values, self.error, None)
         doubtful = (~field["trusted"]).nonzero()[:, 0]
-        out[doubtful] = float("-inf")
-        return self.error, doubtful + start if doubtful.numel() else None
+        values[doubtful] = float("-inf")
+        return Scores(values, self.error, doubtful + start if doubtful.numel() else None)

@@ -9,7 +9,7 @@ Memory is O(B k + block) either way, and results do not depend on which path ran
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,20 +24,44 @@ _ELEMENTS = 1 << 22  # elements of a dense or a gathered block
 _MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
 
 
+class Scores(NamedTuple):
+    """Raw scores of a block of rows.
+
+    Attributes:
+        values: float32 [n, B], n the rows rounded up to a multiple of GROUP, in any memory order;
+            the entries beyond the rows, and those of doubtful rows, are -inf. Valid until the next
+            block.
+        error: float32 [B], bound of their errors.
+        doubtful: int64 [M] rows whose scores it does not bound, or None: rescored in any case.
+    """
+
+    values: torch.Tensor
+    error: torch.Tensor
+    doubtful: torch.Tensor | None
+
+
+class Buffer:
+    """Memory for the scores of one block after another."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._memory = torch.empty(0, batch, device=device)
+
+    def take(self, rows: int) -> torch.Tensor:
+        """float32 [rows, B], overwritten by the next call."""
+        if rows > self._memory.shape[0]:
+            self._memory = self._memory.new_empty(rows, self._memory.shape[1])
+        return self._memory[:rows]
+
+
 class FirstPass(Protocol):
     """Raw scores of one batch, block by block."""
 
     name: str  # of its product, for statistics
-    height: int  # rows of a block
+    height: int  # rows of a block; blocks are multiples of it
+    offset: torch.Tensor  # float64 [B], what its raw scores of a query all lack (not for l2)
 
-    def score(
-        self, start: int, stop: int, out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Write raw scores of rows start..stop-1 into ``out`` float32 [stop - start, B].
-
-        Returns the bound of their errors [B], and the rows (int64 [M], or None) whose scores are
-        not bounded by it: their entries in ``out`` are -inf and they are rescored in any case.
-        """
+    def score(self, start: int, stop: int) -> Scores:
+        """Raw scores of rows start..stop-1, ``start`` a multiple of ``height``."""
         ...
 
 
@@ -46,6 +70,11 @@ class Table(Protocol):
 
     rows: torch.Tensor  # [num_rows, d], the stored values
     ids: torch.Tensor | None  # int64 [num_rows]: the id of each row; None: its position
+
+
+def whole_groups(rows: int) -> int:
+    """``rows`` rounded up to a multiple of GROUP."""
+    return -(-rows // GROUP) * GROUP
 
 
 @dataclass(frozen=True)
@@ -131,16 +160,22 @@ class _Pool:
             fresh = torch.isinf(self.threshold) & ~self.failed
             self.fresh = bool(fresh.any())
             self.raise_threshold(scores, error, fresh.nonzero()[:, 0])
-        grouped = scores.view(-1, GROUP, scores.shape[1])
+        # Rows of a group lie n / GROUP apart: in either memory order their maximum is vectorised.
+        grouped = scores.unflatten(0, (GROUP, -1))
+        if scores.is_contiguous():
+            best = grouped.amax(0)
+        else:  # [B, n] in memory; a reduction is fast only into its input's order
+            best = scores.T.unflatten(1, (GROUP, -1)).amax(1).T
         # Above -inf, so that masked rows never pass.
         cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
-        of, group = (grouped.amax(1) >= cut).T.nonzero(as_tuple=True)
+        of, group = (best >= cut).T.nonzero(as_tuple=True)
         if not of.numel():
             return
         self.opened += of.numel()
-        values = grouped[group, :, of]  # [M, GROUP]
+        values = grouped[:, group, of].T  # [M, GROUP]
         hit, slot = (values >= cut[of, None]).nonzero(as_tuple=True)
-        of, score, row = of[hit], values[hit, slot], start + group[hit] * GROUP + slot
+        row = start + slot * grouped.shape[1] + group[hit]
+        of, score = of[hit], values[hit, slot]
         of, score, row = self._make_room(of, score, row, scores, error)
         if of.numel():
             counts = torch.bincount(of, minlength=self.fill.numel())
@@ -240,16 +275,11 @@ def _scan(
     """Keys [B, k], queries that need the dense path [B], candidates, opened groups."""
     batch, device = query.original.shape[0], query.original.device
     pool = _Pool(batch, k, device)
-    height = max(scan.height, 2 * k)
-    height = -(-height // GROUP) * GROUP
-    buffer = torch.empty(height, batch, device=device)
+    height = -(-max(scan.height, 2 * k) // scan.height) * scan.height
     untrusted = []
     for start in visiting_order(table.rows.shape[0], height):
         stop = min(start + height, table.rows.shape[0])
-        size = stop - start
-        scores = buffer[: -(-size // GROUP) * GROUP]
-        scores[size:] = float("-inf")
-        error, doubtful = scan.score(start, stop, scores[:size])
+        scores, error, doubtful = scan.score(start, stop)
         excluded.mask(start, stop, scores, float("-inf"))
         if doubtful is not None:
             untrusted.append(doubtful)

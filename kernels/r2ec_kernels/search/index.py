@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,19 +11,22 @@ from .. import dispatch
 from ..dispatch import checks_enabled
 from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
-from ..reward.impl_torch import certified_stats
-from . import files
+from ..reward.exact import raw_per_score
+from ..reward.impl_torch import certified_stats, float32_pass
+from . import files, packed
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
 from .choose import batch_class, fastest
 from .codes import PRODUCTS, CodePass, Product, measured_run
-from .engine import Excluded, FirstPass, SearchStats, certified_topk
+from .engine import GROUP, Excluded, FirstPass, SearchStats, certified_topk
 from .impl_torch import Float32Pass, block_rows
 from .locks import SharedLock
 from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
-SCANS = ("auto", "none", "bf16", "int8")
+_PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
+_LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
+SCANS = ("auto", "none", "fp16", "bf16", "int8")
 
 
 class ItemIndex:
@@ -39,9 +43,10 @@ class ItemIndex:
         items: [N, d], float32, bfloat16 or float16, finite; N may be 0. The rows are copied.
         similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
         temperature: positive.
-        scan: "none" multiplies the rows themselves; "bf16" and "int8" a copy of half or a quarter
-            of a float32 table's size; "auto" keeps the int8 copy and takes, batch size by batch
-            size, whichever product it measured to be faster on this machine.
+        scan: "none" multiplies the rows themselves; "fp16" (CPUs with FBGEMM), "bf16" and "int8" a
+            copy of half or a quarter of a float32 table's size; "auto" keeps the fp16 copy, where
+            there is none the int8 copy, and takes, batch size by batch size, whichever product it
+            measured to be faster on this machine.
 
     Raises:
         TypeError, ValueError: wrong type, shape, range, or a value that is not finite.
@@ -60,7 +65,7 @@ class ItemIndex:
         if scan not in SCANS:
             raise ValueError(f"scan: expected one of {', '.join(SCANS)}, got {scan!r}")
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
-        self._kinds = _kinds(scan, items)
+        self._kinds = _kinds(scan, items.device)
         self._lock = SharedLock()
         self._last_search: SearchStats | None = None
         self._storage = Storage(similarity, self._kinds)
@@ -136,6 +141,9 @@ class ItemIndex:
     ) -> TargetStats:
         """Exact rank (from 1) and log-probability of each query's target among the live items.
 
+        The scan's low-precision copy serves where its rounding errors are expected to move a
+        log-probability by less than 1e-3, the rows themselves elsewhere; ranks are exact always.
+
         Args:
             queries: [B, d].
             targets: int64 [B], live ids; a target competes even where it is excluded.
@@ -150,8 +158,9 @@ class ItemIndex:
             rows = self._storage.place[self._live_ids("targets", targets)]
             query = prepare_queries(queries, self.similarity, self.temperature)
             excluded = self._excluded(exclude, queries)
-            live = (self._storage.live(name) for name in ("rows", "ids", "norm"))
-            rank, log_prob = certified_stats(*live, query, rows, excluded.of, excluded.rows)
+            rank, log_prob = certified_stats(
+                self._view(), self._stats_passes(query), query, rows, excluded.of, excluded.rows
+            )
         return TargetStats(rank, log_prob)
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
@@ -253,12 +262,29 @@ class ItemIndex:
     def _view(self) -> "_View":
         return _View(self._storage.live("rows"), self._storage.live("ids"))
 
-    def _first_pass(self, query: Queries) -> FirstPass:
+    def _first_pass(self, query: Queries, packed_rows: int = _PACKED_ROWS) -> FirstPass:
+        """packed_rows: of a block of packed codes, at most."""
         kind, product = self._product(query)
         if product is None:
             return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
-        height = block_rows(self.dim, query.scaled.shape[0], self.device)
-        return CodePass(self._storage.copy(kind), self._storage.mean, product, query, height)
+        batch, storage = query.scaled.shape[0], self._storage
+        if product.block == GROUP:
+            height = block_rows(self.dim, batch, self.device)
+        else:  # nothing but scores to keep in a cache
+            height = min(_PACKED_SCORES // batch, packed_rows)
+        return CodePass(
+            storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
+        )
+
+    def _stats_passes(self, query: Queries) -> list[Callable[[Queries], FirstPass]]:
+        passes = [partial(float32_pass, self._storage.live("rows"), self._storage.live("norm"))]
+        scan = self._first_pass(query)
+        # A log-probability is off by a mean of the scores' errors; the target's own has none.
+        if isinstance(scan, CodePass) and bool(
+            (scan.typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()
+        ):
+            passes.insert(0, lambda part: self._first_pass(part, _PACKED_ROWS // 4))
+        return passes
 
     def _search_triton(
         self, query: Queries, k: int, excluded: Excluded
@@ -266,32 +292,33 @@ class ItemIndex:
         from . import impl_triton
 
         view = self._view()
-        if self._kinds and view.rows.shape[0]:
-            copy = self._storage.copy(self._kinds[0])
+        kind = next((kind for kind in self._kinds if kind != "fp16"), None)  # packed for CPUs only
+        if kind and view.rows.shape[0]:
+            copy = self._storage.copy(kind)
             copy["code"] = copy["code"][: view.rows.shape[0]]
             scanned = impl_triton.scan_codes(query, copy, self._storage.mean)
         elif view.rows.shape[0]:
             scanned = impl_triton.scan_rows(query, view.rows, self._storage.live("norm"))
         else:
             scanned = None
-        name = f"triton {self._kinds[0] if self._kinds else 'none'}"
+        name = f"triton {kind or 'none'}"
         return impl_triton.certified_topk(scanned, query, view, k, excluded, name)
 
     def _product(self, query: Queries) -> tuple[str, Product | None]:
         """The copy and the product a search of this batch scans; ("none", None): the rows."""
         storage, batch = self._storage, query.scaled.shape[0]
-        runs: dict[str, Callable[[int], None]] = {}
+        runs: dict[str, Callable[[int], int]] = {}
         products: dict[str, tuple[str, Product | None]] = {}
         for kind in self._kinds:
-            codes = storage.fields[f"{kind}.code"]
+            codes = storage.codes(kind)
             for product in PRODUCTS[kind]:
                 if product.supports(codes, batch):
                     products[product.name] = (kind, product)
                     runs[product.name] = measured_run(product, codes, query)
         if self.scan in ("auto", "none"):
-            rows, operand = storage.fields["rows"], query.scaled.T.contiguous()
+            rows, operand = storage.live("rows"), query.scaled.T.contiguous()
             products["float32"] = ("none", None)
-            runs["float32"] = lambda count: torch.mm(rows[:count].float(), operand)
+            runs["float32"] = lambda count: len(torch.mm(rows[:count].float(), operand))
         threads = torch.get_num_threads()
         key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), threads)
         return products[fastest(key, runs, storage.size, 4 * self.dim)]
@@ -305,11 +332,17 @@ class _View:
     ids: torch.Tensor
 
 
-def _kinds(scan: str, items: torch.Tensor) -> tuple[str, ...]:
+def _kinds(scan: str, device: torch.device) -> tuple[str, ...]:
     """The low-precision copies of an index."""
-    if scan != "auto":
-        return () if scan == "none" else (scan,)
-    return ("int8",)
+    packs = packed.available(device)
+    if scan == "fp16" and not packs:
+        raise ValueError(
+            f"scan: 'fp16' needs a CPU whose torch has FBGEMM (x86), got device {device}; "
+            "'bf16' runs everywhere"
+        )
+    if scan == "auto":
+        return ("fp16",) if packs else ("int8",)
+    return () if scan == "none" else (scan,)
 
 
 def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:

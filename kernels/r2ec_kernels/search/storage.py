@@ -3,9 +3,10 @@
 import torch
 
 from ..canonical import MAX_ITEMS
-from .codes import ROW_MULTIPLE, encode, mean_row
+from .codes import Codes, Limits, encode, mean_row
+from .engine import whole_groups
+from .packed import BLOCK, PackedCodes
 
-_BLOCK = 8192  # rows encoded at once
 _SEED = 20240607  # of the row permutation
 
 
@@ -15,12 +16,14 @@ class Storage:
     ``fields`` holds tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d],
     ids, norm and those of ``codes.encode``, prefixed by the copy's kind ("int8.code"). A random
     order makes every block alike, whatever order the items came in. ``place[id]`` is the row of an
-    id, -1 once removed.
+    id, -1 once removed. The codes of an "fp16" copy are no tensor: they are in ``packed``.
     """
 
     def __init__(self, similarity: str, kinds: tuple[str, ...]) -> None:
         self.similarity, self.kinds = similarity, kinds
         self.fields: dict[str, torch.Tensor] = {}
+        self.packed: PackedCodes | None = None
+        self._limits: dict[str, Limits] = {}
         self.size = 0
         self.place = torch.empty(0, dtype=torch.int64)
         self.mean = torch.empty(0)
@@ -34,17 +37,17 @@ class Storage:
         self.fields = self._allocate(items, count)
         self.place = torch.empty(count, dtype=torch.int64, device=items.device)
         self.place[order] = torch.arange(count, device=items.device)
-        for start in range(0, count, _BLOCK):
-            ids = order[start : start + _BLOCK]
+        for start in range(0, count, BLOCK):
+            ids = order[start : start + BLOCK]
             at = torch.arange(start, start + ids.numel(), device=items.device)
             self._assign(at, items[ids], ids)
         self.size = count
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Overwrite the rows of live ids."""
-        for start in range(0, ids.numel(), _BLOCK):
-            part = ids[start : start + _BLOCK]
-            self._assign(self.place[part], rows[start : start + _BLOCK], part)
+        for start in range(0, ids.numel(), BLOCK):
+            part = ids[start : start + BLOCK]
+            self._assign(self.place[part], rows[start : start + BLOCK], part)
 
     def append(self, rows: torch.Tensor) -> torch.Tensor:
         """Add rows [n, d] at the end; returns their new ids."""
@@ -61,13 +64,14 @@ class Storage:
         at = torch.arange(self.size, self.size + count, device=self.place.device)
         self.place = torch.cat([self.place, at])
         self.size += count
-        for start in range(0, count, _BLOCK):
-            part = slice(start, start + _BLOCK)
+        for start in range(0, count, BLOCK):
+            part = slice(start, start + BLOCK)
             self._assign(at[part], rows[part], ids[part])
         return ids
 
     def remove(self, ids: torch.Tensor) -> None:
         """Drop live, distinct ids; rows from the end fill their places."""
+        self._limits = {}
         kept = self.size - ids.numel()
         gone = self.place[ids]
         leaving = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
@@ -76,6 +80,9 @@ class Storage:
         target = gone[gone < kept]
         for tensor in self.fields.values():
             tensor[target] = tensor[source]
+        if self.packed is not None:
+            self.packed.write(target, self.packed.read(source))
+            self.packed.truncate(kept)
         self.place[self.fields["ids"][target]] = target
         self.place[ids] = -1
         self.size = kept
@@ -92,26 +99,43 @@ class Storage:
         """The live part of a field."""
         return self.fields[name][: self.size]
 
-    def copy(self, kind: str) -> dict[str, torch.Tensor]:
-        """The live fields of a copy, named as ``codes.CodePass`` wants them; the code itself is
-        padded to a multiple of ROW_MULTIPLE rows."""
+    def codes(self, kind: str) -> Codes:
+        """The codes of a copy: live rows, and rows without meaning up to a whole group."""
+        if kind == "fp16":
+            return self.packed
+        return self.fields[f"{kind}.code"][: whole_groups(self.size)]
+
+    def copy(self, kind: str) -> dict[str, Codes]:
+        """The live fields of a copy, named as ``codes.CodePass`` wants them."""
         prefix = kind + "."
         names = [name for name in self.fields if name.startswith(prefix)]
         picked = {name.removeprefix(prefix): self.live(name) for name in names}
-        whole = -(-self.size // ROW_MULTIPLE) * ROW_MULTIPLE
-        picked["code"] = self.fields[prefix + "code"][:whole]
-        return {**picked, "norm": self.live("norm")}
+        return {**picked, "code": self.codes(kind), "norm": self.live("norm")}
+
+    def limits(self, kind: str) -> Limits:
+        """Of the live rows of a copy; kept until the next change."""
+        if kind not in self._limits:
+            self._limits[kind] = Limits.of(self.copy(kind))
+        return self._limits[kind]
 
     def _allocate(self, like: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
-        capacity = -(-capacity // ROW_MULTIPLE) * ROW_MULTIPLE
+        capacity = whole_groups(capacity)
         example = self._encode(like[:0], self.place[:0].to(like.device))
+        code = example.pop("fp16.code", None)
+        if code is not None and self.packed is None:
+            self.packed = PackedCodes(code.shape[1])
         return {
             name: torch.empty(capacity, *tensor.shape[1:], dtype=tensor.dtype, device=like.device)
             for name, tensor in example.items()
         }
 
     def _assign(self, at: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> None:
-        for name, tensor in self._encode(rows, ids).items():
+        self._limits = {}
+        fields = self._encode(rows, ids)
+        code = fields.pop("fp16.code", None)
+        if code is not None:
+            self.packed.write(at, code)
+        for name, tensor in fields.items():
             self.fields[name][at] = tensor
 
     def _encode(self, rows: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from r2ec_kernels import target_stats
 from r2ec_kernels.canonical import canonical_scores
 from r2ec_kernels.reward import exact
+from r2ec_kernels.search import impl_torch
 
 SIMILARITIES = ["dot", "cosine", "l2"]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
+    for name in ("_BLOCK", "_PIECE"):
+        monkeypatch.setattr(impl_torch, name, 1)
     monkeypatch.setattr(exact, "MIN_BLOCK", 64)
     monkeypatch.setattr(exact, "BLOCK_ELEMENTS", 1)
 

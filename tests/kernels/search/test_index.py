@@ -8,7 +8,7 @@ from search_cases import KINDS, SIMILARITIES, make, make_exclude
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
 
-SCANS = ("none", "bf16", "int8")
+SCANS = ("none", "fp16", "bf16", "int8")
 
 
 def rows_of(index: ItemIndex) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,15 +73,16 @@ def test_the_last_of_repeated_writes_counts():
     assert index.items[:, 0].tolist() == [0, 2, 3, 0]
 
 
+@pytest.mark.parametrize("scan", ["none", "fp16", "int8"])
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"huge", "wild scales"}))
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_target_stats(kind, similarity):
+def test_target_stats(kind, similarity, scan):
     problem = make(kind, 6, 2100, 24, 11)
     exclude = make_exclude(6, 2100, 20, 11)
     targets = torch.randint(0, 2100, (6,), generator=torch.Generator().manual_seed(1))
     exclude[:3, 0] = targets[:3]  # a target competes even where it is excluded
     how = {"similarity": similarity, "temperature": 0.5}
-    index = ItemIndex(problem.items, **how)
+    index = ItemIndex(problem.items, **how, scan=scan)
     got = index.target_stats(problem.queries, targets, exclude=exclude)
     want = target_stats(
         problem.queries, problem.items, targets, **how, exclude=exclude, impl="reference"

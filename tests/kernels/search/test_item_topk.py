@@ -10,7 +10,7 @@ from search_cases import KINDS, SIMILARITIES, as_sets, canonical, make, make_exc
 
 from r2ec_kernels import ItemIndex, item_topk
 
-SCANS = ("none", "bf16", "int8", "auto")
+SCANS = ("none", "fp16", "bf16", "int8", "auto")
 # (batch, items, dim): the larger ones leave the dense path for small k.
 SHAPES = ((1, 1, 1), (2, 63, 60), (5, 500, 33), (3, 1900, 24))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
