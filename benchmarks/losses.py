@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from machine import synchronize, with_peak
 
-from r2ec_kernels import RecPOLossConfig, linear_logprob, recpo_loss, target_stats
+from r2ec_kernels import ItemIndex, RecPOLossConfig, linear_logprob, recpo_loss, target_stats
 
 TEMPERATURE = 1.5
 GROUP = 4
@@ -69,6 +69,13 @@ GPU_SHAPES = [
 ] + [Shape(8192, 152_064, 1024, zero_share=share) for share in (0.25, 0.75)]
 
 
+def tie(rewards: torch.Tensor, share: float) -> torch.Tensor:
+    """Rewards [B, G] of which this share of the groups are equal: no advantage, no gradient."""
+    rewards = rewards.clone()
+    rewards[: round(share * rewards.shape[0])] = 0.5
+    return rewards
+
+
 class Data:
     """Inputs of one shape."""
 
@@ -86,8 +93,8 @@ class Data:
         self.rows = GROUP * max(1, tokens // 128)
         per_row = -(-tokens // self.rows)
         self.trajectory = (torch.arange(tokens) // per_row).to(device)
-        self.rewards = torch.rand(self.rows // GROUP, GROUP, generator=generator).to(device)
-        self.rewards[: round(shape.zero_share * self.rewards.shape[0])] = 0.5
+        rewards = torch.rand(self.rows // GROUP, GROUP, generator=generator).to(device)
+        self.rewards = tie(rewards, shape.zero_share)
         centred = self.rewards - self.rewards.mean(1, keepdim=True)
         advantage = (centred / (self.rewards.std(1, keepdim=True) + 1e-8)).flatten()
         self.advantage = advantage[self.trajectory]
@@ -300,27 +307,77 @@ def measure(shape: Shape, device: str, repeats: int, peers: list[str]) -> list[d
     return rows
 
 
+def measure_shares(device: str, repeats: int) -> list[dict]:
+    """recpo_loss over the share of groups whose rewards tie, in turns."""
+    shapes = [Shape(512, 152_064, 576, zero_share=share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    data = Data(shapes[0], device, torch.bfloat16 if device == "cuda" else torch.float32)
+    rewards = [tie(data.rewards, shape.zero_share) for shape in shapes]
+
+    def run(share: int) -> None:
+        data.rewards = rewards[share]
+        step(data, ours)
+
+    times: list[list[float]] = [[] for _ in shapes]
+    for _ in range(repeats):
+        for share in range(len(shapes)):
+            times[share] += timed(lambda share=share: run(share), device, 1)
+    rows = []
+    for shape, taken in zip(shapes, times, strict=True):
+        taken.sort()
+        rows.append(
+            {
+                "kind": "shares",
+                "peer": "recpo_loss",
+                "T": shape.tokens,
+                "V": shape.vocab,
+                "d": shape.width,
+                "zero_share": shape.zero_share,
+                "device": device,
+                "median_ms": statistics.median(taken),
+                "p20_ms": taken[len(taken) // 5],
+                "p80_ms": taken[-1 - len(taken) // 5],
+                "times_ours": statistics.median(taken) / statistics.median(times[0]),
+            }
+        )
+    return rows
+
+
 def measure_stats(device: str, repeats: int) -> list[dict]:
-    """target_stats beside scores, count and logsumexp of a materialised [B, N]."""
+    """target_stats beside scores, count and logsumexp of a materialised [B, N]; cosine at 0.02."""
     rows = []
     for count, width in ((200_000, 1024), (100_000, 576)):
         generator = torch.Generator().manual_seed(0)
-        items = torch.randn(count, width, generator=generator).to(device)
+        items = torch.nn.functional.normalize(torch.randn(count, width, generator=generator))
+        items = items.to(device)
+        how = {"similarity": "cosine", "temperature": 0.02}
+        index = ItemIndex(items, **how)
         for batch in (1, 16, 64, 256):
-            queries = torch.randn(batch, width, generator=generator).to(device)
+            noise = torch.nn.functional.normalize(torch.randn(batch, width, generator=generator))
             targets = torch.randint(0, count, (batch,), generator=generator).to(device)
-            queries += 0.1 * items[targets]  # a model that has learned something
+            # a model that has learned something
+            queries = torch.nn.functional.normalize(noise.to(device) + 0.1 * items[targets])
 
             def plain(queries=queries, items=items, targets=targets) -> object:
-                scores = queries @ items.T
+                scores = queries @ items.T / 0.02
                 own = scores.gather(1, targets[:, None])
                 return 1 + (scores > own).sum(1), own[:, 0] - scores.logsumexp(1)
 
-            def fast(queries=queries, items=items, targets=targets) -> object:
-                return target_stats(queries, items, targets)
+            def fast(queries=queries, items=items, targets=targets, how=how) -> object:
+                return target_stats(queries, items, targets, **how)
 
-            named = {"target_stats": fast, "materialised scores": plain}
+            def indexed(queries=queries, index=index, targets=targets) -> object:
+                return index.target_stats(queries, targets)
+
+            named = {
+                "ItemIndex.target_stats": indexed,
+                "target_stats": fast,
+                "materialised scores": plain,
+            }
             rows += _rows("stats", named, batch, count, width, device, repeats)
+            right = fast()
+            got = indexed()
+            assert torch.equal(got.rank, right.rank)
+            assert (got.log_prob - right.log_prob).abs().max() < 1e-3
     return rows
 
 
@@ -389,7 +446,7 @@ def show(row: dict) -> str:
     numbers = [
         f"{row['median_ms']:.1f} ms [{row['p20_ms']:.1f}-{row['p80_ms']:.1f}]",
         f"{row['units']:.2f} units" if "units" in row else "",
-        f"{row['peak_MiB']:.1f} MiB",
+        f"{row['peak_MiB']:.1f} MiB" if "peak_MiB" in row else "",
         f"errors {row['loss_error']:.1e} {row['hidden_error']:.1e}" if "loss_error" in row else "",
         f"x{row['times_ours']:.2f}",
     ]
@@ -432,7 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=Path, help="folder of losses.csv and losses.png")
-    parser.add_argument("--only", default="loss,stats,catalog", help="kinds, by commas")
+    parser.add_argument("--only", default="loss,shares,stats,catalog", help="kinds, by commas")
     parser.add_argument("--peers", default=",".join(PEERS), help="peers of the loss, by commas")
     parser.add_argument("--shapes", default="", help="numbers of the set's shapes, by commas")
     parser.add_argument("--repeats", type=int, default=3)
@@ -448,7 +505,8 @@ def main() -> None:
             rows += new
             for row in new:
                 print(show(row), flush=True)
-    for kind, function in (("stats", measure_stats), ("catalog", measure_catalog)):
+    others = {"shares": measure_shares, "stats": measure_stats, "catalog": measure_catalog}
+    for kind, function in others.items():
         if kind in kinds:
             new = function(device, args.repeats)
             rows += new

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
             fixed = " ".join(f"{k}={v}" for k, v in others)
             figure.suptitle(f"{op}   {fixed}", fontsize=11)
             figure.tight_layout()
-            name = "-".join([suite, op, size, fixed]).replace(" ", "_").replace("/", "_")
+            name = re.sub(r"[^A-Za-z0-9.=_]+", "-", "-".join([suite, op, size, fixed])).strip("-")
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=110)
             pyplot.close(figure)

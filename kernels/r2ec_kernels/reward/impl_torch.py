@@ -12,7 +12,7 @@ import torch
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
 from ..search.bounds import Queries, prepare_queries
-from ..search.engine import FirstPass, Table
+from ..search.engine import FirstPass, Table, entries_from, group_best
 from ..search.impl_torch import Float32Pass
 from ..search.plain import PlainTable
 from . import exact
@@ -21,6 +21,7 @@ from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
 # Share of the scores within the error bound of the target from which settling them costs more than
 # a narrower bound, for many queries and for one.
 NEAR_SHARE, NEAR_SHARE_ONE = 0.003, 0.05
+FEW_GROUPS = 8  # where an eighth of the groups reach the target, all scores are compared with it
 SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
 
 
@@ -155,26 +156,37 @@ class _Scan:
             if doubtful is not None:
                 return False
             left_out.mask(start, stop, scores, -torch.inf)
-            if self._count(scores, error, start) > self.most_near * (stop - start):
+            best = group_best(scores)
+            if self._count(scores, best, error, start) > self.most_near * (stop - start):
                 return False
-            self._add(scores)
+            self._add(scores, best)
         self._settle()
         return True
 
-    def _count(self, scores: torch.Tensor, error: torch.Tensor, start: int) -> int:
+    def _count(
+        self, scores: torch.Tensor, best: torch.Tensor, error: torch.Tensor, start: int
+    ) -> int:
         """Count what is ahead for certain; returns how many pairs are not."""
-        if self.above is None or self.above.shape != scores.shape:
-            self.above, self.reach = torch.empty_like(scores), torch.empty_like(scores)
         # both canonical roundings and that of the two limits
         error = error.double() + self.origin.raw.abs() * 4 * UNIT
         high, low = (self.origin.raw + error).float(), (self.origin.raw - error).float()
-        above = torch.gt(scores, high, out=self.above)
-        self.rank += _sum_rows(above).long()
-        near = torch.ge(scores, low, out=self.reach).sub_(above)
-        some = near.amax(1).nonzero()[:, 0]
-        row, of = near[some].nonzero(as_tuple=True)
+        opened = best >= low
+        if int(opened.sum()) * FEW_GROUPS < opened.numel():
+            of, row, score = entries_from(scores, *opened.T.nonzero(as_tuple=True), low)
+            sure = score > high[of]
+            self.rank += torch.bincount(of[sure], minlength=self.rank.numel())
+            of, row = of[~sure], row[~sure]
+        else:
+            if self.above is None or self.above.shape != scores.shape:
+                self.above, self.reach = torch.empty_like(scores), torch.empty_like(scores)
+            above = torch.gt(scores, high, out=self.above)
+            self.rank += _sum_rows(above).long()
+            near = torch.ge(scores, low, out=self.reach).sub_(above)
+            some = near.amax(1).nonzero()[:, 0]
+            row, of = near[some].nonzero(as_tuple=True)
+            row = some[row]
         if of.numel():
-            self.near.append((of, some[row] + start))
+            self.near.append((of, row + start))
             self.num_near += of.numel()
             if self.num_near * self.table.rows.shape[1] > exact.PAIR_ELEMENTS:
                 self._settle()
@@ -190,10 +202,11 @@ class _Scan:
             self.table.rows, self.table.ids, self.query, self.target, self.targets, of, at
         )
 
-    def _add(self, scores: torch.Tensor) -> None:
+    def _add(self, scores: torch.Tensor, best: torch.Tensor) -> None:
         """Fold a block into the log-sum-exp; overwrites the scores."""
         scores.sub_(self.origin.rounded)
-        peak = torch.maximum(self.peak, _max_rows(scores) * self.origin.logit)
+        best = best.amax(0) - self.origin.rounded
+        peak = torch.maximum(self.peak, best * self.origin.logit)
         self.mass *= (self.peak - peak).double().exp2()
         e = torch.addcmul(-peak, scores, self.origin.logit, out=scores).exp2_()
         self.mass += _sum_rows(e)
@@ -219,9 +232,3 @@ def _sum_rows(scores: torch.Tensor) -> torch.Tensor:
     if not scores.is_contiguous():  # [B, n] in memory
         return scores.T.sum(1)
     return _fold(scores).sum(0).view(-1, scores.shape[1]).sum(0)
-
-
-def _max_rows(scores: torch.Tensor) -> torch.Tensor:
-    if not scores.is_contiguous():
-        return scores.T.amax(1)
-    return _fold(scores).amax(0).view(-1, scores.shape[1]).amax(0)

@@ -77,6 +77,30 @@ def whole_groups(rows: int) -> int:
     return -(-rows // GROUP) * GROUP
 
 
+def group_best(scores: torch.Tensor) -> torch.Tensor:
+    """The largest of each group of a block's scores [n, B], [n / GROUP, B].
+
+    Rows of a group lie n / GROUP apart: in either memory order the maximum is vectorised.
+    """
+    if scores.is_contiguous():
+        return scores.unflatten(0, (GROUP, -1)).amax(0)
+    # [B, n] in memory; a reduction is fast only into its input's order
+    return scores.T.unflatten(1, (GROUP, -1)).amax(1).T
+
+
+def entries_from(
+    scores: torch.Tensor, of: torch.Tensor, group: torch.Tensor, cut: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scores >= ``cut`` [B] in the groups int64 [M] of the queries ``of`` int64 [M].
+
+    Returns (query, row of the block, score), ordered as ``of`` is.
+    """
+    grouped = scores.unflatten(0, (GROUP, -1))
+    values = grouped[:, group, of].T  # [M, GROUP]
+    hit, slot = (values >= cut[of, None]).nonzero(as_tuple=True)
+    return of[hit], slot * grouped.shape[1] + group[hit], values[hit, slot]
+
+
 @dataclass(frozen=True)
 class SearchStats:
     """What the last search did.
@@ -160,22 +184,14 @@ class _Pool:
             fresh = torch.isinf(self.threshold) & ~self.failed
             self.fresh = bool(fresh.any())
             self.raise_threshold(scores, error, fresh.nonzero()[:, 0])
-        # Rows of a group lie n / GROUP apart: in either memory order their maximum is vectorised.
-        grouped = scores.unflatten(0, (GROUP, -1))
-        if scores.is_contiguous():
-            best = grouped.amax(0)
-        else:  # [B, n] in memory; a reduction is fast only into its input's order
-            best = scores.T.unflatten(1, (GROUP, -1)).amax(1).T
         # Above -inf, so that masked rows never pass.
         cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
-        of, group = (best >= cut).T.nonzero(as_tuple=True)
-        if not of.numel():
+        opened = (group_best(scores) >= cut).T.nonzero(as_tuple=True)
+        if not opened[0].numel():
             return
-        self.opened += of.numel()
-        values = grouped[:, group, of].T  # [M, GROUP]
-        hit, slot = (values >= cut[of, None]).nonzero(as_tuple=True)
-        row = start + slot * grouped.shape[1] + group[hit]
-        of, score = of[hit], values[hit, slot]
+        self.opened += opened[0].numel()
+        of, row, score = entries_from(scores, *opened, cut)
+        row += start
         of, score, row = self._make_room(of, score, row, scores, error)
         if of.numel():
             counts = torch.bincount(of, minlength=self.fill.numel())
