@@ -13,7 +13,6 @@ from collections.abc import Callable
 _SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's cache
 _REPEATS = 3
 EXACT = "float32"  # the product of the rows themselves
-_CLEARLY = 0.85
 _HOPELESS = 3.0  # times the best on a small sample: not tried on a large one
 
 _timings: dict[tuple, str] = {}
@@ -25,7 +24,13 @@ def batch_class(batch: int) -> int:
     return 1 << max(0, batch - 1).bit_length()
 
 
-def fastest(key: tuple, runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> str:
+def fastest(
+    key: tuple,
+    runs: dict[str, Callable[[int], int]],
+    rows: int,
+    row_bytes: int,
+    rescoring: float = 1.0,
+) -> str:
     """The name of the candidate that takes the least time per row.
 
     Args:
@@ -34,22 +39,24 @@ def fastest(key: tuple, runs: dict[str, Callable[[int], int]], rows: int, row_by
             returns how many it took.
         rows: rows there are.
         row_bytes: bytes of the widest candidate's row.
+        rescoring: what codes cost more than float32 by the rows they leave to rescore, a factor.
     """
     if len(runs) == 1:
         return next(iter(runs))
     with _lock:
         if key not in _timings:
-            _timings[key] = _measure(runs, rows, row_bytes)
+            _timings[key] = _measure(runs, rows, row_bytes, rescoring)
         return _timings[key]
 
 
-def _measure(runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> str:
+def _measure(
+    runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int, rescoring: float
+) -> str:
     small = {name: _seconds_per_row(run, min(rows, 128)) for name, run in runs.items()}
     limit = _HOPELESS * min(small.values())
     sample = min(rows, _SAMPLE_BYTES // row_bytes)
     large = {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}
-    # Codes leave more rows to rescore than float32 does: they must be clearly faster.
-    return min(large, key=lambda name: large[name] * (_CLEARLY if name == EXACT else 1.0))
+    return min(large, key=lambda name: large[name] * (1.0 if name == EXACT else rescoring))
 
 
 def _seconds_per_row(run: Callable[[int], int], rows: int) -> float:
