@@ -13,10 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from machine import Machine, Timer, graphed, synchronize, torch_peak_mib, with_peak
+from machine import (
+    Machine,
+    Timer,
+    compute_dtype,
+    graphed,
+    matmul_rate,
+    synchronize,
+    torch_peak_mib,
+    with_peak,
+)
 
-NOISY = 0.10  # p20 to p80, as a share of the median
+NOISY = 0.10  # of the median (p20 to p80), of the machine's matmul rate
 SETTLED = 5.0  # seconds: the first run of a longer case counts as a repeat
+PROBE_EVERY = 2.0  # seconds between two looks at the machine's matmul rate
 AGAIN = 2.0  # seconds: the peak of a shorter case is that of a second run
 
 
@@ -35,7 +45,8 @@ class Row:
     ``status``: "ok", "WRONG", "failed", "not installed", "skipped" or "interpreted"; every other
     than "ok" comes without a time. ``per_s``: ``unit`` a second. ``of_copy``, ``of_matmul``: share
     of the machine's measured copy bandwidth and matmul rate. ``error``: of the result, relative.
-    ``ratio``: time of ``versus`` / time of this method.
+    ``ratio``: time of ``versus`` / time of this method. ``rate``: the machine's matmul rate while
+    the row ran, as a share of that in the header.
     """
 
     suite: str
@@ -61,6 +72,7 @@ class Row:
     versus: str = ""
     ratio: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    rate: float | None = None
 
     @property
     def key(self) -> str:
@@ -69,9 +81,11 @@ class Row:
 
     @property
     def noisy(self) -> bool:
-        if self.median_ms is None or self.n < 3:
+        """Whether the repeats, or the machine under them, moved by more than a tenth."""
+        if self.median_ms is None or self.n < 2:
             return False
-        return self.p80_ms - self.p20_ms > NOISY * self.median_ms
+        spread = self.p80_ms - self.p20_ms > NOISY * self.median_ms
+        return spread or (self.rate is not None and abs(self.rate - 1) > NOISY)
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -235,11 +249,13 @@ def measure(entry: Entry, settings: Settings, machine: Machine | None = None) ->
             row = by_method[case.method]
             row.status, row.note, row.peak_mib = "interpreted", "checked, no timing", None
         return rows
-    samples = _interleave(cases, first, settings)
+    samples, rate = _interleave(cases, first, settings)
     for case, times in zip(cases, samples, strict=True):
         row = by_method[case.method]
         if times:
             fill(row, case, times, machine)
+            if machine is not None:
+                row.rate = rate / 1e12 / machine.matmul_tflop_s
         else:
             row.status, row.note = "skipped", "budget: no time left after the gate"
     compare(rows, entry.versus)
@@ -310,9 +326,14 @@ def _repeats(first: float, settings: Settings) -> int:
 
 def _interleave(
     cases: Sequence[Case], first: Sequence[float], settings: Settings
-) -> list[list[float]]:
-    """Seconds of each case's repeats. Cases take turns, the rarer ones spread over all rounds."""
+) -> tuple[list[list[float]], float]:
+    """Seconds of each case's repeats, and the machine's matmul rate between them (FLOP a second).
+
+    Cases take turns, the rarer ones spread over all rounds.
+    """
     timer = Timer(settings.device)
+    dtype = compute_dtype(settings.device)
+    rates, probed = [matmul_rate(settings.device, dtype)], time.monotonic()
     samples: list[list[float]] = [[] for _ in cases]
     wanted = [_repeats(seconds, settings) for seconds in first]
     for case, seconds, taken in zip(cases, first, samples, strict=True):
@@ -326,7 +347,10 @@ def _interleave(
             due = (turn + 1) * count // rounds
             if len(taken) < due and time.monotonic() + seconds < settings.deadline:
                 taken.append(timer(case.run))
-    return samples
+        if time.monotonic() - probed > PROBE_EVERY:
+            rates.append(matmul_rate(settings.device, dtype))
+            probed = time.monotonic()
+    return samples, statistics.median(rates)
 
 
 def _foresee(case: Case, settings: Settings) -> float:

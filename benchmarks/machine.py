@@ -73,7 +73,7 @@ def describe(device: str, *, rates: bool = True) -> Machine:
         source=str(Path(r2ec_kernels.__file__).resolve().parent),
         clocks=_clocks(device),
         copy_gb_s=_copy_rate(device) / 1e9 if rates else float("nan"),
-        matmul_tflop_s=_matmul_rate(device, dtype) / 1e12 if rates else float("nan"),
+        matmul_tflop_s=matmul_rate(device, dtype) / 1e12 if rates else float("nan"),
     )
 
 
@@ -219,7 +219,8 @@ def _copy_rate(device: str) -> float:
     return 2 * size / _best(lambda: target.copy_(source), device)
 
 
-def _matmul_rate(device: str, dtype: torch.dtype) -> float:
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP a second of a square product."""
     size = 8192 if device == "cuda" else 1536
     left = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _best(lambda: left @ left, device)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from harness import Row
+from harness import NOISY, Row
 
 LEGEND = (
     "ms: median [p20-p80]; n repeats (p90, p99 by nearest rank: with few repeats the slowest); "
     "% of this machine's measured copy bandwidth and matmul rate; peak MiB above the inputs; "
-    "x = time of the named peer / time of the row; noisy: p20-p80 wider than 10% of the median"
+    "x = time of the named peer / time of the row; noisy: p20-p80 wider than 10% of the median, "
+    "or the machine's matmul rate more than 10% off the header's meanwhile"
 )
 SIZES = {
     "N": "N, items",
@@ -76,6 +77,8 @@ def render(rows: Sequence[Row], *, ratios_only: bool = False) -> str:
 def _remarks(row: Row) -> str:
     parts = [] if row.status == "ok" else [row.status]
     parts += ["noisy"] if row.noisy else []
+    if row.rate is not None and abs(row.rate - 1) > NOISY:
+        parts.append(f"machine at {row.rate:.2f} of its rate")
     parts += [row.note] if row.note else []
     parts += [" + ".join(f"{name} {time_text(ms)}" for name, ms in row.stages.items())]
     return ": ".join(parts[:2]) if row.status != "ok" else "; ".join(p for p in parts if p)

@@ -132,6 +132,12 @@ def test_statistics_of_a_row():
     assert row.noisy
     harness.fill(row, case, [2.0, 2.05, 2.1], None)
     assert not row.noisy
+    row.rate = 0.85  # the machine slowed down under steady repeats
+    assert row.noisy and "machine at 0.85 of its rate" in table.render([row])
+    row.rate = 1.05
+    assert not row.noisy
+    harness.fill(row, case, [2.0, 2.5], None)
+    assert row.noisy
 
 
 def test_rotating_inputs_begin_with_the_checked_one():
