@@ -3,7 +3,7 @@
 FBGEMM reads float16 weights, widens them in registers and accumulates in float32: half the bytes of
 a float32 table for a few queries, and its kernels are the faster ones for many. It only multiplies
 blocks that it has packed itself, and a packed block cannot be written. So blocks are packed once,
-and rows written since then wait beside them (``_late``) until a block has enough of them to be
+and rows written since then wait beside them until a block has enough of them to be
 packed again: a written row costs O(d) and a search multiplies the waiting rows apart.
 """
 
@@ -28,8 +28,11 @@ class PackedCodes:
     def __init__(self, dim: int) -> None:
         self._dim, self._size = dim, 0
         self._blocks: list[_Block | None] = []  # None: all of its rows wait
-        self._late_rows = torch.empty(0, dtype=torch.int64)  # ascending
+        self._late_in = torch.empty(0, dtype=torch.int64)  # [blocks], rows of each that wait
+        self._slot = torch.empty(0, dtype=torch.int64)  # [blocks * BLOCK], of a waiting row, or -1
+        self._late_rows = torch.empty(0, dtype=torch.int64)  # by slot; the first ``waiting`` count
         self._late_codes = torch.empty(0, dim, dtype=self.dtype)
+        self.waiting = 0
 
     def __len__(self) -> int:
         """n: one more than the highest row written."""
@@ -39,15 +42,17 @@ class PackedCodes:
         """Set the codes [m, d] of distinct rows int64 [m]."""
         if not rows.numel():
             return
-        self._size = max(self._size, int(rows.max()) + 1)
-        self._blocks += [None] * (-(-self._size // BLOCK) - len(self._blocks))
-        old = ~torch.isin(self._late_rows, rows)
-        late = torch.cat([self._late_rows[old], rows])
-        order = torch.argsort(late)
-        self._late_rows = late[order]
-        self._late_codes = torch.cat([self._late_codes[old], codes])[order]
-        waiting = torch.bincount(self._late_rows // BLOCK, minlength=len(self._blocks))
-        for block in (waiting > BLOCK // _LATE_SHARE).nonzero()[:, 0].tolist():
+        self._grow(int(rows.max()) + 1)
+        known = self._slot[rows] >= 0
+        self._late_codes[self._slot[rows[known]]] = codes[known]
+        fresh = rows[~known]
+        slots = torch.arange(self.waiting, self.waiting + fresh.numel())
+        self.waiting += fresh.numel()
+        self._reserve(self.waiting)
+        self._late_rows[slots], self._late_codes[slots] = fresh, codes[~known]
+        self._slot[fresh] = slots
+        self._late_in += torch.bincount(fresh // BLOCK, minlength=len(self._blocks))
+        for block in (self._late_in > BLOCK // _LATE_SHARE).nonzero()[:, 0].tolist():
             self._pack(block)
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -60,10 +65,11 @@ class PackedCodes:
 
     def truncate(self, size: int) -> None:
         """Forget the rows from ``size`` on."""
-        self._size = size
-        kept = self._late_rows < size
-        self._late_rows, self._late_codes = self._late_rows[kept], self._late_codes[kept]
-        del self._blocks[-(-size // BLOCK) :]
+        self._drop(self._slot[size:])
+        blocks = -(-size // BLOCK)
+        self._size, self._slot = size, self._slot[: blocks * BLOCK]
+        self._late_in = self._late_in[:blocks]
+        del self._blocks[blocks:]
 
     def multiply(self, queries: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Products float32 [B, stop - start] of queries float32 [B, d] and the rows start..stop-1.
@@ -75,10 +81,10 @@ class PackedCodes:
             for block in range(start // BLOCK, -(-stop // BLOCK))
         ]
         products = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        low, high = torch.searchsorted(self._late_rows, torch.tensor([start, stop])).tolist()
-        if high > low:
-            late = self._late_rows[low:high] - start
-            products[:, late] = queries @ self._late_codes[low:high].float().T
+        slots = self._slot[start:stop]
+        late = (slots >= 0).nonzero()[:, 0] if self.waiting else slots[:0]
+        if late.numel():
+            products[:, late] = queries @ self._late_codes[slots[late]].float().T
         return products
 
     def _multiply_block(self, queries: torch.Tensor, block: int, size: int) -> torch.Tensor:
@@ -90,13 +96,26 @@ class PackedCodes:
             products = torch.nn.functional.pad(products, (0, size - packed.rows))
         return products
 
+    def _grow(self, size: int) -> None:
+        """Make room for rows up to ``size``."""
+        self._size = max(self._size, size)
+        more = -(-self._size // BLOCK) - len(self._blocks)
+        self._blocks += [None] * more
+        self._late_in = torch.nn.functional.pad(self._late_in, (0, more))
+        self._slot = torch.nn.functional.pad(self._slot, (0, more * BLOCK), value=-1)
+
+    def _reserve(self, slots: int) -> None:
+        if slots > len(self._late_rows):
+            more = max(slots, 2 * len(self._late_rows)) - len(self._late_rows)
+            self._late_rows = torch.nn.functional.pad(self._late_rows, (0, more))
+            self._late_codes = torch.nn.functional.pad(self._late_codes, (0, 0, 0, more))
+
     def _pack(self, block: int) -> None:
         """Take the waiting rows of a block into it."""
         codes = self._unpack(block)
         weight = torch.ops.quantized.linear_prepack_fp16(codes.float(), None)
         self._blocks[block] = _Block(weight, len(codes))
-        kept = self._late_rows // BLOCK != block
-        self._late_rows, self._late_codes = self._late_rows[kept], self._late_codes[kept]
+        self._drop(self._slot[block * BLOCK : (block + 1) * BLOCK])
 
     def _unpack(self, block: int) -> torch.Tensor:
         """The codes [rows, d] of a block as last written."""
@@ -105,9 +124,24 @@ class PackedCodes:
         if packed is not None:
             rows = min(packed.rows, len(codes))
             codes[:rows] = torch.ops.quantized.linear_unpack_fp16(packed.weight)[0][:rows]
-        own = self._late_rows // BLOCK == block
-        codes[self._late_rows[own] - block * BLOCK] = self._late_codes[own]
+        slots = self._slot[block * BLOCK : block * BLOCK + len(codes)]
+        late = (slots >= 0).nonzero()[:, 0]
+        codes[late] = self._late_codes[slots[late]]
         return codes
+
+    def _drop(self, slots: torch.Tensor) -> None:
+        """Free these slots (-1: none); waiting rows from the end fill their places."""
+        slots = slots[slots >= 0]
+        rows, kept = self._late_rows[slots], self.waiting - slots.numel()
+        self._slot[rows] = -1
+        self._late_in -= torch.bincount(rows // BLOCK, minlength=len(self._late_in))
+        leaving = torch.zeros(slots.numel(), dtype=torch.bool)
+        leaving[slots[slots >= kept] - kept] = True
+        source, target = (~leaving).nonzero()[:, 0] + kept, slots[slots < kept]
+        self._late_rows[target] = self._late_rows[source]
+        self._late_codes[target] = self._late_codes[source]
+        self._slot[self._late_rows[target]] = target
+        self.waiting = kept
 
 
 class _Block(NamedTuple):

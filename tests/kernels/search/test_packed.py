@@ -19,6 +19,8 @@ def codes(rows: int, seed: int) -> torch.Tensor:
 
 def assert_holds(store: PackedCodes, want: torch.Tensor) -> None:
     assert len(store) == len(want)
+    if not len(want):
+        return
     assert torch.equal(store.read(torch.arange(len(want))), want)
     queries = codes(3, 99).float()
     stop = -(-len(want) // 32) * 32
@@ -33,13 +35,13 @@ def test_rows_wait_until_their_block_is_packed_again():
     want = codes(2 * BLOCK + 1000, 0)
     store = PackedCodes(8)
     store.write(torch.arange(len(want)), want)
-    assert len(store._late_rows) == 0
+    assert store.waiting == 0
     for seed, count in enumerate((1, 40, 300, 5, 700), start=1):
         at = torch.randperm(len(want), generator=torch.Generator().manual_seed(seed))[:count]
         want[at] = codes(count, seed)
         store.write(at, want[at])
         assert_holds(store, want)
-    assert 0 < len(store._late_rows) <= 3 * (BLOCK // 16)
+    assert 0 < store.waiting <= 3 * (BLOCK // 16)
 
 
 def test_growing_and_shrinking():
@@ -58,6 +60,27 @@ def test_growing_and_shrinking():
         assert len(store) == size and torch.equal(store.read(torch.arange(size)), want)
     store.write(torch.arange(40), codes(40, 9))
     assert_holds(store, codes(40, 9))
+
+
+def test_a_long_life_of_random_writes_and_truncations():
+    generator = torch.Generator().manual_seed(8)
+    want, store = codes(0, 0), PackedCodes(8)
+    for step in range(60):
+        size = len(want)
+        if step % 7 == 6:
+            size = int(torch.randint(0, size + 1, (1,), generator=generator))
+            store.truncate(size)
+            want = want[:size]
+        elif step % 3 == 0:
+            rows = codes(int(torch.randint(1, 3000, (1,), generator=generator)), step)
+            store.write(torch.arange(size, size + len(rows)), rows)
+            want = torch.cat([want, rows])
+        elif size:
+            count = int(torch.randint(1, min(size, 400) + 1, (1,), generator=generator))
+            at = torch.randperm(size, generator=generator)[:count]
+            want[at] = codes(count, step)
+            store.write(at, want[at])
+        assert_holds(store, want)
 
 
 def test_float16s_smallest_and_largest_numbers_survive():
