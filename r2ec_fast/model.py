@@ -189,7 +189,7 @@ class R2ecModel(nn.Module):
     def target_stats(self, states: torch.Tensor, targets: torch.Tensor, exclude) -> TargetStats:
         """Rank and log-probability of ``targets`` int64 [B] for user states [B, d]; ``exclude`` as
         r2ec_kernels takes it."""
-        return self._table.target_stats(_storable(states), targets, exclude=exclude)
+        return self._table.target_stats(_storable(states), targets, exclude=exclude, use_scan=False)
 
     def top_items(self, states: torch.Tensor, k: int, exclude=None) -> TopK:
         """The k best items for user states [B, d]: scores float32 and ids int64, [B, k]."""

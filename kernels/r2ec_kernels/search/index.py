@@ -137,17 +137,24 @@ class ItemIndex:
         return TopK(scores, ids)
 
     def target_stats(
-        self, queries: torch.Tensor, targets: torch.Tensor, *, exclude: Exclude = None
+        self,
+        queries: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        exclude: Exclude = None,
+        use_scan: bool = True,
     ) -> TargetStats:
         """Exact rank (from 1) and log-probability of each query's target among the live items.
 
-        The scan's low-precision copy serves where its rounding errors are expected to move a
-        log-probability by less than 1e-3, the rows themselves elsewhere; ranks are exact always.
+        An fp16 copy serves where its rounding errors are expected to move a log-probability by less
+        than 1e-3, the rows themselves elsewhere; ranks are exact always.
 
         Args:
             queries: [B, d].
             targets: int64 [B], live ids; a target competes even where it is excluded.
             exclude: as for ``search``.
+            use_scan: False always reads the rows themselves: a log-probability then does not depend
+                on the queries beside it by more than float32's rounding, which training wants.
         """
         queries = self._checked_queries(queries)
         if targets.shape != queries.shape[:1]:
@@ -159,7 +166,12 @@ class ItemIndex:
             query = prepare_queries(queries, self.similarity, self.temperature)
             excluded = self._excluded(exclude, queries)
             rank, log_prob = certified_stats(
-                self._view(), self._stats_passes(query), query, rows, excluded.of, excluded.rows
+                self._view(),
+                self._stats_passes(query, use_scan),
+                query,
+                rows,
+                excluded.of,
+                excluded.rows,
             )
         return TargetStats(rank, log_prob)
 
@@ -262,11 +274,14 @@ class ItemIndex:
     def _view(self) -> "_View":
         return _View(self._storage.live("rows"), self._storage.live("ids"))
 
-    def _first_pass(self, query: Queries, packed_rows: int = _PACKED_ROWS) -> FirstPass:
-        """packed_rows: of a block of packed codes, at most."""
+    def _first_pass(self, query: Queries) -> FirstPass:
         kind, product = self._product(query)
         if product is None:
             return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
+        return self._code_pass(query, kind, product, _PACKED_ROWS)
+
+    def _code_pass(self, query: Queries, kind: str, product: Product, packed_rows: int) -> CodePass:
+        """packed_rows: of a block of packed codes, at most."""
         batch, storage = query.scaled.shape[0], self._storage
         if product.block == GROUP:
             height = block_rows(self.dim, batch, self.device)
@@ -276,14 +291,20 @@ class ItemIndex:
             storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
         )
 
-    def _stats_passes(self, query: Queries) -> list[Callable[[Queries], FirstPass]]:
+    def _stats_passes(self, query: Queries, use_scan: bool) -> list[Callable[[Queries], FirstPass]]:
+        """First passes for log-probabilities: chosen by the numbers, never by a measured time, so
+        that one input gives one result."""
         passes = [partial(float32_pass, self._storage.live("rows"), self._storage.live("norm"))]
-        scan = self._first_pass(query)
+        if not use_scan or "fp16" not in self._kinds or not len(self) or not len(query.scaled):
+            return passes
+        [product] = PRODUCTS["fp16"]
+
+        def scan(part: Queries) -> CodePass:
+            return self._code_pass(part, "fp16", product, _PACKED_ROWS // 4)
+
         # A log-probability is off by a mean of the scores' errors; the target's own has none.
-        if isinstance(scan, CodePass) and bool(
-            (scan.typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()
-        ):
-            passes.insert(0, lambda part: self._first_pass(part, _PACKED_ROWS // 4))
+        if bool((scan(query).typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()):
+            passes.insert(0, scan)
         return passes
 
     def _search_triton(
