@@ -11,7 +11,7 @@ from pathlib import Path
 import end_to_end
 import item_head
 import kernel_rows
-import losses
+import loss_peers
 import numpy as np
 import packing
 import rollout
@@ -192,15 +192,15 @@ def _item_head_cases(
 def loss_entries(options: Options) -> Iterator[Entry]:
     """The RecPO token loss over growing vocabularies; exact rank and log-probability."""
     if options.tiny:
-        shapes = [losses.Shape(64, vocab, 32) for vocab in (500, 1000, 2000)]
+        shapes = [loss_peers.Shape(64, vocab, 32) for vocab in (500, 1000, 2000)]
         stats = [(2000, 32, 4)]
     elif options.device == "cuda":
-        shapes = [losses.Shape(4096, v, 1024) for v in (32_000, 49_152, 152_064, 256_000)]
+        shapes = [loss_peers.Shape(4096, v, 1024) for v in (32_000, 49_152, 152_064, 256_000)]
         stats = [(1_000_000, 256, batch) for batch in (1, 64, 1024)]
     else:
-        shapes = [losses.Shape(512, v, 576) for v in (32_000, 49_152, 152_064, 256_000)]
+        shapes = [loss_peers.Shape(512, v, 576) for v in (32_000, 49_152, 152_064, 256_000)]
         stats = [(100_000, 576, batch) for batch in (1, 16, 64, 256)]
-    methods = tuple(name for name in losses.PEERS if "CE" not in name and "cross" not in name)
+    methods = tuple(name for name in loss_peers.PEERS if "CE" not in name and "cross" not in name)
     for shape in shapes:
         size = {"T": shape.tokens, "V": shape.vocab, "d": shape.width}
         build = functools.partial(_loss_cases, methods, options.device, shape)
@@ -213,10 +213,10 @@ def loss_entries(options: Options) -> Iterator[Entry]:
         yield Entry("losses", "rank and log-prob", size, pair, build, versus=pair[1])
 
 
-def _loss_cases(methods: Sequence[str], device: str, shape: losses.Shape) -> list[Case]:
-    data = losses.Data(shape, device, compute_dtype(device))
+def _loss_cases(methods: Sequence[str], device: str, shape: loss_peers.Shape) -> list[Case]:
+    data = loss_peers.Data(shape, device, compute_dtype(device))
     rows = min(64, shape.tokens)
-    right_loss, right_hidden = losses.exact(data, rows)
+    right_loss, right_hidden = loss_peers.exact(data, rows)
     limit = 2e-2 if device == "cuda" else 1e-4
     # two products of T x V x d; the head is read once in each
     flops = 4.0 * shape.tokens * shape.vocab * shape.width
@@ -230,7 +230,7 @@ def _loss_cases(methods: Sequence[str], device: str, shape: losses.Shape) -> lis
     return [
         Case(
             name,
-            functools.partial(losses.step, data, losses.PEERS[name]),
+            functools.partial(loss_peers.step, data, loss_peers.PEERS[name]),
             check,
             moved,
             flops,

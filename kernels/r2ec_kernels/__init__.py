@@ -1,6 +1,6 @@
 """Exact item search, RecPO rewards and policy losses on torch, with Triton kernels on GPUs."""
 
-from . import ops as ops  # registers the torch.library schemas
+from . import ops as ops  # registers the ops with torch
 from .policy.api import LogProb, RecPOLoss, linear_logprob, recpo_loss
 from .policy.config import RecPOLossConfig
 from .reward.api import (

@@ -8,7 +8,7 @@ Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
 def split_exclude(exclude: Exclude) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``exclude`` as two optional tensors (values, offsets): the form a torch.library op takes."""
+    """``exclude`` as two optional tensors (values, offsets): the form an op takes."""
     if exclude is None:
         return None, None
     if isinstance(exclude, torch.Tensor):

@@ -1,4 +1,4 @@
-"""torch.library schemas and fakes. Implementations are imported when an op first runs."""
+"""Schemas and fakes of the ops. Implementations are imported when an op first runs."""
 
 import torch
 

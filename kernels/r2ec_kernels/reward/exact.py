@@ -12,7 +12,6 @@ BLOCK_ELEMENTS = 1 << 21  # of a block's rows and scores: they stay in the last-
 MIN_BLOCK = 256  # item rows of a block, at least
 PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered at once to settle near-ties
 LOG2_E = math.log2(math.e)
-UNIT = 2.0**-24  # rounding unit of float32
 
 
 class Pairs(NamedTuple):

@@ -11,12 +11,12 @@ import torch
 
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
-from ..search.bounds import Queries, prepare_queries
+from ..search.bounds import UNIT, Queries, prepare_queries
 from ..search.engine import FirstPass, Table, entries_from, group_best
 from ..search.impl_torch import Float32Pass
 from ..search.plain import PlainTable
 from . import exact
-from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
+from .exact import LOG2_E, Origin, Pairs, count_settled, dense_stats
 
 # Share of the scores within the error bound of the target from which settling them costs more than
 # a narrower bound, for many queries and for one.

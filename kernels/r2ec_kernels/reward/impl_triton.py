@@ -9,8 +9,8 @@ import triton.language as tl
 
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
-from ..search.bounds import HUGE, Queries, prepare_queries
-from .exact import LOG2_E, UNIT, Origin, Pairs, count_settled, dense_stats
+from ..search.bounds import HUGE, UNIT, Queries, prepare_queries
+from .exact import LOG2_E, Origin, Pairs, count_settled, dense_stats
 
 # the largest tile that no target's compiler spills
 BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32

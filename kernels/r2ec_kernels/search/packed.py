@@ -1,10 +1,10 @@
-"""Half-precision codes in the packed blocks of FBGEMM, torch's CPU library for narrow weights.
+"""Half-precision codes in the packed blocks of FBGEMM, torch's CPU kernels for narrow weights.
 
 FBGEMM reads float16 weights, widens them in registers and accumulates in float32: half the bytes of
 a float32 table for a few queries, and its kernels are the faster ones for many. It only multiplies
 blocks that it has packed itself, and a packed block cannot be written. So blocks are packed once,
-and rows written since then wait beside them until a block has enough of them to be
-packed again: a written row costs O(d) and a search multiplies the waiting rows apart.
+and rows written since wait beside them until a block has enough of them to be packed again: a
+written row costs O(d), amortised, and a search multiplies the waiting rows apart.
 """
 
 from typing import NamedTuple
