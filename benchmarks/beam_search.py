@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from r2ec_fast.modes import attention_implementation, eval_mode, model_device
+from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout.packed import MIN_STEPS, packed_linears
 from r2ec_fast.rollout.shared import SharedPromptDecoder
 
@@ -149,13 +150,21 @@ class SharedBeams:
         model: a causal language model that the shared-prompt decoder knows.
         trie: the titles.
         beams: beams a user.
+        prefix: what all prompts begin with, computed already.
 
     A context manager: the weights are reordered for products of a few rows on entry (on CPUs), as a
     server would do once.
     """
 
-    def __init__(self, model: torch.nn.Module, trie: Trie, *, beams: int) -> None:
-        self.model, self.beams = model, beams
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        trie: Trie,
+        *,
+        beams: int,
+        prefix: KnownPrefix | None = None,
+    ) -> None:
+        self.model, self.beams, self.prefix = model, beams, prefix
         self.trie = trie.to(model_device(model))
         self.steps = 0  # decoding steps of the last search
 
@@ -170,7 +179,7 @@ class SharedBeams:
     @torch.no_grad()
     def search(self, prompts: Sequence[Sequence[int]]) -> list[list[Title]]:
         """The best titles of each prompt, best first; at most ``beams``."""
-        decoder = SharedPromptDecoder(self.model)
+        decoder = SharedPromptDecoder(self.model, self.prefix)
         with decoder.session(), eval_mode(self.model):
             logits = decoder.start(prompts, self.beams, self.trie.longest + 1)
             return self._search(decoder, logits, len(prompts))

@@ -31,6 +31,7 @@ from sasrec import SASRec
 from workload import Workload
 
 from r2ec_fast.modes import attention_implementation
+from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout import RolloutEngine, Rollouts, TransformersEngine
 from r2ec_fast.rollout import engine as engine_module
 from r2ec_kernels import ItemIndex, item_topk
@@ -69,11 +70,15 @@ class Bench:
 
     def prepare(self) -> None:
         """Make what a server makes once, so that no first call pays for it."""
-        _ = self.trie, self.engine, self.shared_beams, self.floor
+        _ = self.trie, self.prefix, self.engine, self.shared_beams, self.floor
 
     @functools.cached_property
     def trie(self) -> Trie:
         return Trie(self.work.titles, self.work.eos)
+
+    @functools.cached_property
+    def prefix(self) -> KnownPrefix:
+        return self.work.model.known_prefix(self.work.builder)
 
     @functools.cached_property
     def engine(self) -> TransformersEngine:
@@ -84,6 +89,7 @@ class Bench:
             NEVER,
             work.builder.marker_ids,
             eos_token_ids=[],
+            prefix=self.prefix,
         )
 
     @functools.cached_property
@@ -91,7 +97,9 @@ class Bench:
         # modules of its own around the same weights: their reordered copies serve nobody else
         backbone = self.work.model.backbone
         same = {id(t): t for t in (*backbone.parameters(), *backbone.buffers())}
-        return SharedBeams(copy.deepcopy(backbone, same), self.trie, beams=self.beams).__enter__()
+        return SharedBeams(
+            copy.deepcopy(backbone, same), self.trie, beams=self.beams, prefix=self.prefix
+        ).__enter__()
 
     @functools.cached_property
     def vllm(self) -> RolloutEngine:
@@ -144,7 +152,7 @@ def direct(bench: Bench, batch: int, stages: Stages) -> Served:
     marker = bench.work.builder.marker_ids
     rows = [[*prompt, *marker] for prompt in prompts_of(bench, batch, stages)]
     with stages("prefill"):
-        states = bench.work.model.encode_rows(rows)
+        states = bench.work.model.encode_rows(rows, prefix=bench.prefix)
     return head_and_names(bench, states, rows, stages)
 
 
@@ -179,7 +187,7 @@ def reasoned(bench: Bench, batch: int, tokens: int, stages: Stages) -> Served:
 def read_out(bench: Bench, prompts: list[list[int]], out: Rollouts, stages: Stages) -> Served:
     rows = [[*prompt, *out.row(i).tolist()] for i, prompt in enumerate(prompts)]
     with stages("read-out"):
-        states = bench.work.model.encode_rows(rows)
+        states = bench.work.model.encode_rows(rows, prefix=bench.prefix)
     return head_and_names(bench, states, rows, stages)
 
 

@@ -35,8 +35,9 @@ VARLEN = "r2ec_varlen"
 class VarlenLayout:
     """Which keys each sequence of a packed row may see; made once a batch, used by every layer.
 
-    ``segments[s]`` is the number of tokens of sequence ``s``; its keys are the tokens of the
-    sequences ``keys[s]``, the last of which is ``s``.
+    ``segments[s]`` is the number of tokens of sequence ``s``. ``key_segments`` are those of the
+    packed keys, which may hold a known prefix besides; the keys of ``s`` are the parts ``keys[s]``
+    of them, the last of which is its own.
     """
 
     cu_seq_lens_q: torch.Tensor
@@ -45,8 +46,12 @@ class VarlenLayout:
     max_length_k: int
     kv_index: torch.Tensor | None
     segments: list[int] = field(default_factory=list)
+    key_segments: list[int] = field(default_factory=list)
     keys: list[tuple[int, ...]] = field(default_factory=list)
     block_masks: dict[int | None, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.key_segments = self.key_segments or self.segments
 
     @classmethod
     def from_batch(cls, batch: PackedBatch) -> VarlenLayout:
@@ -63,14 +68,38 @@ class VarlenLayout:
             index, k_bounds = batch.kv_index.tolist(), batch.cu_seq_lens_k.tolist()
             for s in range(count):
                 keys[s] = _whole_sequences(index, k_bounds[s], k_bounds[s + 1], start_of, bounds, s)
+        segments = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
         return cls(
             cu_seq_lens_q=batch.cu_seq_lens_q,
             cu_seq_lens_k=batch.cu_seq_lens_k,
             max_length_q=batch.max_length_q,
             max_length_k=batch.max_length_k,
             kv_index=batch.kv_index,
-            segments=[b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)],
+            segments=segments,
             keys=keys,
+        )
+
+    def behind(self, known: int) -> VarlenLayout:
+        """The layout without the queries of its first ``known`` tokens, whose keys are known: all
+        of the first sequence, or the beginning of it."""
+        rest = self.segments[0] - known
+        if rest:  # its keys are then two parts, and all others count one more
+            return replace(
+                self,
+                cu_seq_lens_q=(self.cu_seq_lens_q - known).clamp(min=0),
+                segments=[rest, *self.segments[1:]],
+                key_segments=[known, rest, *self.key_segments[1:]],
+                keys=[(0, 1), *(tuple(p + 1 for p in parts) for parts in self.keys[1:])],
+                block_masks={},
+            )
+        return replace(
+            self,
+            cu_seq_lens_q=self.cu_seq_lens_q[1:] - known,
+            cu_seq_lens_k=self.cu_seq_lens_k[1:] - known,
+            kv_index=None if self.kv_index is None else self.kv_index[known:],
+            segments=self.segments[1:],
+            keys=self.keys[1:],
+            block_masks={},
         )
 
     def to(self, device: torch.device) -> VarlenLayout:
@@ -129,7 +158,8 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a packed row, in the signature of transformers' attention functions.
 
-    query [1, H, T, D], key and value [1, H_kv, T, D]; returns ([1, T, H, D], None).
+    query [1, H, T, D], key and value [1, H_kv, T', D], T' > T behind a known prefix; returns
+    ([1, T, H, D], None).
     ``sliding_window`` w lets a token see itself and the w - 1 before it; ``softcap`` c maps a
     score x to c·tanh(x / c).
     """
@@ -144,7 +174,7 @@ def varlen_attention(
 def _sdpa(query, key, value, layout, scale, dropout, window, softcap):
     # split once: the gradient of a split is one concatenation, and a shared prompt is never copied
     queries = query.split(layout.segments, dim=2)
-    keys, values = key.split(layout.segments, dim=2), value.split(layout.segments, dim=2)
+    keys, values = key.split(layout.key_segments, dim=2), value.split(layout.key_segments, dim=2)
     out = []
     for q, parts, s in zip(queries, layout.keys, range(len(queries)), strict=True):
         k = keys[s] if len(parts) == 1 else torch.cat([keys[p] for p in parts], dim=2)
@@ -157,10 +187,15 @@ def _one_sequence(q, k, v, scale, dropout, window, softcap):
     length_q, length_k = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     windowed = window is not None and length_k > window
-    if softcap is None and not windowed and length_q == length_k:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=gqa
-        )
+    if softcap is None and not windowed and length_k < 2 * length_q:
+        # a causal product of L^2 / 2 scores beats a masked one of length_q * L: the missing queries
+        # of the keys before are laid in front, and dropped again
+        before = length_k - length_q
+        out = F.scaled_dot_product_attention(
+            F.pad(q, (0, 0, before, 0)) if before else q,
+            k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=gqa,
+        )  # fmt: skip
+        return out[:, :, before:]
     mask = _causal_mask(length_q, length_k, window if windowed else None, q.device)
     if softcap is None:
         return F.scaled_dot_product_attention(

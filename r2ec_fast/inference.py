@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from r2ec_fast.assembler import PromptAssembler
     from r2ec_fast.data import Examples, RecDataset
     from r2ec_fast.model import R2ecModel
+    from r2ec_fast.prefix import KnownPrefix
     from r2ec_fast.prompts import PromptBuilder
     from r2ec_fast.rollout import RolloutEngine, TransformersEngine
 
@@ -28,7 +29,11 @@ class UserStates:
 
 
 def transformers_engine(
-    model: R2ecModel, builder: PromptBuilder, *, max_tokens_in_flight: int = 65536
+    model: R2ecModel,
+    builder: PromptBuilder,
+    *,
+    max_tokens_in_flight: int = 65536,
+    prefix: KnownPrefix | None = None,
 ) -> TransformersEngine:
     """The engine that writes reasonings with ``model`` itself."""
     from r2ec_fast.rollout import TransformersEngine
@@ -39,6 +44,7 @@ def transformers_engine(
         marker=model.prompts.emb_token,
         marker_ids=builder.marker_ids,
         max_tokens_in_flight=max_tokens_in_flight,
+        prefix=prefix,
     )
 
 
@@ -51,12 +57,13 @@ def user_states(
     engine: RolloutEngine | None = None,
     max_completion_length: int = 512,
     max_tokens: int = 8192,
+    prefix: KnownPrefix | None = None,
 ) -> UserStates:
     """Read-outs of user prompts (token ids).
 
     With an ``engine`` a greedy reasoning of at most ``max_completion_length`` tokens is written
     first; without one the state is read right after the prompt and the marker (direct mode).
-    ``max_tokens`` bounds a forward pass.
+    ``max_tokens`` bounds a forward pass; a ``prefix`` of the prompts is not computed again.
     """
     if engine is None:
         reasoning: list[list[int]] = [[] for _ in prompts]
@@ -80,7 +87,7 @@ def user_states(
         ]
         rows = [[*prompt, *written] for prompt, written in zip(prompts, reasoning, strict=True)]
         finish = rollouts.finish_reason
-    return UserStates(model.encode_rows(rows, max_tokens), reasoning, finish)
+    return UserStates(model.encode_rows(rows, max_tokens, prefix), reasoning, finish)
 
 
 @torch.no_grad()

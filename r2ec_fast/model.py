@@ -18,8 +18,14 @@ import torch
 from torch import nn
 
 from r2ec_fast.attention import VARLEN, VarlenLayout, register
-from r2ec_fast.modes import attention_implementation, base_causal_lm, eval_mode
+from r2ec_fast.modes import (
+    attention_implementation,
+    base_causal_lm,
+    eval_mode,
+    last_layer_at,
+)
 from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.prompts import PromptBuilder, PromptConfig
 from r2ec_kernels import ItemIndex, TargetStats, TopK
 
@@ -128,31 +134,53 @@ class R2ecModel(nn.Module):
 
     # ---- states ---------------------------------------------------------------------------------
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """States after the final norm, [T, d], of a packed batch (best still in CPU memory)."""
-        layout = VarlenLayout.from_batch(batch).to(self.device)
-        batch = batch.to(self.device)
+    def forward(self, batch: PackedBatch, prefix: KnownPrefix | None = None) -> torch.Tensor:
+        """States after the final norm, [T, d], of a packed batch (best still in CPU memory).
+
+        With a complete ``prefix`` the first sequence begins with it, and the states are those
+        of the tokens behind it; one that is not takes up the batch's keys and values.
+        """
+        layout = VarlenLayout.from_batch(batch)
+        known = len(prefix) if prefix is not None and prefix.complete else 0
+        if known:
+            layout = layout.behind(known)
+        layout, batch = layout.to(self.device), batch.to(self.device)
         with attention_implementation(self.language_model, VARLEN):
             out = self._decoder(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
+                input_ids=batch.input_ids[:, known:],
+                position_ids=batch.position_ids[:, known:],
+                past_key_values=prefix,
+                use_cache=prefix is not None,
                 varlen_layout=layout,
             )
         return out.last_hidden_state[0]
 
-    def read_out(self, rows: Sequence[Sequence[int]], *, max_tokens: int = 8192) -> torch.Tensor:
+    def read_out(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        max_tokens: int = 8192,
+        prefix: KnownPrefix | None = None,
+    ) -> torch.Tensor:
         """The state of each row's last token, [R, d], in row order; gradients flow if enabled.
 
         What all rows begin with (a template's head) is computed once a batch: the rows are packed
         as completions of their common prefix. ``max_tokens`` bounds a forward pass; a longer row
-        runs alone.
+        runs alone. A ``prefix`` that all rows begin with is not computed at all; it holds no
+        gradient, so it is for evaluation (ValueError otherwise). Other rows run without it.
         """
         if not len(rows):
             return self.lm_head_weight.new_zeros((0, self.hidden_size))
+        if prefix is not None and torch.is_grad_enabled():
+            raise ValueError("prefix: expected None where gradients are wanted, it carries none")
+        if prefix is not None and not prefix.begins(rows):
+            prefix = None
+        known = 0 if prefix is None else len(prefix)
         states, order = [], []
-        for batch, source in _pack_rows(rows, max_tokens):
-            states.append(self(batch)[batch.readout.to(self.device)])
+        for batch, source in _pack_rows(rows, max_tokens, known):
+            at = batch.readout.to(self.device) - known
+            with last_layer_at(self._decoder, at):
+                states.append(self(batch, prefix)[at])
             order.append(source)
         back = torch.from_numpy(np.argsort(np.concatenate(order))).to(self.device)
         return torch.cat(states)[back]
@@ -170,10 +198,25 @@ class R2ecModel(nn.Module):
         return self.encode_rows(builder.items_ids(range(len(catalog))), max_tokens)
 
     @torch.no_grad()
-    def encode_rows(self, rows: Sequence[Sequence[int]], max_tokens: int = 8192) -> torch.Tensor:
+    def encode_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_tokens: int = 8192,
+        prefix: KnownPrefix | None = None,
+    ) -> torch.Tensor:
         """:meth:`read_out` without gradient and in evaluation mode."""
         with eval_mode(self):
-            return self.read_out(rows, max_tokens=max_tokens)
+            return self.read_out(rows, max_tokens=max_tokens, prefix=prefix)
+
+    @torch.no_grad()
+    def known_prefix(self, builder: PromptBuilder) -> KnownPrefix:
+        """What all user prompts of ``builder`` begin with, computed with the weights of now."""
+        prefix = KnownPrefix(builder.user_prefix_ids())
+        (batch,) = pack_histories([prefix.tokens], max_tokens=len(prefix))
+        with eval_mode(self):
+            self(batch, prefix)
+        prefix.complete = True
+        return prefix
 
     def set_items(self, table: torch.Tensor, *, scan: str = "auto") -> ItemIndex:
         """Build the item head's index over ``table`` [N, d] and keep it as ``index``."""
@@ -295,10 +338,13 @@ def _load_backbone(path: str, hf_kwargs: dict):
     return backbone, tokenizer
 
 
-def _pack_rows(rows: Sequence[Sequence[int]], max_tokens: int):
-    """Packed batches of ``rows`` with the row each read-out belongs to."""
-    prefix = _common_prefix(rows)
-    if len(rows) < 2 or prefix == 0:
+def _pack_rows(rows: Sequence[Sequence[int]], max_tokens: int, known: int = 0):
+    """Packed batches of ``rows`` with the row each read-out belongs to.
+
+    The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
+    """
+    prefix = known or _common_prefix(rows)
+    if not known and (len(rows) < 2 or prefix == 0):
         for batch in pack_histories(list(rows), max_tokens=max_tokens, oversize="alone"):
             yield batch, batch.groups.numpy()
         return

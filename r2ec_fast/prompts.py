@@ -183,6 +183,14 @@ class PromptBuilder:
                 return ids
             keep, ids = keep + 1, longer
 
+    def user_prefix_ids(self) -> list[int]:
+        """Token ids that user prompts begin with, whatever the history: the chat frame and the
+        instruction, as far as the first event's text cannot change how they are cut into tokens.
+        """
+        starts = [self._encode(self._join([line])) for line in ("[x]", "0.1min ago", "12d ago", "")]
+        first, length = starts[0], min(map(len, starts)) - 1
+        return first[: next((i for i in range(length) if len({s[i] for s in starts}) > 1), length)]
+
     def item_ids(self, item: int) -> list[int]:
         """Token ids of one item prompt (internal id), ending in the marker; at most
         `max_item_tokens`.

@@ -62,7 +62,8 @@ class Recommendations(Sequence[Recommendation]):
 
 
 class Recommender:
-    """Recommends items of a catalog with a trained model.
+    """Recommends items of a catalog with a trained model, whose weights stay as they are here: the
+    item table, and what all prompts begin with, are computed once.
 
     Args:
         model: a model; without an item table the whole catalog is encoded here, once.
@@ -93,7 +94,8 @@ class Recommender:
             )
         if data is not None and data.data.catalog.ids != catalog.ids:
             raise ValueError("data: its items are not those of the model's catalog")
-        self.engine = engine or transformers_engine(model, self.builder)
+        self.prefix = model.known_prefix(self.builder)
+        self.engine = engine or transformers_engine(model, self.builder, prefix=self.prefix)
         self._titles: dict[str, list[int]] | None = None
 
     @classmethod
@@ -187,6 +189,7 @@ class Recommender:
             [self.builder.user_ids(history) for history in histories],
             engine=self.engine if reasoning else None,
             max_completion_length=max_completion_length,
+            prefix=self.prefix,
         )
         seen = [torch.from_numpy(np.unique(history.items)) for history in histories]
         offsets = torch.tensor([0, *np.cumsum([len(items) for items in seen])])

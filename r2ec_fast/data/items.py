@@ -71,7 +71,7 @@ def resolve_columns(
         if ours not in out:
             raise ValueError(
                 f"{name}: {where} has no column for {ours!r} (tried {list(aliases[ours])}); "
-                f"its columns: {found}. Name it, e.g. {name}={{{ours!r}: {found[0]!r}}}"
+                f"its columns: {found}. Name it: {name}={{{ours!r}: '...'}}"
             )
     return out
 

@@ -363,7 +363,9 @@ def _work_dir(output: Path) -> tempfile.TemporaryDirectory[str]:
         output.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{output.name}.work.", dir=output.parent)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write to {output}: {error.strerror}") from error
+        raise type(error)(
+            error.errno, f"output_dir: cannot write to {output}: {error.strerror}"
+        ) from error
 
 
 def _source(path: Path) -> dict[str, Any]:

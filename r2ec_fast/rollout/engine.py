@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r2ec_fast.failures import free_memory, is_out_of_memory
 from r2ec_fast.modes import base_causal_lm, eval_mode
+from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
@@ -39,6 +40,8 @@ class TransformersEngine:
         max_tokens_in_flight: bound on cached tokens; `generate` splits the prompts into batches by
             it, with at least one prompt a batch. Where memory runs out it is lowered, with a
             warning, and the call done again: the samples stay the same.
+        prefix: what prompts begin with, for weights that stay: the shared decoder does not compute
+            it again.
 
     Raises:
         ValueError: the marker tokenizes to nothing, or the decoder cannot run this model.
@@ -54,7 +57,9 @@ class TransformersEngine:
         eos_token_ids: Sequence[int] | None = None,
         decoder: str = "auto",
         max_tokens_in_flight: int = 65536,
+        prefix: KnownPrefix | None = None,
     ) -> None:
+        self.prefix = prefix
         self.model = model
         self.tokenizer = tokenizer
         self.stop = MarkerStop(tokenizer, marker)
@@ -116,7 +121,7 @@ class TransformersEngine:
         self._check_positions(prompts, max_completion_length)
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
-        decoder = DECODERS[self.decoder](self.model)
+        decoder = DECODERS[self.decoder](self.model, self.prefix)
         lengths = [len(prompt) for prompt in prompts]
         while True:
             plan = list(decoder.batches(lengths, num_generations, max_completion_length, budget))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.prefix import KnownPrefix
 
 
 def plain_attention_name(config: PreTrainedConfig) -> str:
@@ -28,8 +29,8 @@ class PlainDecoder:
     A batch holds prompts of one length: without padding no model has to be trusted with it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, prefix: KnownPrefix | None = None) -> None:
+        self._model = model  # the model's own cache knows no prefix: it is computed with the rest
         self._config = base_causal_lm(model).config
 
     def session(self) -> AbstractContextManager[None]:

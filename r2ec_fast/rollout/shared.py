@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout import shared_attention
 from r2ec_fast.rollout.shared_cache import SharedPromptCache
 
@@ -17,8 +18,9 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3
 class SharedPromptDecoder:
     """Decodes with `SharedPromptCache` and the `r2ec_rollout` attention implementation."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, prefix: KnownPrefix | None = None) -> None:
         self._model = model
+        self._prefix = prefix  # what prompts may begin with; it is not computed again then
 
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
@@ -56,13 +58,17 @@ class SharedPromptDecoder:
     ) -> Tensor:
         """Prefill the prompts one after the other; returns the next-token logits [B * G, V]."""
         lengths = [len(prompt) for prompt in prompts]
-        self._cache = SharedPromptCache(lengths, num_generations, max_completion_length)
+        known = self._prefix
+        if known is not None and not known.begins(prompts):
+            known = None
+        first = 0 if known is None else len(known)
+        self._cache = SharedPromptCache(lengths, num_generations, max_completion_length, known)
         device = model_device(self._model)
         logits = []
         for index, prompt in enumerate(prompts):
             self._cache.prompt = index
-            ids = torch.tensor([prompt], device=device)
-            logits.append(self._forward(ids, torch.arange(len(prompt), device=device)[None]))
+            ids = torch.tensor([prompt[first:]], device=device)
+            logits.append(self._forward(ids, torch.arange(first, len(prompt), device=device)[None]))
         return torch.cat(logits).repeat_interleave(num_generations, 0)
 
     def step(self, tokens: Tensor, keep: Tensor | None) -> Tensor:

@@ -65,7 +65,14 @@ def _prefill(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of one prompt over itself: [1, H, P, D] -> [1, P, H, D]."""
+    """Causal attention of one prompt over itself: [1, H, P, D] -> [1, P, H, D].
+
+    The queries may be those of its last tokens alone (behind a known prefix).
+    """
+    before = key.shape[2] - query.shape[2]
+    if before:  # the missing queries are few: laid in front, and dropped again
+        query = F.pad(query, (0, 0, before, 0))
+        return _prefill(query, key, value, scaling, softcap, window)[:, before:]
     length = query.shape[2]
     if softcap is None and (window is None or length <= window):
         out = F.scaled_dot_product_attention(

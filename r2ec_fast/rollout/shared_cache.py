@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from r2ec_fast.prefix import KnownPrefix
+
 
 class SharedPromptCache(Cache):
     """K/V of B prompts stored once, and of up to B * G suffixes in preallocated slots.
@@ -17,8 +19,15 @@ class SharedPromptCache(Cache):
     [B * G, H_kv, R, D], both allocated by the first prefill.
     """
 
-    def __init__(self, lengths: Sequence[int], num_samples: int, max_suffix: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        num_samples: int,
+        max_suffix: int,
+        known: KnownPrefix | None = None,
+    ) -> None:
         super().__init__(layers=[])
+        self.known = known  # what the prompts begin with
         self.lengths = torch.tensor(lengths)
         self.num_samples = num_samples
         self.max_suffix = max_suffix
@@ -48,6 +57,8 @@ class SharedPromptCache(Cache):
         if self.suffix_length is None:
             if layer_idx == len(self.prefix):
                 self._allocate(key_states)
+            if self.known is not None:
+                key_states, value_states = self.known.update(key_states, value_states, layer_idx)
             length = key_states.shape[2]
             for stored, new in zip(self.prefix[layer_idx], (key_states, value_states), strict=True):
                 stored[self.prompt, :, :length] = new[0]

@@ -235,13 +235,13 @@ def test_interrupted_runs_leave_no_half_output(write, tmp_path, how):
 def test_a_place_that_cannot_be_written(write, tmp_path):
     log = write("log.csv", "user_id,item_id\na,1\na,2\n")
     write("file", "")
-    with pytest.raises(OSError, match="cannot write to .*file/set"):
+    with pytest.raises(OSError, match="output_dir: cannot write to .*file/set"):
         prepare_generic(str(log), str(tmp_path / "file" / "set"))
     if os.geteuid() == 0:
         return  # root writes everywhere
     place = tmp_path / "closed"
     place.mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match="cannot write to .*closed/set"):
+    with pytest.raises(PermissionError, match="output_dir: cannot write to .*closed/set"):
         prepare_generic(str(log), str(place / "set"))
 
 
