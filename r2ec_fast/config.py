@@ -52,6 +52,9 @@ class RecPOConfig:
     """Sample among the k likeliest tokens; 0 = all."""
     max_tokens_in_flight: int = 65536
     """Prompt and completion tokens in one generation batch."""
+    rollout_server: str | None = None
+    """URL of a running vLLM server of the same base model, such as http://localhost:8000, which
+    samples the reasonings with the adapters of each step; none = transformers, in this process."""
 
     # reward and loss
     reward_softmax_weight: float = 0.05
@@ -194,6 +197,8 @@ class RecPOConfig:
         for name in ("temperature", "learning_rate", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.rollout_server is not None and not self.use_lora:
+            raise ValueError("rollout_server: needs use_lora, a server takes new adapters only")
         if self.relabel_topk > self.num_generations:
             raise ValueError(
                 f"relabel_topk: expected at most num_generations ({self.num_generations}), "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.prefix import KnownPrefix
     from r2ec_fast.prompts import PromptBuilder
-    from r2ec_fast.rollout import RolloutEngine, TransformersEngine
+    from r2ec_fast.rollout import RolloutEngine, TransformersEngine, VLLMServerEngine
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,29 @@ def transformers_engine(
         marker_ids=builder.marker_ids,
         max_tokens_in_flight=max_tokens_in_flight,
         prefix=prefix,
+    )
+
+
+def server_engine(
+    model: R2ecModel, builder: PromptBuilder, url: str, *, max_tokens: int
+) -> VLLMServerEngine:
+    """The engine that has a vLLM server write reasonings with ``model``'s adapters. Sampled
+    log-probabilities are those of ``model`` itself, by a pass of ``max_tokens`` tokens at a time.
+
+    Raises RolloutServerError where no server answers at ``url``.
+    """
+    from r2ec_fast.rollout import VLLMServerEngine, score_rollouts
+
+    return VLLMServerEngine(
+        url,
+        None,
+        model.tokenizer,
+        marker=model.prompts.emb_token,
+        marker_ids=builder.marker_ids,
+        policy=model.backbone,
+        scorer=lambda prompts, rollouts, temperature: score_rollouts(
+            model, prompts, rollouts, temperature=temperature, max_tokens=max_tokens
+        ),
     )
 
 

@@ -46,6 +46,11 @@ def wanted(config: RecPOConfig, engine: RolloutEngine | None) -> bool:
             "engine: sharded weights (fsdp) are sampled by TransformersEngine alone, got "
             f"{type(engine).__name__}"
         )
+    if config.rollout_server is not None:
+        raise ValueError(
+            "rollout_server: sharded weights (fsdp) are sampled in their own processes, expected "
+            f"none, got {config.rollout_server!r}"
+        )
     if config.optim != "adamw_torch":
         raise ValueError(f"optim: fsdp needs 'adamw_torch', got {config.optim!r}")
     return True

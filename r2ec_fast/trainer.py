@@ -43,7 +43,7 @@ from r2ec_fast.diagnostics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.dynamic_sampling import ResamplingCost, resample_ties, round_key
 from r2ec_fast.evaluation import ranking_metrics
 from r2ec_fast.failures import together
-from r2ec_fast.inference import rank_examples, transformers_engine
+from r2ec_fast.inference import rank_examples, server_engine, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
 from r2ec_fast.rollout import RolloutEngine, Rollouts
@@ -59,9 +59,9 @@ BEST_METRIC = "eval_valid_ndcg@10"
 class RecPOTrainer:
     """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
 
-    ``engine`` samples the reasonings (default: transformers, on the model itself). Writes
-    ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and, at the end, ``model/`` (what
-    ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
+    ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
+    transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
+    at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
 
     Raises ValueError for an empty training split, OSError where output_dir cannot be written.
     """
@@ -92,9 +92,7 @@ class RecPOTrainer:
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
-        self.engine = engine or transformers_engine(
-            model, self.builder, max_tokens_in_flight=config.max_tokens_in_flight
-        )
+        self.engine = engine or self._default_engine()
         self.update = PolicyUpdate(model, config)
         self.parameters = trainable_parameters(model)
         self.optimizer = _optimizer(config, list(self.parameters.values()))
@@ -121,6 +119,14 @@ class RecPOTrainer:
         model.to(self.accelerator.device)
         if self._sharded:
             shard(model)
+
+    def _default_engine(self) -> RolloutEngine:
+        model, config = self.model, self.config
+        if config.rollout_server is not None:
+            budget = config.max_tokens_per_microbatch
+            return server_engine(model, self.builder, config.rollout_server, max_tokens=budget)
+        limit = config.max_tokens_in_flight
+        return transformers_engine(model, self.builder, max_tokens_in_flight=limit)
 
     # ---- the loop -------------------------------------------------------------------------------
 

@@ -160,6 +160,16 @@ def test_a_dead_rollout_server_ends_the_run_and_it_resumes(tmp_path, whole):
     equals(whole, tmp_path, *run(tmp_path, max_steps=8, resume_from_checkpoint="latest"))
 
 
+def test_a_rollout_server_that_is_not_there_is_named_before_the_first_step(tmp_path):
+    where = {"rollout_server": "http://127.0.0.1:9", "use_lora": True}
+    with pytest.raises(RolloutServerError, match="127.0.0.1:9 does not answer.*vllm serve MODEL"):
+        toy_trainer(tmp_path, **where)
+    with pytest.raises(ValueError, match="rollout_server: sharded weights"):
+        toy_trainer(tmp_path, **where, fsdp=True)
+    with pytest.raises(ValueError, match="rollout_server: needs use_lora"):
+        toy_trainer(tmp_path, **where | {"use_lora": False})
+
+
 # ---- two processes -------------------------------------------------------------------------------
 
 FAILS = """

@@ -18,7 +18,7 @@ from r2ec_fast.rollout.vllm_common import Completion, Scorer, VLLMBase
 COMMAND = "vllm serve MODEL --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
 
 
-class RolloutServerError(RuntimeError):
+class RolloutServerError(ConnectionError):
     """The vLLM server cannot be reached, died, or refused a request."""
 
 
@@ -31,7 +31,7 @@ class VLLMServerEngine(VLLMBase):
 
     Args:
         url: such as "http://localhost:8000".
-        model: name the server serves the base model under.
+        model: name the server serves the base model under; None: the one that it lists.
         tokenizer, marker, marker_ids, eos_token_ids, policy, scorer: as in `VLLMEngine`.
         adapter_dir: folder for the adapters; default: the system's temporary folder.
         timeout: seconds one request may take.
@@ -45,7 +45,7 @@ class VLLMServerEngine(VLLMBase):
     def __init__(
         self,
         url: str,
-        model: str,
+        model: str | None,
         tokenizer: PreTrainedTokenizerBase,
         marker: str = "<answer>",
         marker_ids: Sequence[int] | None = None,
@@ -59,10 +59,9 @@ class VLLMServerEngine(VLLMBase):
     ) -> None:
         super().__init__(tokenizer, marker, marker_ids, eos_token_ids, policy, scorer, adapter_dir)
         self.url = url.rstrip("/")
-        self.model = model
         self.timeout = timeout
         self.concurrency = concurrency
-        self._served = model
+        self.model = self._served = model or self._base_model()
         self._check_mode()
 
     def _check_mode(self) -> None:
@@ -74,11 +73,17 @@ class VLLMServerEngine(VLLMBase):
                 f"the server at {self.url} must run with --logprobs-mode processed_logprobs"
             )
 
+    def _base_model(self) -> str:
+        listed = json.loads(self._ask("/v1/models"))["data"]
+        return next(one["id"] for one in listed if one.get("parent") is None)
+
     def _post(self, path: str, body: dict[str, Any]) -> bytes:
+        return self._ask(path, json.dumps(body).encode())
+
+    def _ask(self, path: str, body: bytes | None = None) -> bytes:
+        """The answer to a GET, or to a POST of ``body``."""
         request = urllib.request.Request(
-            self.url + path,
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            self.url + path, data=body, headers={"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:

@@ -26,6 +26,11 @@ ARGUMENTS = {"user_keys": [7, 8], "num_generations": 2, "max_completion_length":
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        adapter = {"id": "policy-7", "parent": "served"}  # of a run before
+        return self._answer(200, {"data": [adapter, {"id": "served", "parent": None}]})
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.calls.append((self.path, body))
@@ -91,6 +96,11 @@ def test_completions_become_rows_in_the_order_of_the_prompts(server, tokenizer):
     assert {(b["model"], b["n"], b["temperature"], b["max_tokens"]) for b in bodies.values()} == {
         ("base", 2, 1.5, 3)
     }
+
+
+def test_without_a_name_the_base_model_is_the_servers(server, tokenizer):
+    engine = VLLMServerEngine(server.url, None, tokenizer, MARKER)
+    assert engine.model == "served" and server.calls[-1][1]["model"] == "served"
 
 
 def test_each_step_loads_a_new_adapter_and_drops_the_old(server, tokenizer, toy_policy):
