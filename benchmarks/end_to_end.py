@@ -9,7 +9,7 @@ Methods, on one backbone (but for the last):
 * SASRec + item head: the floor, no language model.
 * R²ec reasoned on vLLM, where it is installed.
 
-Stages: assembly (history -> token ids), prefill, decode, read-out (one pass over prompt and
+Stages: assembly (history -> token ids), prefill, decode, read-out (vLLM: one pass over prompt and
 reasoning), head (exact top-K, the user's own items excluded), ids (internal -> external, titles).
 """
 
@@ -176,16 +176,22 @@ def write_reasoning(bench: Bench, prompts: list[list[int]], tokens: int, stages:
                 num_generations=1,
                 max_completion_length=tokens,
                 greedy=True,
+                states=True,
             )
 
 
 def reasoned(bench: Bench, batch: int, tokens: int, stages: Stages) -> Served:
     prompts = prompts_of(bench, batch, stages)
-    return read_out(bench, prompts, write_reasoning(bench, prompts, tokens, stages), stages)
+    out = write_reasoning(bench, prompts, tokens, stages)
+    return head_and_names(bench, out.states, whole_rows(prompts, out), stages)
+
+
+def whole_rows(prompts: list[list[int]], out: Rollouts) -> list[list[int]]:
+    return [[*prompt, *out.row(i).tolist()] for i, prompt in enumerate(prompts)]
 
 
 def read_out(bench: Bench, prompts: list[list[int]], out: Rollouts, stages: Stages) -> Served:
-    rows = [[*prompt, *out.row(i).tolist()] for i, prompt in enumerate(prompts)]
+    rows = whole_rows(prompts, out)
     with stages("read-out"):
         states = bench.work.model.encode_rows(rows, prefix=bench.prefix)
     return head_and_names(bench, states, rows, stages)

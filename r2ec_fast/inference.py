@@ -103,13 +103,16 @@ def user_states(
             seed=0,
             step=0,
             greedy=True,
+            states=True,
         )
         bounds = rollouts.offsets
         reasoning = [
             rollouts.values[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)
         ]
-        rows = [[*prompt, *written] for prompt, written in zip(prompts, reasoning, strict=True)]
         finish = rollouts.finish_reason
+        if rollouts.states is not None:
+            return UserStates(rollouts.states, reasoning, finish)
+        rows = [[*prompt, *written] for prompt, written in zip(prompts, reasoning, strict=True)]
     return UserStates(model.encode_rows(rows, max_tokens, prefix), reasoning, finish)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
 
 FINISH_REASONS = ("answer", "eos", "length")
 
@@ -26,6 +27,8 @@ class Rollouts:
         finish_reason: B * G of "answer", "eos", "length".
         sampler_log_prob: float32 [E] as the sampling engine reported it, where `log_prob` was
             computed by another model (for an importance correction); else None.
+        states: [B * G, d], the model's state after the final norm at each row's last token, where
+            it was asked for and the engine can tell; else None.
     """
 
     values: np.ndarray
@@ -34,6 +37,7 @@ class Rollouts:
     log_prob: np.ndarray
     finish_reason: list[str]
     sampler_log_prob: np.ndarray | None = None
+    states: torch.Tensor | None = None
 
     @property
     def targets(self) -> np.ndarray:
@@ -63,6 +67,7 @@ class RolloutEngine(Protocol):
         seed: int = 0,
         step: int = 0,
         greedy: bool = False,
+        states: bool = False,
     ) -> Rollouts: ...
 
 
@@ -73,6 +78,7 @@ class Trajectory:
     tokens: list[int] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
     finish_reason: str = "length"
+    state: torch.Tensor | None = None  # [d], at the token that ends it, marker included
 
 
 def assemble(rows: Sequence[Trajectory], marker_ids: Sequence[int]) -> Rollouts:
@@ -85,12 +91,14 @@ def assemble(rows: Sequence[Trajectory], marker_ids: Sequence[int]) -> Rollouts:
         sampled += [True] * len(row.tokens) + [False] * len(added)
         log_prob += row.log_prob + [0.0] * len(added)
         lengths.append(len(row.tokens) + len(added))
+    states = [row.state for row in rows if row.state is not None]
     return Rollouts(
         values=np.asarray(values, np.int64),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         sampled=np.asarray(sampled, bool),
         log_prob=np.asarray(log_prob, np.float32),
         finish_reason=[row.finish_reason for row in rows],
+        states=torch.stack(states) if states else None,
     )
 
 

@@ -1,7 +1,10 @@
 """Rollouts on transformers: one prefill a prompt, G samples that share it."""
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -86,6 +89,7 @@ class TransformersEngine:
         seed: int = 0,
         step: int = 0,
         greedy: bool = False,
+        states: bool = False,
         max_tokens_in_flight: int | None = None,
     ) -> Rollouts:
         """Sample `num_generations` completions of every prompt.
@@ -104,6 +108,9 @@ class TransformersEngine:
             seed: run seed.
             step: training step, so that the same user gets new samples at the next step.
             greedy: arg-max instead of a draw (log-probabilities still at `temperature`).
+            states: also return the state at each row's last token. The cache holds what comes
+                before, so this costs a step for each token that the row has not read: the one that
+                ends it, or the appended marker.
             max_tokens_in_flight: for this call, in place of the engine's own.
 
         Returns:
@@ -118,17 +125,18 @@ class TransformersEngine:
         budget = self.max_tokens_in_flight if max_tokens_in_flight is None else max_tokens_in_flight
         if budget < 1:
             raise ValueError(f"max_tokens_in_flight must be >= 1, got {budget}")
-        self._check_positions(prompts, max_completion_length)
+        # a row that runs out of length has yet to read its last token and the marker
+        room = max_completion_length + (1 + len(self.marker_ids) if states else 0)
+        self._check_positions(prompts, room)
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
         decoder = DECODERS[self.decoder](self.model, self.prefix)
         lengths = [len(prompt) for prompt in prompts]
         while True:
-            plan = list(decoder.batches(lengths, num_generations, max_completion_length, budget))
+            plan = list(decoder.batches(lengths, num_generations, room, budget))
+            job = _Job(prompts, keys, num_generations, max_completion_length, room, params)
             try:
-                return self._run(
-                    decoder, plan, prompts, keys, num_generations, max_completion_length, params
-                )
+                return self._run(decoder, plan, job)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -139,37 +147,28 @@ class TransformersEngine:
                     ) from error
             free_memory()
             budget = max(
-                sum(lengths[i] + num_generations * max_completion_length for i in batch) // 2
-                for batch in plan
+                sum(lengths[i] + num_generations * room for i in batch) // 2 for batch in plan
             )
             self.max_tokens_in_flight = min(self.max_tokens_in_flight, budget)
             logger.warning("out of memory in a rollout: max_tokens_in_flight is now %d", budget)
 
     def _run(
-        self,
-        decoder: SharedPromptDecoder | PlainDecoder,
-        plan: list[list[int]],
-        prompts: Sequence[Sequence[int]],
-        keys: torch.Tensor,
-        num_generations: int,
-        max_completion_length: int,
-        params: SamplingParams,
+        self, decoder: SharedPromptDecoder | PlainDecoder, plan: list[list[int]], job: "_Job"
     ) -> Rollouts:
-        rows = [Trajectory() for _ in keys]
+        rows, group = [Trajectory() for _ in job.keys], job.num_generations
         with (
             torch.no_grad(),
             eval_mode(self.model),
             decoder.session(),
-            packed_linears(self.model, len(plan) * max_completion_length),
+            packed_linears(self.model, len(plan) * job.max_completion_length),
+            newest_states(self.model) as newest,
         ):
             for batch in plan:
-                index = [i * num_generations + g for i in batch for g in range(num_generations)]
-                group = [list(prompts[i]) for i in batch]
-                logits = decoder.start(group, num_generations, max_completion_length)
-                self._decode(
-                    decoder, logits, [rows[r] for r in index], keys[index], params,
-                    max_completion_length,
-                )  # fmt: skip
+                index = [i * group + g for i in batch for g in range(group)]
+                own = [rows[r] for r in index]
+                prompts = [list(job.prompts[i]) for i in batch]
+                logits = decoder.start(prompts, group, job.room)
+                self._decode(decoder, logits, own, job.keys[index], job, newest)
         return assemble(rows, self.marker_ids)
 
     def _decode(
@@ -178,25 +177,45 @@ class TransformersEngine:
         logits: torch.Tensor,
         rows: list[Trajectory],
         keys: torch.Tensor,
-        params: SamplingParams,
-        max_completion_length: int,
+        job: "_Job",
+        newest: list[torch.Tensor],
     ) -> None:
-        """Sample until every row is finished; finished rows leave the batch at once."""
+        """Sample until every row is finished. A finished row leaves the batch at once, or, where
+        states are wanted, when it has read its own end."""
         keys = keys.to(logits.device)
-        for position in range(max_completion_length):
-            drawn = sample_tokens(logits, keys, position, params)
+        unread: list[list[int] | None] = [None] * len(rows)  # of a finished row
+        for position in itertools.count():
+            if None in unread:
+                drawn = sample_tokens(logits, keys, position, job.params)
+                tokens, log_probs = drawn.tokens.tolist(), drawn.log_prob.tolist()
+            last = position + 1 >= job.max_completion_length
             alive = []
-            pairs = zip(drawn.tokens.tolist(), drawn.log_prob.tolist(), strict=True)
-            for local, (token, log_prob) in enumerate(pairs):
-                if self._goes_on(rows[local], token, log_prob):
+            for local, row in enumerate(rows):
+                if unread[local] is None:
+                    goes_on = self._goes_on(row, tokens[local], log_probs[local])
+                    if not goes_on or last:
+                        unread[local] = self._ending(row) if job.wants_states else []
+                if unread[local]:
+                    tokens[local] = unread[local].pop(0)
                     alive.append(local)
-            if not alive or position + 1 == max_completion_length:
+                elif unread[local] is None:
+                    alive.append(local)
+            if not alive:
                 return
-            keep, tokens = None, drawn.tokens
+            keep = None
             if len(alive) < len(rows):
                 keep = torch.tensor(alive, device=logits.device)
-                rows, keys, tokens = [rows[i] for i in alive], keys[keep], tokens[keep]
-            logits = decoder.step(tokens, keep)
+                keys = keys[keep]
+                rows, unread, tokens = ([x[i] for i in alive] for x in (rows, unread, tokens))
+            logits = decoder.step(torch.tensor(tokens, device=logits.device), keep)
+            for row, rest, state in zip(rows, unread, newest[0], strict=True):
+                if rest == []:  # it has read its last token
+                    row.state = state
+
+    def _ending(self, row: Trajectory) -> list[int]:
+        """What a finished row has not read: its last token, the marker that is appended to it."""
+        last = [] if row.finish_reason == "eos" else row.tokens[-1:]
+        return last if row.finish_reason == "answer" else [*last, *self.marker_ids]
 
     def _goes_on(self, row: Trajectory, token: int, log_prob: float) -> bool:
         if token in self.eos_token_ids:
@@ -220,6 +239,37 @@ class TransformersEngine:
                 f"the longest prompt ({longest} tokens) plus max_completion_length "
                 f"({max_completion_length}) exceeds the model's {limit} positions"
             )
+
+
+class _Job(NamedTuple):
+    """The rows that a call of `generate` asks for."""
+
+    prompts: Sequence[Sequence[int]]
+    keys: torch.Tensor  # int64 [B * G]
+    num_generations: int
+    max_completion_length: int
+    room: int  # cached tokens of a completion
+    params: SamplingParams
+
+    @property
+    def wants_states(self) -> bool:
+        return self.room > self.max_completion_length
+
+
+@contextmanager
+def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that holds, after each pass of `model`, the states after the final norm of each
+    row's newest token, [n, d]."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple, out: object) -> None:
+        kept[:] = [out.last_hidden_state[:, -1]]
+
+    handle = base_causal_lm(model).get_decoder().register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:

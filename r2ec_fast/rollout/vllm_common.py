@@ -70,8 +70,11 @@ class VLLMBase(ABC):
         seed: int = 0,
         step: int = 0,
         greedy: bool = False,
+        states: bool = False,
     ) -> Rollouts:
         """Sample `num_generations` completions of every prompt (`TransformersEngine.generate`).
+
+        vLLM shows no states: `states` changes nothing, and `Rollouts.states` is None.
 
         Raises:
             ValueError: bad arguments, or `top_k > 0` without a scorer.

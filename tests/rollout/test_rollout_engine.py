@@ -63,6 +63,34 @@ def test_log_probs_equal_a_full_forward_pass(make_model, tokenizer, prompts, nam
         np.testing.assert_allclose(out.log_prob[tokens], expected, atol=tolerance, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_are_those_of_a_full_forward_pass(make_model, tokenizer, name, decoder):
+    model = make_model(name)
+    engine = TransformersEngine(model, tokenizer, MARKER, decoder=decoder)
+    prompts = random_prompts([7, 3, 9, 7, 5, 7, 4, 7])
+    arguments = ARGUMENTS | {"user_keys": range(8), "top_k": 0, "max_completion_length": 6}
+    plain = engine.generate(prompts, **arguments)
+    out = engine.generate(prompts, **arguments, states=True)
+    assert plain.states is None and not model.get_decoder()._forward_hooks
+    assert_same(out, plain)
+    assert set(out.finish_reason) == {"answer", "eos", "length"}
+    model.set_attn_implementation("eager")
+    for r, state in enumerate(out.states):
+        ids = torch.tensor([[*prompts[r // 3], *out.row(r).tolist()]])
+        with torch.no_grad():
+            right = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, right, rtol=1e-5, atol=2e-5)
+
+
+def test_states_need_room_for_the_marker(make_model, tokenizer, decoder):
+    model = make_model("llama")
+    engine = TransformersEngine(model, tokenizer, MARKER, decoder=decoder)
+    limit = model.config.max_position_embeddings
+    arguments = ARGUMENTS | {"user_keys": [0], "max_completion_length": limit - 5}
+    with pytest.raises(ValueError, match=f"exceeds the model's {limit} positions"):
+        engine.generate(random_prompts([5]), **arguments, states=True)
+
+
 def test_rows_end_where_they_should(engine, tokenizer):
     prompts = random_prompts([7] * 40)
     arguments = ARGUMENTS | {"user_keys": range(40), "top_k": 0}
