@@ -90,6 +90,7 @@ class Bench:
             work.builder.marker_ids,
             eos_token_ids=[],
             prefix=self.prefix,
+            keep_packed=True,
         )
 
     @functools.cached_property

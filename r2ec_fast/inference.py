@@ -34,6 +34,7 @@ def transformers_engine(
     *,
     max_tokens_in_flight: int = 65536,
     prefix: KnownPrefix | None = None,
+    keep_packed: bool = False,
 ) -> TransformersEngine:
     """The engine that writes reasonings with ``model`` itself."""
     from r2ec_fast.rollout import TransformersEngine
@@ -45,6 +46,7 @@ def transformers_engine(
         marker_ids=builder.marker_ids,
         max_tokens_in_flight=max_tokens_in_flight,
         prefix=prefix,
+        keep_packed=keep_packed,
     )
 
 

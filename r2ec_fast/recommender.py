@@ -95,7 +95,9 @@ class Recommender:
         if data is not None and data.data.catalog.ids != catalog.ids:
             raise ValueError("data: its items are not those of the model's catalog")
         self.prefix = model.known_prefix(self.builder)
-        self.engine = engine or transformers_engine(model, self.builder, prefix=self.prefix)
+        self.engine = engine or transformers_engine(
+            model, self.builder, prefix=self.prefix, keep_packed=True
+        )
         self._titles: dict[str, list[int]] | None = None
 
     @classmethod

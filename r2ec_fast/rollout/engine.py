@@ -16,7 +16,7 @@ from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
-from r2ec_fast.rollout.packed import packed_linears
+from r2ec_fast.rollout.packed import MIN_STEPS, PackedLinears
 from r2ec_fast.rollout.plain import PlainDecoder
 from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
 from r2ec_fast.rollout.shared import SharedPromptDecoder
@@ -45,6 +45,8 @@ class TransformersEngine:
             warning, and the call done again: the samples stay the same.
         prefix: what prompts begin with, for weights that stay: the shared decoder does not compute
             it again.
+        keep_packed: keep the reordered weights of decoding on CPUs (see `packed`) from one call to
+            the next, for the memory of one more set of weights; they follow the weights.
 
     Raises:
         ValueError: the marker tokenizes to nothing, or the decoder cannot run this model.
@@ -61,8 +63,10 @@ class TransformersEngine:
         decoder: str = "auto",
         max_tokens_in_flight: int = 65536,
         prefix: KnownPrefix | None = None,
+        keep_packed: bool = False,
     ) -> None:
         self.prefix = prefix
+        self._packed = PackedLinears(model) if keep_packed else None
         self.model = model
         self.tokenizer = tokenizer
         self.stop = MarkerStop(tokenizer, marker)
@@ -156,11 +160,14 @@ class TransformersEngine:
         self, decoder: SharedPromptDecoder | PlainDecoder, plan: list[list[int]], job: "_Job"
     ) -> Rollouts:
         rows, group = [Trajectory() for _ in job.keys], job.num_generations
+        packed, steps = self._packed, MIN_STEPS
+        if packed is None:
+            packed, steps = PackedLinears(self.model), len(plan) * job.max_completion_length
         with (
             torch.no_grad(),
             eval_mode(self.model),
             decoder.session(),
-            packed_linears(self.model, len(plan) * job.max_completion_length),
+            packed.installed(steps),
             newest_states(self.model) as newest,
         ):
             for batch in plan:

@@ -8,7 +8,7 @@ model's own weights are not touched.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -87,28 +87,58 @@ def _lora_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return _packed(weight, module.base_layer.bias)
 
 
-@contextmanager
-def packed_linears(model: nn.Module, steps: int) -> Iterator[int]:
-    """Run the large float32 CPU linear layers of `model` on reordered weights; yields how many.
+def _stamp(module: nn.Module) -> tuple:
+    """What a module's copy depends on: equal while its weights are the same, unchanged tensors."""
+    weights = [(p.data_ptr(), p._version) for p in module.parameters()]
+    adapters = getattr(module, "active_adapters", ()), getattr(module, "scaling", {}).values()
+    return (*weights, *adapters[0], *adapters[1])
 
-    Costs one copy of their weights in memory while it lasts. The weights must not change inside.
 
-    Args:
-        steps: decoding steps to come; a rollout of few steps is left alone.
+class PackedLinears:
+    """The reordered weights of a model's large linear layers, kept from one use to the next.
+
+    A copy is made anew where a weight has changed since. Costs one more set of the weights in
+    memory for as long as it lives.
     """
-    lora, linear = [], []
-    if steps >= MIN_STEPS and packing_available():
-        lora = [module for module in model.modules() if _foldable(module)]
-        folded = {id(module.base_layer) for module in lora}
-        linear = [
-            module for module in model.modules() if _packable(module) and id(module) not in folded
-        ]
-    try:
-        for module in lora:
-            module.forward = _lora_forward(module)
-        for module in linear:
-            module.forward = _linear_forward(module)
-        yield len(lora) + len(linear)
-    finally:
-        for module in lora + linear:
-            module.__dict__.pop("forward", None)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._made: dict[nn.Module, tuple[tuple, Callable[[Tensor], Tensor]]] = {}
+
+    @contextmanager
+    def installed(self, steps: int) -> Iterator[int]:
+        """Run the large float32 CPU linear layers on reordered weights; yields how many.
+
+        The weights must not change inside.
+
+        Args:
+            steps: decoding steps to come; a rollout of few steps is left alone.
+        """
+        lora, linear = [], []
+        if steps >= MIN_STEPS and packing_available():
+            modules = list(self._model.modules())
+            lora = [module for module in modules if _foldable(module)]
+            folded = {id(module.base_layer) for module in lora}
+            linear = [m for m in modules if _packable(m) and id(m) not in folded]
+        try:
+            for module in lora:
+                module.forward = self._forward(module, _lora_forward)
+            for module in linear:
+                module.forward = self._forward(module, _linear_forward)
+            yield len(lora) + len(linear)
+        finally:
+            for module in lora + linear:
+                module.__dict__.pop("forward", None)
+
+    def _forward(
+        self, module: nn.Module, make: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        stamp = _stamp(module)
+        if module not in self._made or self._made[module][0] != stamp:
+            self._made[module] = (stamp, make(module))
+        return self._made[module][1]
+
+
+def packed_linears(model: nn.Module, steps: int) -> AbstractContextManager[int]:
+    """`PackedLinears.installed` with copies that are dropped at the end."""
+    return PackedLinears(model).installed(steps)

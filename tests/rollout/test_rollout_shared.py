@@ -211,6 +211,29 @@ def test_short_rollouts_and_other_types_are_not_packed(wide_model):
         assert count == 0
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_kept_copies_are_made_once_and_follow_the_weights(wide_model, tokenizer, lora):
+    model = adapt(wide_model) if lora else wide_model
+    engine = TransformersEngine(model, tokenizer, keep_packed=True)
+    plain = TransformersEngine(model, tokenizer)
+    request = {"user_keys": [3], "num_generations": 2, "max_completion_length": 5, "greedy": True}
+
+    def same():
+        got, right = engine.generate([[4, 5, 6]], **request), plain.generate([[4, 5, 6]], **request)
+        np.testing.assert_array_equal(got.values, right.values)
+        np.testing.assert_allclose(got.log_prob, right.log_prob, rtol=0, atol=2e-4)
+        return {module: copy[1] for module, copy in engine._packed._made.items()}
+
+    first, again = same(), same()
+    assert len(first) == 14 and first == again
+    changed = next(iter(first))
+    with torch.no_grad():
+        (changed.lora_B["default"].weight if lora else changed.weight).mul_(-1.5)
+    after = same()
+    assert [m for m in first if first[m] is not after[m]] == [changed]
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_packed_rollout_equals_the_full_pass(wide_model, tokenizer):
     model = adapt(wide_model)
     prompts = random_prompts([20, 14])
