@@ -209,9 +209,13 @@ class R2ecModel(nn.Module):
             return self.read_out(rows, max_tokens=max_tokens, prefix=prefix)
 
     @torch.no_grad()
-    def known_prefix(self, builder: PromptBuilder) -> KnownPrefix:
-        """What all user prompts of ``builder`` begin with, computed with the weights of now."""
-        prefix = KnownPrefix(builder.user_prefix_ids())
+    def known_prefix(self, builder: PromptBuilder) -> KnownPrefix | None:
+        """What all user prompts of ``builder`` begin with, computed with the weights of now; None
+        where a template leaves nothing in common."""
+        tokens = builder.user_prefix_ids()
+        if not tokens:
+            return None
+        prefix = KnownPrefix(tokens)
         (batch,) = pack_histories([prefix.tokens], max_tokens=len(prefix))
         with eval_mode(self):
             self(batch, prefix)

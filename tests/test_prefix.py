@@ -93,6 +93,13 @@ def test_every_user_prompt_begins_with_it(window):
         assert ids[: len(start)] == start and len(ids) > len(start)
 
 
+def test_a_template_with_nothing_in_common_has_none():
+    model = toy_model()
+    builder = model.prompt_builder(CATALOG)
+    builder.user_prefix_ids = list
+    assert model.known_prefix(builder) is None
+
+
 def test_layout_behind_the_first_tokens():
     (batch,) = pack_histories([[1, 2, 3, 4, 5]], max_tokens=16)
     layout = VarlenLayout.from_batch(batch).behind(3)
