@@ -187,10 +187,12 @@ def _one_sequence(q, k, v, scale, dropout, window, softcap):
     length_q, length_k = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     windowed = window is not None and length_k > window
-    if softcap is None and not windowed and length_k < 2 * length_q:
+    before = length_k - length_q
+    padded = before < length_q and not torch.is_grad_enabled()
+    if softcap is None and not windowed and (padded or not before):
         # a causal product of L^2 / 2 scores beats a masked one of length_q * L: the missing queries
-        # of the keys before are laid in front, and dropped again
-        before = length_k - length_q
+        # of the keys before are laid in front, and dropped again (not in training, where the masked
+        # product's gradient is a little more accurate)
         out = F.scaled_dot_product_attention(
             F.pad(q, (0, 0, before, 0)) if before else q,
             k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=gqa,

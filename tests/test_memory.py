@@ -15,10 +15,10 @@ RUN = {"max_steps": 2, "eval_steps": 0, "max_tokens_per_microbatch": 600}
 PLANTED = f"""
 from r2ec_fast.model import R2ecModel
 forward = R2ecModel.forward
-def limited(self, batch):
+def limited(self, batch, prefix=None):
     if torch.is_grad_enabled() and batch.input_ids.numel() > {LIMIT}:
         raise torch.OutOfMemoryError("planted")
-    return forward(self, batch)
+    return forward(self, batch, prefix)
 if os.environ["RANK"] == "1":
     R2ecModel.forward = limited
 """
@@ -27,10 +27,10 @@ if os.environ["RANK"] == "1":
 def limit_memory(monkeypatch, tokens, error=torch.OutOfMemoryError):
     forward = R2ecModel.forward
 
-    def limited(self, batch):
+    def limited(self, batch, prefix=None):
         if torch.is_grad_enabled() and batch.input_ids.numel() > tokens:
             raise error("planted")
-        return forward(self, batch)
+        return forward(self, batch, prefix)
 
     monkeypatch.setattr(R2ecModel, "forward", limited)
 
