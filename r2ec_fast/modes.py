@@ -51,9 +51,9 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     """Compute what the last layer does position by position at ``rows`` (int64 [R]) alone.
 
-    For a batch [1, T, d] of which only the states at ``rows`` are read. The output projection of
-    the attention and the MLP, 84% of the weights of a Llama layer, then see R tokens; what the
-    other rows hold afterwards is of no use. A decoder with other names runs whole.
+    For a batch [1, T, d] of which only the states at ``rows`` are read, without gradient. The
+    output projection of the attention and the MLP, 84% of the weights of a Llama layer, then see R
+    tokens; what the other rows hold afterwards is of no use. A decoder with other names runs whole.
     """
     layers = getattr(decoder, "layers", None)
     last = layers[-1] if layers is not None and len(layers) else None

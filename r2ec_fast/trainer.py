@@ -115,7 +115,7 @@ class RecPOTrainer:
             model.language_model.get_input_embeddings().requires_grad_(False)
             model.language_model.get_output_embeddings().requires_grad_(False)
         if config.gradient_checkpointing:
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations()
         model.to(self.accelerator.device)
         if self._sharded:
             shard(model)

@@ -35,6 +35,13 @@ def test_accumulation_equals_one_batch(tmp_path, objective):
 
 
 @pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+def test_recomputed_activations_train_the_same(tmp_path, objective):
+    _, kept = run(tmp_path / "a", objective, max_steps=3)
+    _, recomputed = run(tmp_path / "b", objective, max_steps=3, gradient_checkpointing=True)
+    same(recomputed, kept, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
 def test_resume_equals_never_stopped(tmp_path, objective):
     metrics, parameters = run(tmp_path / "whole", objective)
     # a run that ends after three steps has a checkpoint of step 2 and of step 3
