@@ -11,17 +11,22 @@ from pathlib import Path
 
 
 @contextmanager
-def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced_directory(
+    directory: str | os.PathLike[str], argument: str = "directory"
+) -> Iterator[Path]:
     """Yield a temporary directory that takes the place of ``directory`` when the block succeeds.
 
-    Raises OSError, naming ``directory``, where its parent cannot be written.
+    Raises OSError, naming ``directory`` and the caller's ``argument``, where its parent cannot be
+    written.
     """
     target = Path(directory)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write to {target}: {error.strerror}") from error
+        raise type(error)(
+            error.errno, f"{argument}: cannot write to {target}: {error.strerror}"
+        ) from error
     try:
         yield temporary
         temporary.chmod(0o755)

@@ -1,18 +1,19 @@
 """Schemas and fakes of the ops. Implementations are imported when an op first runs."""
 
 import torch
+from torch.library import Library, impl, register_fake
 
-LIBRARY = torch.library.Library("r2ec_kernels", "DEF")
+OPS = Library("r2ec_kernels", "DEF")
 
 # ---- search ------------------------------------------------------------------------------------
 
-LIBRARY.define(
+OPS.define(
     "item_topk(Tensor queries, Tensor items, SymInt k, str similarity, float temperature, "
     "Tensor? exclude, Tensor? exclude_offsets, str impl) -> (Tensor, Tensor)"
 )
 
 
-@torch.library.impl(LIBRARY, "item_topk", "CompositeExplicitAutograd")
+@impl(OPS, "item_topk", "CompositeExplicitAutograd")
 def _item_topk(queries, items, k, similarity, temperature, exclude, exclude_offsets, impl):
     from .search.run import item_topk
 
@@ -20,7 +21,7 @@ def _item_topk(queries, items, k, similarity, temperature, exclude, exclude_offs
     return item_topk(queries, items, k, similarity, temperature, pair, impl)
 
 
-@torch.library.register_fake("r2ec_kernels::item_topk", lib=LIBRARY)
+@register_fake("r2ec_kernels::item_topk", lib=OPS)
 def _item_topk_fake(queries, items, k, similarity, temperature, exclude, exclude_offsets, impl):
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(
@@ -33,25 +34,25 @@ def _item_topk_fake(queries, items, k, similarity, temperature, exclude, exclude
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
 _SETTINGS = "float? softcap, float temperature, bool entropy, ScalarType compute, str impl"
 
-LIBRARY.define(
+OPS.define(
     f"linear_logprob_forward({_HEAD}, Tensor? differentiated, str mode, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+OPS.define(
     f"linear_logprob_backward({_HEAD}, Tensor[] forward, Tensor? grad_log_prob, "
     f"Tensor? grad_entropy, bool[3] needed, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define(
+OPS.define(
     "catalog_lse(Tensor queries, Tensor table, Tensor left_out, str similarity, "
     "float temperature, bool jacobian) -> (Tensor, Tensor)"
 )
-LIBRARY.define(
+OPS.define(
     "target_stats(Tensor queries, Tensor items, Tensor targets, str similarity, float temperature, "
     "Tensor? exclude, Tensor? exclude_offsets, str impl) -> (Tensor, Tensor)"
 )
 
 
-@torch.library.impl(LIBRARY, "linear_logprob_forward", "CompositeExplicitAutograd")
+@impl(OPS, "linear_logprob_forward", "CompositeExplicitAutograd")
 def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
     from .policy.config import HeadSettings
     from .policy.function import implementation
@@ -61,7 +62,7 @@ def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
     return tuple(run(hidden, weight, targets, bias, differentiated, mode, settings))
 
 
-@torch.library.register_fake("r2ec_kernels::linear_logprob_forward", lib=LIBRARY)
+@register_fake("r2ec_kernels::linear_logprob_forward", lib=OPS)
 def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings):
     from .policy.config import HeadSettings
     from .policy.head import empty_forward
@@ -69,7 +70,7 @@ def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings
     return tuple(empty_forward(hidden, weight, mode, HeadSettings(*settings)))
 
 
-@torch.library.impl(LIBRARY, "linear_logprob_backward", "CompositeExplicitAutograd")
+@impl(OPS, "linear_logprob_backward", "CompositeExplicitAutograd")
 def _logprob_backward(
     hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
 ):
@@ -92,7 +93,7 @@ def _logprob_backward(
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@torch.library.register_fake("r2ec_kernels::linear_logprob_backward", lib=LIBRARY)
+@register_fake("r2ec_kernels::linear_logprob_backward", lib=OPS)
 def _logprob_backward_fake(
     hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
 ):
@@ -100,20 +101,20 @@ def _logprob_backward_fake(
     return tuple(torch.empty_like(x) if wanted else hidden.new_empty(0) for x, wanted in inputs)
 
 
-@torch.library.impl(LIBRARY, "catalog_lse", "CompositeExplicitAutograd")
+@impl(OPS, "catalog_lse", "CompositeExplicitAutograd")
 def _catalog_lse(queries, table, left_out, similarity, temperature, jacobian):
     from .policy.items import catalog_lse
 
     return catalog_lse(queries, table, left_out, similarity, temperature, jacobian)
 
 
-@torch.library.register_fake("r2ec_kernels::catalog_lse", lib=LIBRARY)
+@register_fake("r2ec_kernels::catalog_lse", lib=OPS)
 def _catalog_lse_fake(queries, table, left_out, similarity, temperature, jacobian):
     num, d = queries.shape
     return queries.new_empty(num), queries.new_empty(num if jacobian else 0, d)
 
 
-@torch.library.impl(LIBRARY, "target_stats", "CompositeExplicitAutograd")
+@impl(OPS, "target_stats", "CompositeExplicitAutograd")
 def _target_stats(queries, items, targets, similarity, temperature, exclude, offsets, impl):
     from .reward.run import target_stats
 
@@ -121,7 +122,7 @@ def _target_stats(queries, items, targets, similarity, temperature, exclude, off
     return target_stats(queries, items, targets, similarity, temperature, pair, impl)
 
 
-@torch.library.register_fake("r2ec_kernels::target_stats", lib=LIBRARY)
+@register_fake("r2ec_kernels::target_stats", lib=OPS)
 def _target_stats_fake(queries, items, targets, similarity, temperature, exclude, offsets, impl):
     rank = queries.new_empty(queries.shape[0], dtype=torch.int64)
     return rank, queries.new_empty(queries.shape[0], dtype=torch.float32)

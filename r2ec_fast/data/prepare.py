@@ -354,8 +354,7 @@ def _write(
     dataset = replace(dataset, settings=everything)
     report = summary_text(dataset)
     extra = {"report.txt": f"{report}\n".encode(), "report.png": summary_png(dataset)}
-    with _work_dir(output):  # the place can be written, or the error names the argument
-        save_dataset(dataset, output, extra)
+    save_dataset(dataset, output, extra, argument="output_dir")
     return Prepared(output, dataset, report)
 
 

@@ -26,7 +26,10 @@ FILES = ("users.parquet", "items.parquet", "events.parquet", "examples.parquet")
 
 
 def save_dataset(
-    dataset: RecDataset, directory: str | Path, extra: dict[str, bytes] | None = None
+    dataset: RecDataset,
+    directory: str | Path,
+    extra: dict[str, bytes] | None = None,
+    argument: str = "directory",
 ) -> None:
     """Write `dataset` into `directory`; an older dataset there is replaced in one rename.
 
@@ -36,6 +39,7 @@ def save_dataset(
         dataset: what to write. External ids must be all text or all integers.
         directory: created; must not be a directory of something else.
         extra: further files by name, e.g. a report and its picture.
+        argument: what the caller calls `directory`, for messages.
 
     Raises:
         ValueError: ids of mixed types, or `directory` holds something that is not a dataset.
@@ -44,7 +48,7 @@ def save_dataset(
     directory = Path(directory)
     refuse_foreign(directory)
     tables = _tables(dataset)
-    with write_errors(directory), replaced_directory(directory) as temporary:
+    with write_errors(directory), replaced_directory(directory, argument) as temporary:
         for name, table in tables.items():
             with open(temporary / name, "wb") as file:
                 table.write_parquet(file, compression="zstd")
