@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from r2ec_fast.display import show_recommendations
+from r2ec_fast.files import check_writable, replaced_file
 
 if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
     from r2ec_fast.config import ModelConfig, RecPOConfig
     from r2ec_fast.data import RecDataset
     from r2ec_fast.model import R2ecModel
@@ -86,6 +90,8 @@ def evaluate(
     dtype: str = "auto",
     gguf_file: str | None = None,
     output_file: str | None = None,
+    ranks_file: str | None = None,
+    compare_with: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Rank the whole catalog for the examples of a split and print hit_rate, ndcg and mrr.
 
@@ -105,21 +111,29 @@ def evaluate(
         dtype: "auto", "float32", "bfloat16" or "float16".
         gguf_file: read the weights from this GGUF file of the model's directory.
         output_file: also write the metrics as JSON.
+        ranks_file: also write every example's rank by every method, as CSV.
+        compare_with: ranks_file of another evaluation of the same examples; prints how much better
+            each method is now, by the examples' own differences.
     """
     from r2ec_fast.assembler import PromptAssembler
     from r2ec_fast.baselines import counting_baselines
     from r2ec_fast.data import RecDataset
-    from r2ec_fast.evaluation import metrics_table, ranking_metrics
+    from r2ec_fast.example_ranks import check_examples, load_ranks, ranks_table
     from r2ec_fast.inference import rank_examples, transformers_engine
     from r2ec_fast.trainer import sample_examples
 
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"modes: expected any of {', '.join(MODES)}, got {mode!r}")
+    check_writable(output_file, "output_file")
+    check_writable(ranks_file, "ranks_file")
+    before = None if compare_with is None else load_ranks(compare_with, "compare_with")
     dataset = RecDataset.load(data)
     examples = sample_examples(dataset, split, samples, seed)
     if len(examples) == 0:
         raise ValueError(f"split: {split} of {data} holds no example")
+    if before is not None:
+        check_examples(ranks_table(dataset, examples, {}), before, "compare_with")
     r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
     _check_table(r2ec, dataset, model)
     if r2ec.index is None:
@@ -127,13 +141,13 @@ def evaluate(
     builder = r2ec.prompt_builder(dataset.data.catalog)
     engine = transformers_engine(r2ec, builder)
     assembler = PromptAssembler(builder)
-    rows: dict[str, dict[str, float]] = {}
+    ranks: dict[str, np.ndarray] = {}
     if baselines:
         window = r2ec.prompts.window if exclude_window else None
         for baseline in counting_baselines(dataset):
-            rows[baseline.name] = ranking_metrics(baseline.ranks(examples, window=window))
+            ranks[baseline.name] = baseline.ranks(examples, window=window)
     for mode in modes:
-        ranks, _ = rank_examples(
+        ranks[mode], _ = rank_examples(
             r2ec,
             assembler,
             dataset,
@@ -144,10 +158,26 @@ def evaluate(
             exclude_window=exclude_window,
             batch_size=batch_size,
         )
-        rows[mode] = ranking_metrics(ranks)
+    return _report_ranks(ranks_table(dataset, examples, ranks), before, output_file, ranks_file)
+
+
+def _report_ranks(
+    table: pl.DataFrame,
+    before: pl.DataFrame | None,
+    output_file: str | None,
+    ranks_file: str | None,
+) -> dict[str, dict[str, float]]:
+    from r2ec_fast.evaluation import metrics_table, ranking_metrics
+    from r2ec_fast.example_ranks import differences, methods_of, save_ranks
+
+    rows = {method: ranking_metrics(table[method].to_numpy()) for method in methods_of(table)}
     _say(metrics_table(rows))
+    if ranks_file is not None:
+        save_ranks(table, ranks_file, "ranks_file")
     if output_file is not None:
         _write_json(Path(output_file), rows)
+    if compared := differences(table, before, "compare_with"):
+        _say("\n" + metrics_table(compared, differences=True))
     return rows
 
 
@@ -301,10 +331,8 @@ def _quiet_progress_bars() -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replaced_file(path, "output_file") as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _say(text: str) -> None:

@@ -33,31 +33,71 @@ def ranking_metrics(
         ValueError: `ranks` is empty, not one-dimensional, not integer or below 1, or a cut-off is
             below 1.
     """
+    ranks = _checked("ranks", ranks)
+    return _summary(_gains(ranks, ks), len(ranks), prefix)
+
+
+def paired_differences(
+    ranks: ArrayLike, other: ArrayLike, ks: Sequence[int] = (5, 10, 20)
+) -> dict[str, float]:
+    """How much better one method ranks the targets than another does on the same examples.
+
+    The keys of `ranking_metrics`; a mean is that of the examples' own differences (first minus
+    second), so that what makes an example hard for both does not widen its standard error.
+
+    Args:
+        ranks: [X] of one method, as `ranking_metrics` takes them.
+        other: [X] of another, example by example.
+        ks: cut-offs.
+
+    Raises:
+        ValueError: as `ranking_metrics`, or where the two have different lengths.
+    """
+    ranks, other = _checked("ranks", ranks), _checked("other", other)
+    if len(ranks) != len(other):
+        raise ValueError(f"other must have shape [{len(ranks)}] like ranks, got [{len(other)}]")
+    gains, others = _gains(ranks, ks), _gains(other, ks)
+    return _summary({key: gains[key] - others[key] for key in gains}, len(ranks))
+
+
+def _checked(name: str, ranks: ArrayLike) -> np.ndarray:
     ranks = np.asarray(ranks)
     if ranks.ndim != 1 or ranks.size == 0:
-        raise ValueError(f"ranks must have shape [X] with X >= 1, got shape {list(ranks.shape)}")
+        raise ValueError(f"{name} must have shape [X] with X >= 1, got shape {list(ranks.shape)}")
     if not np.issubdtype(ranks.dtype, np.integer):
-        raise ValueError(f"ranks must be integers, got {ranks.dtype}")
+        raise ValueError(f"{name} must be integers, got {ranks.dtype}")
     if ranks.min() < 1:
-        raise ValueError(f"ranks start at 1, got {ranks.min()}")
-    out: dict[str, float] = {}
+        raise ValueError(f"{name} start at 1, got {ranks.min()}")
+    return ranks
+
+
+def _gains(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """What every example contributes to each metric, float64 [X]."""
+    out = {}
     for k in ks:
         if k < 1:
             raise ValueError(f"ks must be at least 1, got {k}")
         hit = ranks <= k
         gains = (hit.astype(np.float64), hit / np.log2(ranks + 1.0), hit / ranks)
-        for name, gain in zip(METRICS, gains, strict=True):
-            key = f"{prefix}{name}@{k}"
-            out[key] = float(gain.mean())
-            spread = gain.std(ddof=1) if len(gain) > 1 else math.nan
-            out[f"{key}{STDERR}"] = float(spread / math.sqrt(len(gain)))
-    out[f"{prefix}examples"] = float(len(ranks))
+        out |= {f"{name}@{k}": gain for name, gain in zip(METRICS, gains, strict=True)}
+    return out
+
+
+def _summary(values: Mapping[str, np.ndarray], examples: int, prefix: str = "") -> dict[str, float]:
+    out = {}
+    for key, value in values.items():
+        spread = value.std(ddof=1) if examples > 1 else math.nan
+        out[f"{prefix}{key}"] = float(value.mean())
+        out[f"{prefix}{key}{STDERR}"] = float(spread / math.sqrt(examples))
+    out[f"{prefix}examples"] = float(examples)
     return out
 
 
 def metrics_table(
     rows: Mapping[str, Mapping[str, float]],
     columns: Sequence[str] = ("hit_rate@5", "ndcg@5", "hit_rate@10", "ndcg@10", "mrr@10"),
+    *,
+    differences: bool = False,
 ) -> str:
     """A Markdown table, one row a method, `mean ± standard error` a cell (a column that a row lacks
     is a dash).
@@ -65,21 +105,24 @@ def metrics_table(
     Args:
         rows: name of the method -> its metrics, as `ranking_metrics` without prefix returns them.
         columns: metrics shown.
+        differences: the rows are `paired_differences`; their means get a sign.
     """
     if not rows:
         raise ValueError("rows must hold at least one method")
     lines = [
-        "| method | " + " | ".join(columns) + " | examples |",
+        f"| {'paired difference' if differences else 'method'} | "
+        + " | ".join(columns)
+        + " | examples |",
         "|---|" + "---:|" * (len(columns) + 1),
     ]
     for name, metrics in rows.items():
-        cells = [_cell(metrics, column) for column in columns]
+        cells = [_cell(metrics, column, "+" if differences else "") for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {metrics['examples']:.0f} |")
     return "\n".join(lines)
 
 
-def _cell(metrics: Mapping[str, float], column: str) -> str:
+def _cell(metrics: Mapping[str, float], column: str, sign: str) -> str:
     if column not in metrics:
         return "–"
     error = metrics.get(f"{column}{STDERR}", math.nan)
-    return f"{metrics[column]:.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+    return f"{metrics[column]:{sign}.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,13 +21,9 @@ def replaced_directory(
     written.
     """
     target = Path(directory)
-    try:
+    with _named_errors(target, argument):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"{argument}: cannot write to {target}: {error.strerror}"
-        ) from error
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -40,3 +37,43 @@ def replaced_directory(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replaced_file(path: str | os.PathLike[str], argument: str = "path") -> Iterator[Path]:
+    """Yield a temporary path whose file takes the place of ``path`` when the block succeeds.
+
+    Raises OSError, naming ``path`` and the caller's ``argument``, where it cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with _named_errors(target, argument):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str] | None, argument: str = "path") -> None:
+    """Raise before long work the OSError that :func:`replaced_file` would raise after it."""
+    if path is None:
+        return
+    target = Path(path)
+    with _named_errors(target, argument):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=target.parent).close()
+
+
+@contextmanager
+def _named_errors(target: Path, argument: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"{argument}: cannot write to {target}: {error.strerror}"
+        ) from error

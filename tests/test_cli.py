@@ -120,11 +120,47 @@ def test_evaluate_prints_baselines_and_both_modes(folder, capsys):
     output = folder / "metrics.json"
     arguments = ["--model", folder / "model", "--data", folder / "data"]
     assert run("evaluate", *arguments, "--max_completion_length", 4, "--output_file", output) == 0
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert rows == ["method", "---", "popularity", "markov-1", "item-knn", "direct", "reasoned"]
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line]
+    compared = ["paired difference", "---", "reasoned - direct"]
+    methods = ["popularity", "markov-1", "item-knn", "direct", "reasoned"]
+    assert rows == ["method", "---", *methods, *compared]
     written = json.loads(output.read_text())
     assert written["direct"]["examples"] == 5
     assert 0 <= written["reasoned"]["ndcg@10"] <= 1
+
+
+def test_evaluate_compares_the_examples_with_those_of_another_run(folder, capsys):
+    ranks = folder / "ranks.csv"
+    arguments = ["evaluate", "--model", folder / "model", "--data", folder / "data"]
+    arguments += ["--modes", "[direct]"]
+    assert run(*arguments, "--ranks_file", ranks) == 0
+    header, first, *_ = ranks.read_text().splitlines()
+    assert header == "user_id,position,item_id,popularity,markov-1,item-knn,direct"
+    assert re.fullmatch(r"u\d+,\d+,i\d+(,\d+){4}", first)
+    lines = ranks.read_text().splitlines()
+    worse = [line.rsplit(",", 1) for line in lines[1:]]
+    ranks.write_text("\n".join([header, *(f"{rest},9999" for rest, _ in worse)]) + "\n")
+    capsys.readouterr()
+    assert run(*arguments, "--compare_with", ranks, "--baselines", "false") == 0
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.startswith("| direct - before | +") and row.endswith(" | 5 |")
+    message = error_line(capsys, *arguments, "--compare_with", folder / "none.csv")
+    assert message == f"compare_with: no file {folder / 'none.csv'}"
+    # said before the evaluation, whose result would be lost
+    message = error_line(capsys, *arguments, "--ranks_file", ranks / "below.csv")
+    assert f"ranks_file: cannot write to {ranks / 'below.csv'}" in message
+
+
+def test_ranks_of_other_examples_are_not_compared(folder, capsys):
+    ranks = folder / "three.csv"
+    arguments = ["evaluate", "--model", folder / "model", "--data", folder / "data"]
+    arguments += ["--modes", "[direct]"]
+    assert run(*arguments, "--ranks_file", ranks, "--samples", 3) == 0
+    capsys.readouterr()
+    assert run(*arguments, "--compare_with", ranks) == 2
+    message = "compare_with: expected ranks of the same 5 examples, got 3 that are not"
+    assert message in capsys.readouterr().err
 
 
 def test_evaluate_takes_a_sample_and_a_model_without_table(folder, capsys):

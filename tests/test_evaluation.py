@@ -9,10 +9,13 @@ import subprocess
 import sys
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from r2ec_fast.evaluation import metrics_table, ranking_metrics
+from r2ec_fast.evaluation import metrics_table, paired_differences, ranking_metrics
+from r2ec_fast.example_ranks import differences, load_ranks, save_ranks
+from r2ec_fast.files import check_writable
 
 
 def test_three_ranks_by_hand():
@@ -60,6 +63,81 @@ def test_one_example_has_no_standard_error():
 def test_bad_ranks_are_refused(ranks, ks, message):
     with pytest.raises(ValueError, match=message):
         ranking_metrics(np.array(ranks) if ranks else np.array([], dtype=np.int64), ks=ks)
+
+
+def test_paired_differences_by_hand():
+    # hit@5: 1 1 0 against 1 0 0; mrr@5: 1, 1/2, 0 against 1/2, 0, 0
+    found = paired_differences([1, 2, 9], [2, 7, 9], ks=(5,))
+    assert found["hit_rate@5"] == pytest.approx(1 / 3)
+    assert found["hit_rate@5/se"] == pytest.approx(1 / 3)
+    assert found["mrr@5"] == pytest.approx(1 / 3)
+    assert found["mrr@5/se"] == pytest.approx(math.sqrt((2 / 36 + 1 / 9) / 2 / 3))
+    assert found["examples"] == 3
+
+
+def test_methods_that_agree_but_for_one_example_are_told_apart_better_by_pairs():
+    generator = np.random.default_rng(3)
+    ranks = generator.integers(1, 40, 500)
+    other = ranks.copy()
+    other[:60] += 2
+    single, paired = ranking_metrics(ranks), paired_differences(ranks, other)
+    assert paired["ndcg@10/se"] < single["ndcg@10/se"] / 3
+    gap = single["ndcg@10"] - ranking_metrics(other)["ndcg@10"]
+    assert paired["ndcg@10"] == pytest.approx(gap)
+
+
+def test_differences_need_as_many_ranks():
+    with pytest.raises(ValueError, match=r"other must have shape \[2\] like ranks, got \[3\]"):
+        paired_differences([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="other start at 1, got 0"):
+        paired_differences([1, 2], [1, 0])
+
+
+def ranks_frame(**methods: list[int]) -> pl.DataFrame:
+    keys = {"user_id": ["07", "8"], "position": [3, 1], "item_id": ["a", "1e5"]}
+    return pl.DataFrame({**keys, **methods})
+
+
+def test_ranks_come_back_from_their_file(tmp_path):
+    table = ranks_frame(popularity=[1, 2], direct=[3, 4])
+    save_ranks(table, tmp_path / "new" / "ranks.csv")
+    assert load_ranks(tmp_path / "new" / "ranks.csv").equals(table)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["ranks.csv"]
+
+
+def test_differences_name_both_sides():
+    now = ranks_frame(direct=[1, 2], reasoned=[1, 1])
+    assert set(differences(now)) == {"reasoned - direct"}
+    assert differences(ranks_frame(direct=[1, 2])) == {}
+    found = differences(now, ranks_frame(reasoned=[2, 1], other=[1, 1]))
+    assert set(found) == {"reasoned - direct", "reasoned - before"}
+    assert found["reasoned - before"]["mrr@5"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="before: expected ranks by any of direct, reasoned"):
+        differences(now, ranks_frame(other=[1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "the columns user_id, position, item_id"),
+        ("user_id,position,item_id\nu,1,i\n", "one of whole ranks for every method"),
+        ("user_id,position,item_id,direct\nu,1,i,2.5\n", "one of whole ranks"),
+        ("user_id,position,item_id,direct\nu,one,i,2\n", "ranks_file: cannot read"),
+        ("", "ranks_file: cannot read"),
+    ],
+)
+def test_a_file_that_holds_no_ranks_is_refused(text, message, tmp_path):
+    (tmp_path / "ranks.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_ranks(tmp_path / "ranks.csv", "ranks_file")
+
+
+def test_ranks_that_cannot_be_written_name_the_argument(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="ranks_file: cannot write to .*ranks.csv"):
+        save_ranks(ranks_frame(direct=[1, 2]), tmp_path / "file" / "ranks.csv", "ranks_file")
+    with pytest.raises(OSError, match="ranks_file: cannot write to .*: Is a directory"):
+        check_writable(tmp_path, "ranks_file")
 
 
 RANX = """
