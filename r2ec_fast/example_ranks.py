@@ -46,7 +46,7 @@ def methods_of(table: pl.DataFrame) -> list[str]:
 def save_ranks(table: pl.DataFrame, path: str | os.PathLike[str], argument: str = "path") -> None:
     """Write a :func:`ranks_table` as CSV, whole or not at all."""
     with replaced_file(path, argument) as temporary:
-        table.write_csv(temporary)
+        temporary.write_text(table.write_csv())  # Python's errors carry what went wrong
 
 
 def load_ranks(path: str | os.PathLike[str], argument: str = "path") -> pl.DataFrame:

@@ -75,7 +75,7 @@ def test_paired_differences_by_hand():
     assert found["examples"] == 3
 
 
-def test_methods_that_agree_but_for_one_example_are_told_apart_better_by_pairs():
+def test_methods_that_agree_on_most_examples_are_told_apart_better_by_pairs():
     generator = np.random.default_rng(3)
     ranks = generator.integers(1, 40, 500)
     other = ranks.copy()

@@ -1,9 +1,9 @@
 """Schemas and fakes of the ops. Implementations are imported when an op first runs."""
 
 import torch
-from torch.library import Library, impl, register_fake
+from torch import library
 
-OPS = Library("r2ec_kernels", "DEF")
+OPS = library.Library("r2ec_kernels", "DEF")
 
 # ---- search ------------------------------------------------------------------------------------
 
@@ -13,7 +13,7 @@ OPS.define(
 )
 
 
-@impl(OPS, "item_topk", "CompositeExplicitAutograd")
+@library.impl(OPS, "item_topk", "CompositeExplicitAutograd")
 def _item_topk(queries, items, k, similarity, temperature, exclude, exclude_offsets, impl):
     from .search.run import item_topk
 
@@ -21,7 +21,7 @@ def _item_topk(queries, items, k, similarity, temperature, exclude, exclude_offs
     return item_topk(queries, items, k, similarity, temperature, pair, impl)
 
 
-@register_fake("r2ec_kernels::item_topk", lib=OPS)
+@library.register_fake("r2ec_kernels::item_topk", lib=OPS)
 def _item_topk_fake(queries, items, k, similarity, temperature, exclude, exclude_offsets, impl):
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(
@@ -52,7 +52,7 @@ OPS.define(
 )
 
 
-@impl(OPS, "linear_logprob_forward", "CompositeExplicitAutograd")
+@library.impl(OPS, "linear_logprob_forward", "CompositeExplicitAutograd")
 def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
     from .policy.config import HeadSettings
     from .policy.function import implementation
@@ -62,7 +62,7 @@ def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
     return tuple(run(hidden, weight, targets, bias, differentiated, mode, settings))
 
 
-@register_fake("r2ec_kernels::linear_logprob_forward", lib=OPS)
+@library.register_fake("r2ec_kernels::linear_logprob_forward", lib=OPS)
 def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings):
     from .policy.config import HeadSettings
     from .policy.head import empty_forward
@@ -70,7 +70,7 @@ def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings
     return tuple(empty_forward(hidden, weight, mode, HeadSettings(*settings)))
 
 
-@impl(OPS, "linear_logprob_backward", "CompositeExplicitAutograd")
+@library.impl(OPS, "linear_logprob_backward", "CompositeExplicitAutograd")
 def _logprob_backward(
     hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
 ):
@@ -93,7 +93,7 @@ def _logprob_backward(
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@register_fake("r2ec_kernels::linear_logprob_backward", lib=OPS)
+@library.register_fake("r2ec_kernels::linear_logprob_backward", lib=OPS)
 def _logprob_backward_fake(
     hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
 ):
@@ -101,20 +101,20 @@ def _logprob_backward_fake(
     return tuple(torch.empty_like(x) if wanted else hidden.new_empty(0) for x, wanted in inputs)
 
 
-@impl(OPS, "catalog_lse", "CompositeExplicitAutograd")
+@library.impl(OPS, "catalog_lse", "CompositeExplicitAutograd")
 def _catalog_lse(queries, table, left_out, similarity, temperature, jacobian):
     from .policy.items import catalog_lse
 
     return catalog_lse(queries, table, left_out, similarity, temperature, jacobian)
 
 
-@register_fake("r2ec_kernels::catalog_lse", lib=OPS)
+@library.register_fake("r2ec_kernels::catalog_lse", lib=OPS)
 def _catalog_lse_fake(queries, table, left_out, similarity, temperature, jacobian):
     num, d = queries.shape
     return queries.new_empty(num), queries.new_empty(num if jacobian else 0, d)
 
 
-@impl(OPS, "target_stats", "CompositeExplicitAutograd")
+@library.impl(OPS, "target_stats", "CompositeExplicitAutograd")
 def _target_stats(queries, items, targets, similarity, temperature, exclude, offsets, impl):
     from .reward.run import target_stats
 
@@ -122,7 +122,7 @@ def _target_stats(queries, items, targets, similarity, temperature, exclude, off
     return target_stats(queries, items, targets, similarity, temperature, pair, impl)
 
 
-@register_fake("r2ec_kernels::target_stats", lib=OPS)
+@library.register_fake("r2ec_kernels::target_stats", lib=OPS)
 def _target_stats_fake(queries, items, targets, similarity, temperature, exclude, offsets, impl):
     rank = queries.new_empty(queries.shape[0], dtype=torch.int64)
     return rank, queries.new_empty(queries.shape[0], dtype=torch.float32)

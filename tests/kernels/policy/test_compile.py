@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 import r2ec_kernels as rk
 
@@ -97,12 +98,10 @@ def test_opcheck_of_the_head(mode):
     targets = inputs["targets"].clamp(min=0)
     args = (inputs["hidden"].detach(), inputs["weight"], targets, torch.randn(V))
     ops = torch.ops.r2ec_kernels
-    torch.library.opcheck(ops.linear_logprob_forward.default, (*args, None, mode, *SETTINGS))
+    library.opcheck(ops.linear_logprob_forward.default, (*args, None, mode, *SETTINGS))
     forward = ops.linear_logprob_forward(*args, None, "logits", *SETTINGS)
     grads = (torch.randn(T), torch.randn(T), [True, True, True])
-    torch.library.opcheck(
-        ops.linear_logprob_backward.default, (*args, list(forward), *grads, *SETTINGS)
-    )
+    library.opcheck(ops.linear_logprob_backward.default, (*args, list(forward), *grads, *SETTINGS))
 
 
 @pytest.mark.parametrize("jacobian", [False, True])
@@ -110,11 +109,9 @@ def test_opcheck_of_the_items(jacobian):
     queries, items = torch.randn(4, D), torch.randn(60, D)
     ops = torch.ops.r2ec_kernels
     left_out = torch.tensor([7, 41])
-    torch.library.opcheck(
-        ops.catalog_lse.default, (queries, items, left_out, "cosine", 0.1, jacobian)
-    )
+    library.opcheck(ops.catalog_lse.default, (queries, items, left_out, "cosine", 0.1, jacobian))
     exclude = torch.tensor([[3, -1]]).expand(4, 2).contiguous()
-    torch.library.opcheck(
+    library.opcheck(
         ops.target_stats.default,
         (queries, items, torch.arange(4), "dot", 1.0, exclude, None, "torch"),
     )

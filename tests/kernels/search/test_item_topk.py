@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import KINDS, SIMILARITIES, as_sets, canonical, make, make_exclude, sorted_topk
+from torch import library
 
 from r2ec_kernels import ItemIndex, item_topk
 
@@ -173,7 +174,7 @@ def test_opcheck(ragged):
     exclude, offsets = make_exclude(3, 500, 4, 7), None
     if ragged:
         exclude, offsets = torch.tensor([5, 7, 7, 1]), torch.tensor([0, 2, 2, 4])
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.r2ec_kernels.item_topk.default,
         (problem.queries, problem.items, 5, "dot", 0.5, exclude, offsets, "auto"),
     )
