@@ -63,10 +63,20 @@ def check_writable(path: str | os.PathLike[str] | None, argument: str = "path") 
         return
     target = Path(path)
     with _named_errors(target, argument):
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        tempfile.TemporaryFile(dir=target.parent).close()
+        _write_into(target.parent)
+
+
+def check_directory(directory: str | os.PathLike[str], argument: str = "directory") -> None:
+    """Make a directory that can be written to, or raise OSError that names it and ``argument``."""
+    with _named_errors(Path(directory), argument):
+        _write_into(Path(directory))
+
+
+def _write_into(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from r2ec_fast.diagnostics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.dynamic_sampling import ResamplingCost, resample_ties, round_key
 from r2ec_fast.evaluation import ranking_metrics
 from r2ec_fast.failures import together
+from r2ec_fast.files import check_directory
 from r2ec_fast.inference import rank_examples, server_engine, transformers_engine
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.recpo import Experience, PolicyUpdate, UserBatch
@@ -80,7 +80,7 @@ class RecPOTrainer:
         if len(data.train) == 0:
             raise ValueError("data: the training split holds no example")
         self.output_dir = Path(config.output_dir)
-        _check_writable(self.output_dir)
+        check_directory(self.output_dir, "output_dir")
         tracker = None if config.report_to == "none" else config.report_to
         self._sharded = sharding_wanted(config, engine)
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
@@ -383,6 +383,11 @@ class RecPOTrainer:
         state = load_wanted(wanted, self.output_dir, self.model, self.optimizer)
         restore_generators(state)
         self.scheduler.load_state_dict(state["scheduler"])
+        # a scheduler counts on the optimiser to remember the rate it last set
+        for group, rate in zip(
+            self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
         self.step, self.best = state["step"], state["best"]
         self.bad_evaluations = state["bad_evaluations"]
         if state["token_budget"] is not None:
@@ -446,18 +451,6 @@ def _scheduler(config: RecPOConfig, optimizer: torch.optim.Optimizer, steps: int
         num_warmup_steps=config.warmup_steps,
         num_training_steps=steps * config.num_iterations,
     )
-
-
-def _check_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise type(error)(
-            error.errno, f"output_dir: cannot write to {directory}: {error.strerror}"
-        ) from error
 
 
 def _main_thread() -> bool:

@@ -56,6 +56,19 @@ def test_resume_equals_never_stopped(tmp_path, objective):
     assert lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("schedule", ["constant_with_warmup", "linear", "cosine"])
+def test_resume_goes_on_with_the_learning_rate_of_its_step(tmp_path, schedule):
+    changes = {"lr_scheduler_type": schedule, "warmup_steps": 3, "max_steps": 6}
+    changes |= {"save_total_limit": 3, "load_best_model_at_end": False}
+    metrics, parameters = run(tmp_path / "whole", **changes)
+    for step in (2, 4):  # inside the warm-up, and after it
+        out = tmp_path / str(step)
+        wanted = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed, same_parameters = run(out, **changes, resume_from_checkpoint=wanted)
+        assert metrics == resumed
+        same(parameters, same_parameters, rtol=0, atol=0)
+
+
 def test_full_weights_train_without_the_token_table(tmp_path):
     _, parameters = run(tmp_path, use_lora=False, max_steps=1)
     assert not any("embed" in name or "lm_head" in name for name in parameters)
