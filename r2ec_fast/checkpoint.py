@@ -149,6 +149,25 @@ def load_wanted(
         raise CheckpointError(f"the latest checkpoint is damaged: {error}; {way_on}") from error
 
 
+def keep_best(best: Mapping[str, float], wanted: str, output_dir: Path) -> bool:
+    """Whether ``output_dir/best`` is, or now becomes, the checkpoint of the metrics ``best``.
+
+    A run that resumes into another directory takes it from beside the checkpoint ``wanted``. It is
+    gone where the earlier run went on from that checkpoint and found a better one.
+    """
+    beside = output_dir if wanted == "latest" else Path(wanted).parent
+    for directory in (output_dir / "best", beside / "best"):
+        if not (directory / STATE_FILE).is_file():
+            continue
+        # as text: standard errors may be NaN
+        if json.dumps(_read_state(directory / STATE_FILE).get("best")) == json.dumps(best):
+            if directory != output_dir / "best":
+                with replaced_directory(output_dir / "best", "output_dir") as temporary:
+                    shutil.copytree(directory, temporary, dirs_exist_ok=True)
+            return True
+    return False
+
+
 def generator_states() -> dict[str, torch.Tensor]:
     """The random generators of every process, for a checkpoint."""
     own = {"cpu": torch.get_rng_state()}

@@ -170,7 +170,8 @@ def _report_ranks(
     from r2ec_fast.evaluation import metrics_table, ranking_metrics
     from r2ec_fast.example_ranks import differences, methods_of, save_ranks
 
-    rows = {method: ranking_metrics(table[method].to_numpy()) for method in methods_of(table)}
+    users = table["user_id"].to_numpy()
+    rows = {m: ranking_metrics(table[m].to_numpy(), users=users) for m in methods_of(table)}
     _say(metrics_table(rows))
     if ranks_file is not None:
         save_ranks(table, ranks_file, "ranks_file")

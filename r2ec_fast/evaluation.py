@@ -13,7 +13,11 @@ STDERR = "/se"
 
 
 def ranking_metrics(
-    ranks: ArrayLike, ks: Sequence[int] = (5, 10, 20), *, prefix: str = ""
+    ranks: ArrayLike,
+    ks: Sequence[int] = (5, 10, 20),
+    *,
+    users: ArrayLike | None = None,
+    prefix: str = "",
 ) -> dict[str, float]:
     """Means over examples, and their standard errors, from the rank of each example's single
     target.
@@ -23,22 +27,28 @@ def ranking_metrics(
     Args:
         ranks: [X] integers >= 1 (1 = best), an array, a CPU tensor or a sequence.
         ks: cut-offs.
+        users: [X], whose example each is, in any type. A user's examples are alike, so the
+            standard errors then count users as independent, not examples (clustered by user).
         prefix: written before every key, e.g. "eval_valid_" for `eval_valid_ndcg@10`.
 
     Returns:
-        `{prefix}{metric}@{k}` and `{prefix}{metric}@{k}/se` (sample standard deviation /
-        sqrt(X), NaN for one example; examples count as independent), and `{prefix}examples` = X.
+        `{prefix}{metric}@{k}`, its standard error `{prefix}{metric}@{k}/se` (NaN for one user, or
+        one example without `users`), and `{prefix}examples` = X.
 
     Raises:
-        ValueError: `ranks` is empty, not one-dimensional, not integer or below 1, or a cut-off is
-            below 1.
+        ValueError: `ranks` is empty, not one-dimensional, not integer or below 1, `users` has
+            another shape, or a cut-off is below 1.
     """
     ranks = _checked("ranks", ranks)
-    return _summary(_gains(ranks, ks), len(ranks), prefix)
+    return _summary(_gains(ranks, ks), len(ranks), users, prefix)
 
 
 def paired_differences(
-    ranks: ArrayLike, other: ArrayLike, ks: Sequence[int] = (5, 10, 20)
+    ranks: ArrayLike,
+    other: ArrayLike,
+    ks: Sequence[int] = (5, 10, 20),
+    *,
+    users: ArrayLike | None = None,
 ) -> dict[str, float]:
     """How much better one method ranks the targets than another does on the same examples.
 
@@ -49,6 +59,7 @@ def paired_differences(
         ranks: [X] of one method, as `ranking_metrics` takes them.
         other: [X] of another, example by example.
         ks: cut-offs.
+        users: [X], as `ranking_metrics` takes them.
 
     Raises:
         ValueError: as `ranking_metrics`, or where the two have different lengths.
@@ -57,7 +68,7 @@ def paired_differences(
     if len(ranks) != len(other):
         raise ValueError(f"other must have shape [{len(ranks)}] like ranks, got [{len(other)}]")
     gains, others = _gains(ranks, ks), _gains(other, ks)
-    return _summary({key: gains[key] - others[key] for key in gains}, len(ranks))
+    return _summary({key: gains[key] - others[key] for key in gains}, len(ranks), users)
 
 
 def _checked(name: str, ranks: ArrayLike) -> np.ndarray:
@@ -83,14 +94,33 @@ def _gains(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
     return out
 
 
-def _summary(values: Mapping[str, np.ndarray], examples: int, prefix: str = "") -> dict[str, float]:
+def _summary(
+    values: Mapping[str, np.ndarray], examples: int, users: ArrayLike | None, prefix: str = ""
+) -> dict[str, float]:
+    cluster = np.arange(examples)
+    if users is not None:
+        users = np.asarray(users)
+        if users.shape != (examples,):
+            raise ValueError(f"users must have shape [{examples}], got {list(users.shape)}")
+        cluster = np.unique(users, return_inverse=True)[1]
     out = {}
     for key, value in values.items():
-        spread = value.std(ddof=1) if examples > 1 else math.nan
         out[f"{prefix}{key}"] = float(value.mean())
-        out[f"{prefix}{key}{STDERR}"] = float(spread / math.sqrt(examples))
+        out[f"{prefix}{key}{STDERR}"] = _standard_error(value, cluster)
     out[f"{prefix}examples"] = float(examples)
     return out
+
+
+def _standard_error(values: np.ndarray, cluster: np.ndarray) -> float:
+    """Of the mean of `values` [X] where only the clusters (numbers from 0) are independent.
+
+    The sandwich estimator of Liang and Zeger (1986) for a mean, with the factor C / (C - 1); where
+    every value is a cluster of its own it is the sample standard deviation / sqrt(X).
+    """
+    sums = np.bincount(cluster, weights=values - values.mean())
+    if len(sums) == 1:
+        return math.nan
+    return math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(values)
 
 
 def metrics_table(

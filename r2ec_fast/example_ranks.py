@@ -103,4 +103,8 @@ def differences(
                 f"{', '.join(methods_of(before))}"
             )
         pairs |= {f"{name} - before": (now[name], before[name]) for name in common}
-    return {name: paired_differences(a.to_numpy(), b.to_numpy()) for name, (a, b) in pairs.items()}
+    users = now["user_id"].to_numpy()
+    return {
+        name: paired_differences(a.to_numpy(), b.to_numpy(), users=users)
+        for name, (a, b) in pairs.items()
+    }

@@ -204,7 +204,10 @@ def _baseline_rows(dataset: RecDataset, sizes: Sizes, seed: int) -> dict[str, di
     from r2ec_fast.trainer import sample_examples
 
     examples = sample_examples(dataset, "test", sizes.test_examples, seed)
-    return {b.name: ranking_metrics(b.ranks(examples)) for b in counting_baselines(dataset)}
+    return {
+        b.name: ranking_metrics(b.ranks(examples), users=examples.user)
+        for b in counting_baselines(dataset)
+    }
 
 
 # ---- language-model warm-up ---------------------------------------------------------------------

@@ -29,6 +29,7 @@ from r2ec_fast.checkpoint import (
     checkpoint_tensors,
     clear_interrupted,
     generator_states,
+    keep_best,
     load_checkpoint,
     load_wanted,
     prune_checkpoints,
@@ -312,7 +313,7 @@ class RecPOTrainer:
                 max_tokens=self.update.budget.tokens,
             )
         ranks = np.concatenate(distributed.gather_objects(ranks))
-        return {f"eval_{split}_{k}": v for k, v in ranking_metrics(ranks).items()}
+        return ranking_metrics(ranks, users=examples.user, prefix=f"eval_{split}_")
 
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
@@ -394,8 +395,21 @@ class RecPOTrainer:
             self.update.budget.lower(state["token_budget"])
         self.table.written_at = state["written_at"].numpy()
         self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
+        self._resume_best(wanted)
         self.run_log.open(self.step)
         log.info("resumed after step %d", self.step)
+
+    def _resume_best(self, wanted: str) -> None:
+        kept = False
+        with together("best checkpoint"):
+            if self.best and self.accelerator.is_main_process:
+                kept = keep_best(self.best, wanted, self.output_dir)
+        if self.best and not distributed.any_(kept):
+            log.warning(
+                "the best checkpoint so far (%s %.4g) is no longer there: the best is chosen anew "
+                "from here on", BEST_METRIC, self.best[BEST_METRIC],
+            )  # fmt: skip
+            self.best = {}
 
     def _progress(self) -> tqdm:
         # disable=None: shown on a terminal only

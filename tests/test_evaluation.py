@@ -65,6 +65,28 @@ def test_bad_ranks_are_refused(ranks, ks, message):
         ranking_metrics(np.array(ranks) if ranks else np.array([], dtype=np.int64), ks=ks)
 
 
+def test_examples_of_one_user_count_as_one():
+    # hits 1 1 0 | 0: mean 1/2, sums of a user's deviations 1/2 and -1/2, so sqrt(2 * 1/2) / 4
+    metrics = ranking_metrics([1, 2, 9, 9], ks=(5,), users=["a", "a", "a", "b"])
+    assert metrics["hit_rate@5"] == 0.5
+    assert metrics["hit_rate@5/se"] == pytest.approx(1 / 4)
+    # examples that repeat within a user tell nothing new
+    ranks = np.array([1, 4, 11, 2])
+    once = ranking_metrics(ranks, users=[7, 3, 5, 9])
+    assert once == pytest.approx(ranking_metrics(ranks))
+    thrice = ranking_metrics(np.repeat(ranks, 3), users=np.repeat([7, 3, 5, 9], 3))
+    assert thrice["ndcg@10/se"] == pytest.approx(once["ndcg@10/se"])
+    paired = paired_differences(ranks, ranks[::-1], users=[1, 1, 2, 2])
+    assert paired["hit_rate@5"] == 0
+    assert paired["hit_rate@5/se"] == pytest.approx(1 / 2)  # 0 1 -1 0: sums of a user 1 and -1
+
+
+def test_one_user_has_no_standard_error_and_users_match_the_ranks():
+    assert math.isnan(ranking_metrics([3, 4], users=["a", "a"])["ndcg@10/se"])
+    with pytest.raises(ValueError, match=r"users must have shape \[2\], got \[3\]"):
+        ranking_metrics([3, 4], users=["a", "b", "c"])
+
+
 def test_paired_differences_by_hand():
     # hit@5: 1 1 0 against 1 0 0; mrr@5: 1, 1/2, 0 against 1/2, 0, 0
     found = paired_differences([1, 2, 9], [2, 7, 9], ks=(5,))

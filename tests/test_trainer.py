@@ -69,6 +69,29 @@ def test_resume_goes_on_with_the_learning_rate_of_its_step(tmp_path, schedule):
         same(parameters, same_parameters, rtol=0, atol=0)
 
 
+def test_resume_into_another_directory_takes_the_best_checkpoint_along(tmp_path, caplog):
+    changes = {"eval_steps": 1, "learning_rate": 1e-9, "save_total_limit": 9}  # best: step 1
+    metrics, parameters = run(tmp_path / "whole", **changes, max_steps=4)
+    wanted = str(tmp_path / "whole" / "checkpoint-2")
+    resume = {**changes, "max_steps": 4, "resume_from_checkpoint": wanted}
+    resumed, same_parameters = run(tmp_path / "branch", **resume)
+    assert resumed == metrics
+    same(parameters, same_parameters, rtol=0, atol=0)
+    assert best_step(tmp_path / "branch") == best_step(tmp_path / "whole") == 1
+
+    # the other run found a better one since: its best is not the one of before checkpoint 2
+    state = tmp_path / "whole" / "best" / "trainer_state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"best": {"later": 1.0}}))
+    assert not caplog.messages
+    run(tmp_path / "other", **resume)
+    assert "the best is chosen anew from here on" in caplog.text
+    assert best_step(tmp_path / "other") == 3
+
+
+def best_step(run_dir):
+    return json.loads((run_dir / "best" / "trainer_state.json").read_text())["step"]
+
+
 def test_full_weights_train_without_the_token_table(tmp_path):
     _, parameters = run(tmp_path, use_lora=False, max_steps=1)
     assert not any("embed" in name or "lm_head" in name for name in parameters)
