@@ -22,6 +22,7 @@ from r2ec_fast.attention import VARLEN, VarlenLayout, register
 from r2ec_fast.modes import (
     attention_implementation,
     base_causal_lm,
+    cache_argument,
     eval_mode,
     last_layer_at,
 )
@@ -150,9 +151,9 @@ class R2ecModel(nn.Module):
             out = self._decoder(
                 input_ids=batch.input_ids[:, known:],
                 position_ids=batch.position_ids[:, known:],
-                past_key_values=prefix,
                 use_cache=prefix is not None,
                 varlen_layout=layout,
+                **{cache_argument(type(self._decoder)): prefix},
             )
         return out.last_hidden_state[0]
 
@@ -196,7 +197,10 @@ class R2ecModel(nn.Module):
             # the recomputation comes when `forward` has put the attention back
             return nullcontext(), attention_implementation(model, VARLEN)
 
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        # renamed in transformers 5.24
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": contexts})
 
     # ---- the item head --------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
-"""Put a model into another mode for a while, and back exactly as it was."""
+"""Put a model into another mode for a while, and back exactly as it was; what models differ in."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -79,6 +81,14 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@cache
+def cache_argument(kind: type[nn.Module]) -> str:
+    """What a causal LM or decoder of this class calls the cache of keys and values: ``cache`` from
+    transformers 5.24 on, ``past_key_values`` before."""
+    names = inspect.signature(kind.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def base_causal_lm(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.modes import attention_implementation, base_causal_lm, cache_argument, model_device
 from r2ec_fast.prefix import KnownPrefix
 
 
@@ -81,8 +81,8 @@ class PlainDecoder:
         out = self._model(
             input_ids=input_ids,
             position_ids=positions.expand(n, width),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(type(base_causal_lm(self._model))): self._cache},
         )
         return out.logits[:, -1]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from r2ec_fast.modes import attention_implementation, base_causal_lm, model_device
+from r2ec_fast.modes import attention_implementation, base_causal_lm, cache_argument, model_device
 from r2ec_fast.prefix import KnownPrefix
 from r2ec_fast.rollout import shared_attention
 from r2ec_fast.rollout.shared_cache import SharedPromptCache
@@ -84,9 +84,9 @@ class SharedPromptDecoder:
         out = self._model(
             input_ids=input_ids,
             position_ids=position_ids,
-            past_key_values=self._cache,
             rollout_cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(type(base_causal_lm(self._model))): self._cache},
         )
         return out.logits[:, -1]
