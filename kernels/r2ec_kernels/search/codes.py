@@ -6,10 +6,14 @@ spends its bits on what differs between rows. Kept beside the code: the norm of 
 (``residual``) and of what it holds (``size``). With q' the query as the product uses it,
 
     |q.(y - m) - q'.code| <= |q| residual + |q - q'| size + (error of the product) |q'| size.
+
+A product that returns bfloat16 rounds a finished float32 sum: that error is relative to the score,
+which is far below |q'| size, and is bounded by the largest score of a block.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +24,7 @@ from .engine import GROUP, Buffer, Scores, whole_groups
 
 DIM_MULTIPLE = 64  # columns of a code, beside GROUP rows; padded with zeros
 _BF16_UNIT = 2.0**-9
+_TILE = 16  # columns of an AMX tile
 _TINY = 2.0**-100  # relative to size: products that leave float32's normal range
 _UP = 1.0 + 2.0**-20  # a float64 bound stays one after rounding to float32
 
@@ -44,7 +49,8 @@ class Product:
         prepare: float64 queries [B, d padded] -> Operand.
         run: (codes, start, stop, Operand, Buffer) -> float32 [stop - start, B], in the buffer or
             memory of its own; ``start`` a multiple of ``block``, ``stop`` of GROUP.
-        unit: relative error of the product beyond the accumulation of its d terms.
+        unit: error of the product relative to |q'| size, beyond the accumulation of its d terms.
+        rounding: error relative to a finished sum.
         supports: (codes, batch) -> whether torch can run it here.
         block: rows that are multiplied together.
         addition: relative error of adding one term to a float32 sum.
@@ -57,6 +63,7 @@ class Product:
     supports: Callable[[Codes, int], bool]
     block: int = GROUP
     addition: float = 2 * UNIT
+    rounding: float = 0.0
 
 
 def _round_query(dtype: torch.dtype) -> Callable[[torch.Tensor], Operand]:
@@ -99,12 +106,23 @@ def _run_widened(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> No
     torch.mm(codes.float(), operand.value.T, out=out)
 
 
+@cache
+def has_bf16_tiles() -> bool:
+    """Whether this CPU has matrix units for bfloat16 (AMX), which leave float16 far behind."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16")) and torch.backends.mkldnn.is_available()
+
+
 @_in_buffer
 def _run_bf16(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
-    if operand.value.shape[0] == 1:
-        out[:, 0] = torch.mv(codes, operand.value[0])
+    query = operand.value
+    batch = query.shape[0]
+    if codes.device.type == "cpu" and batch < _TILE and has_bf16_tiles():
+        query = torch.nn.functional.pad(query, (0, 0, 0, _TILE - batch))  # fewer take longer
+    if query.shape[0] == 1:
+        out[:, 0] = torch.mv(codes, query[0])
     else:
-        out.copy_(torch.mm(codes, operand.value.T))
+        out.copy_(torch.mm(codes, query.T)[:, :batch])
 
 
 @_in_buffer
@@ -130,11 +148,16 @@ def _anywhere(codes: Codes, batch: int) -> bool:
     return True
 
 
+def _without_tiles(codes: Codes, batch: int) -> bool:
+    return codes.device.type != "cpu" or not has_bf16_tiles()
+
+
 def _on_cpu(codes: Codes, batch: int) -> bool:
     return codes.device.type == "cpu"
 
 
-_WIDENED = Product("widened", _round_query(torch.float32), _run_widened, 0.0, _anywhere)
+_WIDENED = Product("widened", _round_query(torch.float32), _run_widened, 0.0, _without_tiles)
+_TO_BF16 = {"rounding": 2 * _BF16_UNIT}  # relative to the rounded sum, and to spare
 PRODUCTS = {
     "fp16": (
         Product(
@@ -148,11 +171,11 @@ PRODUCTS = {
         ),
     ),
     "bf16": (
-        Product("bf16", _round_query(torch.bfloat16), _run_bf16, 2 * _BF16_UNIT, _anywhere),
+        Product("bf16", _round_query(torch.bfloat16), _run_bf16, 0.0, _anywhere, **_TO_BF16),
         _WIDENED,
     ),
     "int8": (
-        Product("int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 2 * _BF16_UNIT, _on_cpu),
+        Product("int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 0.0, _on_cpu, **_TO_BF16),
         Product("int8 x 2 int8", _split_query, _run_integer, 2.0**-22, _on_cpu),
         _WIDENED,
     ),
@@ -276,6 +299,12 @@ class Limits(NamedTuple):
         )
 
 
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each column of [n, B], n a multiple of GROUP."""
+    grouped = values.unflatten(0, (GROUP, -1))  # all rows at once would not be vectorised
+    return torch.maximum(grouped.amax(0).amax(0), -grouped.amin(0).amin(0))
+
+
 class CodePass:
     """First pass over the codes in ``fields`` (see ``encode``) by one product.
 
@@ -312,7 +341,7 @@ class CodePass:
         self.typical = (norm * limits.typical_residual + self.operand.missed * size) / exact.shape[
             1
         ] ** 0.5
-        self.typical += product.unit * used * size
+        self.typical += (product.unit + product.rounding) * used * size
         if query.similarity == "l2":
             error = error + 2.0**-21 * (norm + size + residual) ** 2
         self.error = (error * _UP).float() + query.rounding_error(limits.norm * 1.001)
@@ -323,13 +352,17 @@ class CodePass:
             self.fields["code"], start, start + whole_groups(size), self.operand, self.buffer
         )
         field = {name: self.fields[name][start:stop] for name in ("scale", "half", "trusted")}
-        values[size:] = float("-inf")
         if self.limits.scaled:
             values[:size].mul_(field["scale"][:, None])
+        error = self.error
+        if self.product.rounding:
+            values[size:] = 0.0
+            error = error + self.product.rounding * _UP * _largest(values)
+        values[size:] = float("-inf")
         if self.query.similarity == "l2":
             values[:size].sub_(field["half"][:, None])
         if self.limits.trusted:
-            return Scores(values, self.error, None)
+            return Scores(values, error, None)
         doubtful = (~field["trusted"]).nonzero()[:, 0]
         values[doubtful] = float("-inf")
-        return Scores(values, self.error, doubtful + start if doubtful.numel() else None)
+        return Scores(values, error, doubtful + start if doubtful.numel() else None)

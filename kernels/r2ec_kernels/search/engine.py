@@ -180,13 +180,16 @@ class _Pool:
 
     def add_block(self, scores: torch.Tensor, error: torch.Tensor, start: int) -> None:
         """Take the rows of a block [n, B] (n a multiple of GROUP) that meet the threshold."""
+        best = group_best(scores)
         if self.fresh:
             fresh = torch.isinf(self.threshold) & ~self.failed
             self.fresh = bool(fresh.any())
-            self.raise_threshold(scores, error, fresh.nonzero()[:, 0])
+            # maxima of groups are scores too, and few; the k best of a block rarely share a group
+            few = best if best.shape[0] >= self.k else scores
+            self.raise_threshold(few, error, fresh.nonzero()[:, 0])
         # Above -inf, so that masked rows never pass.
         cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
-        opened = (group_best(scores) >= cut).T.nonzero(as_tuple=True)
+        opened = (best >= cut).T.nonzero(as_tuple=True)
         if not opened[0].numel():
             return
         self.opened += opened[0].numel()
@@ -293,7 +296,7 @@ def _scan(
     pool = _Pool(batch, k, device)
     height = -(-max(scan.height, 2 * k) // scan.height) * scan.height
     untrusted = []
-    for start in visiting_order(table.rows.shape[0], height):
+    for number, start in enumerate(visiting_order(table.rows.shape[0], height), start=1):
         stop = min(start + height, table.rows.shape[0])
         scores, error, doubtful = scan.score(start, stop)
         excluded.mask(start, stop, scores, float("-inf"))
@@ -304,6 +307,8 @@ def _scan(
                 nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
                 return nothing, everyone, 0, pool.opened
         pool.add_block(scores, error, start)
+        if number & (number - 1) == 0:  # after 1, 2, 4, 8 ... blocks: each time twice as many rows
+            pool.compact()
     pool.compact()
     rows = pool.rows[:, : max(1, int(pool.fill.max()))]
     valid = torch.arange(rows.shape[1], device=device) < pool.fill[:, None]

@@ -17,7 +17,7 @@ from . import files, packed
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
 from .choose import batch_class, fastest
-from .codes import PRODUCTS, CodePass, Product, measured_run
+from .codes import PRODUCTS, CodePass, Product, has_bf16_tiles, measured_run
 from .engine import GROUP, Excluded, FirstPass, SearchStats, certified_topk
 from .impl_torch import Float32Pass, block_rows
 from .locks import SharedLock
@@ -362,6 +362,8 @@ def _kinds(scan: str, device: torch.device) -> tuple[str, ...]:
             f"scan: 'fp16' needs a CPU whose torch has FBGEMM (x86), got device {device}; "
             "'bf16' runs everywhere"
         )
+    if scan == "auto" and device.type == "cpu" and has_bf16_tiles():
+        return ("bf16",)
     if scan == "auto":
         return ("fp16",) if packs else ("int8",)
     return () if scan == "none" else (scan,)
