@@ -44,9 +44,9 @@ class ItemIndex:
         similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
         temperature: positive.
         scan: "none" multiplies the rows themselves; "fp16" (CPUs with FBGEMM), "bf16" and "int8" a
-            copy of half or a quarter of a float32 table's size; "auto" keeps the fp16 copy, where
-            there is none the int8 copy, and takes, batch size by batch size, whichever product it
-            measured to be faster on this machine.
+            copy of half or a quarter of a float32 table's size; "auto" keeps the bf16 copy on CPUs
+            with matrix units (AMX), else the fp16 copy, where there is none the int8 copy, and
+            takes, batch size by batch size, whichever product it measured to be faster.
 
     Raises:
         TypeError, ValueError: wrong type, shape, range, or a value that is not finite.
