@@ -296,7 +296,9 @@ def _scan(
     pool = _Pool(batch, k, device)
     height = -(-max(scan.height, 2 * k) // scan.height) * scan.height
     untrusted = []
-    for number, start in enumerate(visiting_order(table.rows.shape[0], height), start=1):
+    for done, start in enumerate(visiting_order(table.rows.shape[0], height)):
+        if done > 1 and done & (done - 1) == 0:  # after 2, 4, 8 ... blocks: twice as many rows
+            pool.compact()
         stop = min(start + height, table.rows.shape[0])
         scores, error, doubtful = scan.score(start, stop)
         excluded.mask(start, stop, scores, float("-inf"))
@@ -307,8 +309,6 @@ def _scan(
                 nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
                 return nothing, everyone, 0, pool.opened
         pool.add_block(scores, error, start)
-        if number & (number - 1) == 0:  # after 1, 2, 4, 8 ... blocks: each time twice as many rows
-            pool.compact()
     pool.compact()
     rows = pool.rows[:, : max(1, int(pool.fill.max()))]
     valid = torch.arange(rows.shape[1], device=device) < pool.fill[:, None]

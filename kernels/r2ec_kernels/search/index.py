@@ -362,9 +362,9 @@ def _kinds(scan: str, device: torch.device) -> tuple[str, ...]:
             f"scan: 'fp16' needs a CPU whose torch has FBGEMM (x86), got device {device}; "
             "'bf16' runs everywhere"
         )
-    if scan == "auto" and device.type == "cpu" and has_bf16_tiles():
-        return ("bf16",)
     if scan == "auto":
+        if has_bf16_tiles(device):
+            return ("bf16",)
         return ("fp16",) if packs else ("int8",)
     return () if scan == "none" else (scan,)
 
