@@ -1,11 +1,14 @@
-"""Builds the C++ extension r2ec_fast._packing; R2EC_BUILD_EXTENSION=0 installs without it.
+"""Builds the C++ extensions r2ec_fast._packing and r2ec_kernels._first_pass;
+R2EC_BUILD_EXTENSION=0 installs without them.
 
 Neither torch nor anything but pybind11 and a C++17 compiler takes part. A failing build fails the
-installation: without the extension packing still works, many times slower, and that is a choice to
-make, not an accident.
+installation: without the extensions everything still works, packing and search on a CPU many times
+slower, and that is a choice to make, not an accident.
 """
 
 import os
+import sys
+from glob import glob
 
 from setuptools import setup
 
@@ -18,14 +21,25 @@ def extensions() -> list:
         return []
     from pybind11.setup_helpers import Pybind11Extension
 
+    optimise = ["-O3", "-Wall", "-Wextra"]
+    parallel = ["-fopenmp"] if sys.platform == "linux" else []
     return [
         Pybind11Extension(
             "r2ec_fast._packing",
-            ["csrc/assembler.cpp", "csrc/bindings.cpp", "csrc/packer.cpp"],
-            depends=["csrc/assembler.hpp", "csrc/packer.hpp", "csrc/parallel.hpp"],
+            sorted(glob("csrc/*.cpp")),
+            depends=glob("csrc/*.hpp"),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
-        )
+            extra_compile_args=optimise,
+        ),
+        Pybind11Extension(
+            "r2ec_kernels._first_pass",
+            sorted(glob("kernels/csrc/*.cpp")),
+            depends=glob("kernels/csrc/*.hpp"),
+            cxx_std=17,
+            # gcc's own header of AVX-512 begins with variables that it then reports
+            extra_compile_args=[*optimise, *parallel, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+            extra_link_args=parallel,
+        ),
     ]
 
 

@@ -8,11 +8,10 @@ the choice: every candidate comes with its error bound.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's cache
 _REPEATS = 3
-EXACT = "float32"  # the product of the rows themselves
 _HOPELESS = 3.0  # times the best on a small sample: not tried on a large one
 
 _timings: dict[tuple, str] = {}
@@ -29,7 +28,7 @@ def fastest(
     runs: dict[str, Callable[[int], int]],
     rows: int,
     row_bytes: int,
-    rescoring: float = 1.0,
+    weights: Mapping[str, float],
 ) -> str:
     """The name of the candidate that takes the least time per row.
 
@@ -39,24 +38,24 @@ def fastest(
             returns how many it took.
         rows: rows there are.
         row_bytes: bytes of the widest candidate's row.
-        rescoring: what codes cost more than float32 by the rows they leave to rescore, a factor.
+        weights: by name, a factor for what the rows it leaves to rescore cost beside; 1 where none.
     """
     if len(runs) == 1:
         return next(iter(runs))
     with _lock:
         if key not in _timings:
-            _timings[key] = _measure(runs, rows, row_bytes, rescoring)
+            _timings[key] = _measure(runs, rows, row_bytes, weights)
         return _timings[key]
 
 
 def _measure(
-    runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int, rescoring: float
+    runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int, weights: Mapping[str, float]
 ) -> str:
     small = {name: _seconds_per_row(run, min(rows, 128)) for name, run in runs.items()}
     limit = _HOPELESS * min(small.values())
     sample = min(rows, _SAMPLE_BYTES // row_bytes)
     large = {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}
-    return min(large, key=lambda name: large[name] * (1.0 if name == EXACT else rescoring))
+    return min(large, key=lambda name: large[name] * weights.get(name, 1.0))
 
 
 def _seconds_per_row(run: Callable[[int], int], rows: int) -> float:

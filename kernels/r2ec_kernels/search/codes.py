@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import packed
+from . import compiled, packed
 from .bounds import HUGE, UNIT, Queries
 from .engine import GROUP, Buffer, Scores, whole_groups
 
@@ -47,13 +47,15 @@ class Product:
     Attributes:
         name: for statistics and messages.
         prepare: float64 queries [B, d padded] -> Operand.
-        run: (codes, start, stop, Operand, Buffer) -> float32 [stop - start, B], in the buffer or
-            memory of its own; ``start`` a multiple of ``block``, ``stop`` of GROUP.
+        run: (codes, start, stop, Operand, Buffer) -> float32 or bfloat16 [stop - start, B], in the
+            buffer or memory of its own; ``start`` a multiple of ``block``, ``stop`` of GROUP.
         unit: error of the product relative to |q'| size, beyond the accumulation of its d terms.
         rounding: error relative to a finished sum.
-        supports: (codes, batch) -> whether torch can run it here.
+        supports: (codes, batch) -> whether it can run here.
         block: rows that are multiplied together.
         addition: relative error of adding one term to a float32 sum.
+        rescoring: what it costs more than float32 by the rows it leaves to rescore, a factor.
+        fused: whether ``compiled`` offers its scores as it makes them.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Product:
     block: int = GROUP
     addition: float = 2 * UNIT
     rounding: float = 0.0
+    rescoring: float = 1.18
+    fused: bool = False
 
 
 def _round_query(dtype: torch.dtype) -> Callable[[torch.Tensor], Operand]:
@@ -86,24 +90,21 @@ def _split_query(query: torch.Tensor) -> Operand:
     return Operand((packed, step[:, 0]), missed)
 
 
-def _in_buffer(
-    multiply: Callable[[torch.Tensor, Operand, torch.Tensor], None],
-) -> Callable[[Codes, int, int, Operand, Buffer], torch.Tensor]:
-    """A ``Product.run`` from (codes [n, d], operand, out [n, B]) -> None."""
-
-    def run(
-        codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
-    ) -> torch.Tensor:
-        out = buffer.take(stop - start)
-        multiply(codes[start:stop], operand, out)
-        return out
-
-    return run
+def _wide_query(query: torch.Tensor) -> Operand:
+    """q' = s h with int16 h, so small that a sum of products with int8 codes stays inside int32."""
+    largest = min(2**15 - 1, (2**31 - 1) // (127 * query.shape[1]))
+    step = query.abs().amax(1, keepdim=True) / largest
+    step = torch.where(step == 0, 1.0, step).float()
+    value = (query / step).round().clamp(-largest, largest)
+    missed = torch.linalg.vector_norm(query - step.double() * value, dim=1)
+    return Operand((value.to(torch.int16), step[:, 0]), missed)
 
 
-@_in_buffer
-def _run_widened(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
-    torch.mm(codes.float(), operand.value.T, out=out)
+def _run_widened(
+    codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
+    out = buffer.take(stop - start, operand.value.shape[0])
+    return torch.mm(codes[start:stop].float(), operand.value.T, out=out)
 
 
 @cache
@@ -116,29 +117,42 @@ def has_bf16_tiles(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16")) and torch.backends.mkldnn.is_available()
 
 
-@_in_buffer
-def _run_bf16(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
+def _run_bf16(
+    codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
     query = operand.value
     batch = query.shape[0]
     if batch < _TILE and has_bf16_tiles(codes.device):
         query = torch.nn.functional.pad(query, (0, 0, 0, _TILE - batch))  # fewer take longer
     if query.shape[0] == 1:
-        out[:, 0] = torch.mv(codes, query[0])
-    else:
-        out.copy_(torch.mm(codes, query.T)[:, :batch])
+        return torch.mv(codes[start:stop], query[0])[:, None]
+    out = buffer.take(stop - start, query.shape[0], torch.bfloat16)
+    return torch.mm(codes[start:stop], query.T, out=out)[:, :batch]
 
 
-@_in_buffer
-def _run_mixed(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
-    ones = torch.ones(codes.shape[0], dtype=torch.bfloat16, device=codes.device)
-    out.copy_(torch._weight_int8pack_mm(operand.value, codes, ones).T)
+def _run_mixed(
+    codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
+    ones = torch.ones(stop - start, dtype=torch.bfloat16, device=codes.device)
+    return torch._weight_int8pack_mm(operand.value, codes[start:stop], ones).float().T
 
 
-@_in_buffer
-def _run_integer(codes: torch.Tensor, operand: Operand, out: torch.Tensor) -> None:
+def _run_integer(
+    codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
     packed, step = operand.value
-    high, low = torch._int_mm(codes, packed).float().chunk(2, dim=1)
-    torch.add(high, low, alpha=1 / 254, out=out).mul_(step)
+    high, low = torch._int_mm(codes[start:stop], packed).float().chunk(2, dim=1)
+    out = buffer.take(stop - start, step.shape[0])
+    return torch.add(high, low, alpha=1 / 254, out=out).mul_(step)
+
+
+def _run_wide(
+    codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
+) -> torch.Tensor:
+    query, step = operand.value
+    out = buffer.take(stop - start, step.shape[0])
+    compiled.multiply_codes(codes[start:stop], query, step, out)
+    return out
 
 
 def _run_fbgemm(
@@ -160,6 +174,10 @@ def _on_cpu(codes: Codes, batch: int) -> bool:
     return codes.device.type == "cpu"
 
 
+def _compiled(codes: Codes, batch: int) -> bool:
+    return compiled.available(codes.device) and batch <= compiled.CODE_BATCH
+
+
 _WIDENED = Product("widened", _round_query(torch.float32), _run_widened, 0.0, _without_tiles)
 _TO_BF16 = 2 * _BF16_UNIT  # relative to the rounded sum, and to spare
 PRODUCTS = {
@@ -172,6 +190,7 @@ PRODUCTS = {
             _anywhere,
             block=packed.BLOCK,
             addition=UNIT,  # fused multiply-adds
+            rescoring=1.02,
         ),
     ),
     "bf16": (
@@ -179,6 +198,16 @@ PRODUCTS = {
         _WIDENED,
     ),
     "int8": (
+        Product(
+            "int8 x int16",
+            _wide_query,
+            _run_wide,
+            2.0**-22,  # an exact sum, three roundings
+            _compiled,
+            addition=0.0,
+            rescoring=1.3,
+            fused=True,
+        ),
         Product(
             "int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 0.0, _on_cpu, rounding=_TO_BF16
         ),
@@ -262,7 +291,7 @@ def measured_run(product: Product, codes: Codes, query: Queries) -> Callable[[in
     """A function that multiplies the first n rows of ``codes`` (or the least more that the product
     can) with a batch, for timing, and returns how many it multiplied."""
     operand = product.prepare(padded(scaled_queries(query)))
-    buffer = Buffer(query.scaled.shape[0], query.scaled.device)
+    buffer = Buffer(query.scaled.device)
 
     def run(rows: int) -> int:
         stop = min(-(-rows // product.block) * product.block, whole_groups(len(codes)))
@@ -331,7 +360,7 @@ class CodePass:
         at once."""
         self.fields, self.limits, self.product, self.query = fields, limits, product, query
         self.height = -(-height // product.block) * product.block
-        self.buffer = Buffer(query.scaled.shape[0], query.scaled.device)
+        self.buffer = Buffer(query.scaled.device)
         exact = scaled_queries(query)
         self.offset = exact @ mean  # what the mean adds to a query's raw scores (dot, cosine)
         if query.similarity == "l2":
@@ -354,9 +383,9 @@ class CodePass:
 
     def score(self, start: int, stop: int) -> Scores:
         size = stop - start
-        values = self.product.run(
-            self.fields["code"], start, start + whole_groups(size), self.operand, self.buffer
-        )
+        values = self._multiply(start, size)
+        if values.dtype != torch.float32:
+            values = self.buffer.take(*values.shape).copy_(values)
         field = {name: self.fields[name][start:stop] for name in ("scale", "half", "trusted")}
         if self.limits.scaled:
             values[:size].mul_(field["scale"][:, None])
@@ -372,3 +401,36 @@ class CodePass:
         doubtful = (~field["trusted"]).nonzero()[:, 0]
         values[doubtful] = float("-inf")
         return Scores(values, error, doubtful + start if doubtful.numel() else None)
+
+    def feed(
+        self, collector: compiled.Collector, blocks: list[tuple[int, int]]
+    ) -> torch.Tensor | None:
+        trusted = self.fields["trusted"]
+        scale = self.fields["scale"] if self.limits.scaled else None
+        half = self.fields["half"] if self.query.similarity == "l2" else None
+        doubtful = None if self.limits.trusted else (~trusted).nonzero()[:, 0]
+        if self.product.fused:
+            allowed = None if self.limits.trusted else trusted
+            collector.add_codes(
+                self.fields["code"], len(trusted), scale, half, allowed, *self.operand.value, self.error
+            )
+            return doubtful
+        for start, stop in blocks:
+            values = self._multiply(start, stop - start)
+            if not self.limits.trusted:
+                own = (doubtful >= start) & (doubtful < stop)
+                values[doubtful[own] - start] = float("-inf")
+            collector.add_products(
+                values,
+                start,
+                stop - start,
+                *(None if field is None else field[start:stop] for field in (scale, half)),
+                self.error,
+                self.product.rounding * _UP,
+            )
+        return doubtful
+
+    def _multiply(self, start: int, size: int) -> torch.Tensor:
+        """Products of the rows from ``start``, and of rows without meaning up to a whole group."""
+        stop = start + whole_groups(size)
+        return self.product.run(self.fields["code"], start, stop, self.operand, self.buffer)

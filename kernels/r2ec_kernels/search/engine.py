@@ -15,6 +15,7 @@ import torch
 
 from ..canonical import PADDING_KEY, canonical_scores, from_order_keys, order_keys
 from ..exclude import exclude_rows
+from . import compiled
 from .bounds import Queries
 
 GROUP = 32  # rows whose maximum meets the threshold first
@@ -41,16 +42,18 @@ class Scores(NamedTuple):
 
 
 class Buffer:
-    """Memory for the scores of one block after another."""
+    """Memory for the scores of one block after another, of any width and type."""
 
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self._memory = torch.empty(0, batch, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
-    def take(self, rows: int) -> torch.Tensor:
-        """float32 [rows, B], overwritten by the next call."""
-        if rows > self._memory.shape[0]:
-            self._memory = self._memory.new_empty(rows, self._memory.shape[1])
-        return self._memory[:rows]
+    def take(self, rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[rows, width], overwritten by the next call for this width and type."""
+        key = width, dtype
+        if key not in self._memory or rows > self._memory[key].shape[0]:
+            self._memory[key] = torch.empty(rows, width, dtype=dtype, device=self._device)
+        return self._memory[key][:rows]
 
 
 class FirstPass(Protocol):
@@ -62,6 +65,15 @@ class FirstPass(Protocol):
 
     def score(self, start: int, stop: int) -> Scores:
         """Raw scores of rows start..stop-1, ``start`` a multiple of ``height``."""
+        ...
+
+    def feed(
+        self, collector: compiled.Collector, blocks: list[tuple[int, int]]
+    ) -> torch.Tensor | None:
+        """Offer the scores of all blocks (start, stop), in this order or another.
+
+        Returns the doubtful rows int64 [M] of all blocks, or None. On CPUs only.
+        """
         ...
 
 
@@ -110,7 +122,8 @@ class SearchStats:
             where none ran.
         queries: B.
         candidates_per_k: rows rescored canonically for a result slot (mean; 1 is the least).
-        rescanned_groups: groups of rows opened because their maximum met the threshold.
+        rescanned_groups: groups of rows opened because their maximum met the threshold; where the
+            compiled passes run, single rows that did.
         dense_rows: queries that took the dense path.
     """
 
@@ -151,17 +164,25 @@ class Excluded:
         picked.empty = picked.rows.numel() == 0
         return picked
 
+    def pairs(self) -> torch.Tensor:
+        """int64 [E]: row * B + query of each pair."""
+        return self.rows * self.counts.numel() + self.of
+
     def holds(self, of: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """bool, the shape of ``of``: whether (of, row) is an excluded pair."""
-        count = self.counts.numel()
-        return torch.isin(rows * count + of, self.rows * count + self.of)
+        return torch.isin(rows * self.counts.numel() + of, self.pairs())
+
+
+def _pool_limit(k: int) -> int:
+    """Candidates of a query beyond which it is given up to the dense path."""
+    return 8 * k + 512
 
 
 class _Pool:
     """Rows that may still be among the best k of each query."""
 
     def __init__(self, batch: int, k: int, device: torch.device) -> None:
-        self.k, self.capacity = k, 8 * k + 512
+        self.k, self.capacity = k, _pool_limit(k)
         shape = (batch, self.capacity)
         self.lower = torch.full(shape, float("-inf"), device=device)
         self.upper = torch.full(shape, float("-inf"), device=device)
@@ -288,48 +309,76 @@ def certified_topk(
     return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense)
 
 
+class _Collected(NamedTuple):
+    """Rows that may be among the k best: [B, C], which of them count [B, C], the queries that were
+    given up [B], and how many groups or rows met a threshold."""
+
+    rows: torch.Tensor
+    valid: torch.Tensor
+    failed: torch.Tensor
+    opened: int
+
+
 def _scan(
     table: Table, scan: FirstPass, query: Queries, k: int, excluded: Excluded
 ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Keys [B, k], queries that need the dense path [B], candidates, opened groups."""
     batch, device = query.original.shape[0], query.original.device
-    pool = _Pool(batch, k, device)
     height = -(-max(scan.height, 2 * k) // scan.height) * scan.height
-    untrusted = []
-    for done, start in enumerate(visiting_order(table.rows.shape[0], height)):
-        if done > 1 and done & (done - 1) == 0:  # after 2, 4, 8 ... blocks: twice as many rows
-            pool.compact()
-        stop = min(start + height, table.rows.shape[0])
-        scores, error, doubtful = scan.score(start, stop)
-        excluded.mask(start, stop, scores, float("-inf"))
-        if doubtful is not None:
-            untrusted.append(doubtful)
-            if sum(rows.numel() for rows in untrusted) > _MAX_UNTRUSTED:
-                everyone = torch.ones(batch, dtype=torch.bool, device=device)
-                nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
-                return nothing, everyone, 0, pool.opened
-        pool.add_block(scores, error, start)
-    pool.compact()
-    rows = pool.rows[:, : max(1, int(pool.fill.max()))]
-    valid = torch.arange(rows.shape[1], device=device) < pool.fill[:, None]
-    if untrusted:
-        extra = torch.cat(untrusted).expand(batch, -1)
+    blocks = visiting_order(table.rows.shape[0], height)
+    if compiled.available(device):
+        collector = compiled.Collector(batch, k, _pool_limit(k), excluded.pairs())
+        doubtful = scan.feed(collector, blocks)
+        rows, failed, opened = collector.finish()
+        found = _Collected(rows, rows >= 0, failed, opened)
+    else:
+        found, doubtful = _collect(scan, blocks, batch, k, excluded)
+    rows, valid, failed, opened = found
+    if doubtful is not None:
+        if doubtful.numel() > _MAX_UNTRUSTED:
+            everyone = torch.ones(batch, dtype=torch.bool, device=device)
+            nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+            return nothing, everyone, 0, opened
+        extra = doubtful.expand(batch, -1)
         of = torch.arange(batch, device=device)[:, None].expand_as(extra)
         rows = torch.cat([rows, extra], 1)
         valid = torch.cat([valid, ~excluded.holds(of, extra)], 1)
     keys = _rescore(table, query, rows, valid, k)
     scores, _ = from_order_keys(keys)
     # An infinite score means that the canonical score overflowed: ties the bounds do not see.
-    failed = pool.failed | torch.isinf(scores).any(1)
-    return keys, failed, int(valid[~failed].sum()), pool.opened
+    failed = failed | torch.isinf(scores).any(1)
+    return keys, failed, int(valid[~failed].sum()), opened
 
 
-def visiting_order(num_rows: int, height: int) -> list[int]:
-    """Starts of all blocks, spread over the table by the golden ratio, so that a table sorted by
+def _collect(
+    scan: FirstPass, blocks: list[tuple[int, int]], batch: int, k: int, excluded: Excluded
+) -> tuple[_Collected, torch.Tensor | None]:
+    """The candidates of all blocks and the doubtful rows, by torch operations on any device."""
+    pool = _Pool(batch, k, excluded.counts.device)
+    untrusted: list[torch.Tensor] = []
+    for done, (start, stop) in enumerate(blocks):
+        if done > 1 and done & (done - 1) == 0:  # after 2, 4, 8 ... blocks: twice as many rows
+            pool.compact()
+        scores, error, doubtful = scan.score(start, stop)
+        excluded.mask(start, stop, scores, float("-inf"))
+        if doubtful is not None:
+            untrusted.append(doubtful)
+            if sum(rows.numel() for rows in untrusted) > _MAX_UNTRUSTED:
+                break
+        pool.add_block(scores, error, start)
+    pool.compact()
+    rows = pool.rows[:, : max(1, int(pool.fill.max()))]
+    valid = torch.arange(rows.shape[1], device=rows.device) < pool.fill[:, None]
+    found = _Collected(rows, valid, pool.failed, pool.opened)
+    return found, torch.cat(untrusted) if untrusted else None
+
+
+def visiting_order(num_rows: int, height: int) -> list[tuple[int, int]]:
+    """(start, stop) of all blocks, spread over the table by the golden ratio, so that a table sorted by
     score does not raise the threshold at every block."""
     count = -(-num_rows // height)
     order = sorted(range(count), key=lambda block: (block * 0.6180339887498949) % 1.0)
-    return [block * height for block in order]
+    return [(block * height, min((block + 1) * height, num_rows)) for block in order]
 
 
 def _rescore(

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from ..exclude import Exclude, normalize_exclude
+from . import compiled
 from .bounds import HUGE, UNIT, Queries, prepare_queries
 from .engine import GROUP, Buffer, Excluded, Scores, certified_topk, whole_groups
 from .plain import PlainTable
@@ -49,7 +50,7 @@ class Float32Pass:
         if norms is None and rows.device.type == "cpu":
             self.piece = min(self.height, max(64, _PIECE // (dim + 2 * batch)))
         self.operand = query.scaled.T.contiguous()
-        self.buffer = Buffer(batch, rows.device)
+        self.buffer = Buffer(rows.device)
         self.error = None  # of every block, where the stored norms are all trusted
         if norms is not None and norms.numel():
             low, high = (float(edge) for edge in torch.aminmax(norms))
@@ -57,17 +58,46 @@ class Float32Pass:
                 self.error = query.product_error(self._norm_bound(high))
 
     def score(self, start: int, stop: int) -> Scores:
-        query = self.query
-        values = self.buffer.take(whole_groups(stop - start))
+        values = self.buffer.take(whole_groups(stop - start), self.operand.shape[1])
         values[stop - start :] = float("-inf")
-        out = values[: stop - start]
+        error, doubtful = self._fill(start, stop, values[: stop - start])
+        return Scores(values, error, doubtful)
+
+    def feed(
+        self, collector: compiled.Collector, blocks: list[tuple[int, int]]
+    ) -> torch.Tensor | None:
+        query = self.query
+        if self._fits_compiled():
+            return collector.add_rows(
+                self.rows, query.scaled, query.norm, query.floor, query.unit, query.similarity, HUGE
+            )
+        doubtful = []
+        for start, stop in blocks:
+            values = self.buffer.take(stop - start, self.operand.shape[1])
+            error, rows = self._fill(start, stop, values)
+            collector.add_products(values, start, stop - start, None, None, error, 0.0)
+            if rows is not None:
+                doubtful.append(rows)
+        return torch.cat(doubtful) if doubtful else None
+
+    def _fits_compiled(self) -> bool:
+        rows, batch = self.rows, self.query.scaled.shape[0]
+        side_by_side = rows.shape[1] == 1 or rows.stride(1) == 1
+        return rows.dtype == torch.float32 and side_by_side and batch <= compiled.FLOAT_BATCH
+
+    def _fill(
+        self, start: int, stop: int, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write raw scores of rows start..stop-1 into ``out``; returns their error bounds and the
+        doubtful rows, whose scores are -inf."""
+        query = self.query
         norms = self._multiply(start, stop, out)
         if query.similarity == "cosine":
             out.mul_(torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None])
         elif query.similarity == "l2":
             out.sub_(0.5 * (norms * norms)[:, None])
         if self.error is not None:
-            return Scores(values, self.error, None)
+            return self.error, None
         low, high = (float(edge) for edge in torch.aminmax(norms))
         trusted = norms <= HUGE
         if query.similarity == "cosine" and low < 1 / HUGE:
@@ -78,7 +108,7 @@ class Float32Pass:
             out[doubtful] = float("-inf")
             high = float(torch.where(trusted, norms, 0.0).max())
             doubtful = doubtful + start
-        return Scores(values, query.product_error(self._norm_bound(high)), doubtful)
+        return query.product_error(self._norm_bound(high)), doubtful
 
     def _multiply(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Write products into ``out`` [stop - start, B]; returns the rows' norms."""

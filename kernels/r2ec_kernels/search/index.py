@@ -13,7 +13,7 @@ from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
 from ..reward.exact import raw_per_score
 from ..reward.impl_torch import certified_stats, float32_pass
-from . import files, packed
+from . import compiled, files, packed
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
 from .choose import batch_class, fastest
@@ -44,9 +44,10 @@ class ItemIndex:
         similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
         temperature: positive.
         scan: "none" multiplies the rows themselves; "fp16" (CPUs with FBGEMM), "bf16" and "int8" a
-            copy of half or a quarter of a float32 table's size; "auto" keeps the bf16 copy on CPUs
-            with matrix units (AMX), else the fp16 copy, where there is none the int8 copy, and
-            takes, batch size by batch size, whichever product it measured to be faster.
+            copy of half or a quarter of a float32 table's size; "auto" keeps, on CPUs, the bf16 copy
+            where there are matrix units (AMX), else the fp16 copy, and the int8 copy for few
+            queries (where the compiled passes are installed, or there is no FBGEMM); on GPUs the
+            int8 copy. It takes, batch size by batch size, the product it measured to be fastest.
 
     Raises:
         TypeError, ValueError: wrong type, shape, range, or a value that is not finite.
@@ -283,7 +284,7 @@ class ItemIndex:
     def _code_pass(self, query: Queries, kind: str, product: Product, packed_rows: int) -> CodePass:
         """packed_rows: of a block of packed codes, at most."""
         batch, storage = query.scaled.shape[0], self._storage
-        if product.block == GROUP:
+        if product.block == GROUP and not compiled.available(self.device):
             height = block_rows(self.dim, batch, self.device)
         else:  # nothing but scores to keep in a cache
             height = min(_PACKED_SCORES // batch, packed_rows)
@@ -342,8 +343,8 @@ class ItemIndex:
             runs["float32"] = lambda count: len(torch.mm(rows[:count].float(), operand))
         threads = torch.get_num_threads()
         key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), threads)
-        rescoring = 1.02 if self._kinds == ("fp16",) else 1.18
-        return products[fastest(key, runs, storage.size, 4 * self.dim, rescoring)]
+        weights = {name: product.rescoring for name, (_, product) in products.items() if product}
+        return products[fastest(key, runs, storage.size, 4 * self.dim, weights)]
 
 
 @dataclass(frozen=True)
@@ -363,9 +364,9 @@ def _kinds(scan: str, device: torch.device) -> tuple[str, ...]:
             "'bf16' runs everywhere"
         )
     if scan == "auto":
-        if has_bf16_tiles(device):
-            return ("bf16",)
-        return ("fp16",) if packs else ("int8",)
+        many = ("bf16",) if has_bf16_tiles(device) else ("fp16",) if packs else ()
+        few = ("int8",) if compiled.available(device) or not many else ()
+        return many + few
     return () if scan == "none" else (scan,)
 
 

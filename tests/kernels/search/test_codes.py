@@ -21,7 +21,7 @@ def test_a_product_rounds_finished_sums_only(product, dim, batch):
     codes = codes.clamp(-127, 127).to(torch.int8 if "int8" in product.name else torch.bfloat16)
     query = torch.randn(batch, dim // 2, generator=generator).repeat(1, 2).double()
     operand = product.prepare(query)
-    found = product.run(codes, 0, len(codes), operand, Buffer(batch, codes.device)).double()
+    found = product.run(codes, 0, len(codes), operand, Buffer(codes.device)).double()
     used = operand.value.double()
     exact = codes.double() @ used.T
     size = torch.linalg.vector_norm(codes.double(), dim=1)[:, None] * used.norm(dim=1)

@@ -1,0 +1,169 @@
+// AVX-512 (F, BW, VL): 16 float or 32 int16 lanes. Four rows at a time, so that a query's load serves
+// four products; while four rows are multiplied, the next four are fetched.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "tiles.hpp"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+
+namespace r2ec {
+
+namespace {
+
+constexpr int kRows = 4;
+
+template <typename T>
+struct FourRows {
+  const T* row[kRows];
+
+  // Rows first..first+3 of a block; beyond the last one that one again.
+  FourRows(const RowBlock<T>& block, int64_t first) {
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = first + r < block.count ? first + r : block.count - 1;
+      row[r] = block.rows + i * block.stride;
+    }
+  }
+};
+
+template <int Q>
+TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_t* queries,
+                       int64_t columns, int32_t* out, int64_t count) {
+  __m512i sum[kRows][Q];
+  for (int r = 0; r < kRows; ++r)
+    for (int q = 0; q < Q; ++q) sum[r][q] = _mm512_setzero_si512();
+  for (int64_t c = 0; c < columns; c += kCodeColumns) {
+    for (int part = 0; part < 2; ++part) {
+      const int64_t at = c + 32 * part;
+      __m512i row[kRows];
+      for (int r = 0; r < kRows; ++r)
+        row[r] = _mm512_cvtepi8_epi16(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.row[r] + at)));
+      for (int q = 0; q < Q; ++q) {
+        const __m512i query = _mm512_loadu_si512(queries + q * columns + at);
+        for (int r = 0; r < kRows; ++r)
+          sum[r][q] = _mm512_add_epi32(sum[r][q], _mm512_madd_epi16(row[r], query));
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int r = 0; r < count; ++r) out[q * kGroup + r] = _mm512_reduce_add_epi32(sum[r][q]);
+}
+
+TARGET void multiply_codes(RowBlock<int8_t> block, const int16_t* queries, int64_t num_queries,
+                           int64_t columns, int32_t* out) {
+  const int64_t ahead = kRows * block.stride;
+  for (int64_t i = 0; i < block.count; i += kRows) {
+    const FourRows<int8_t> rows(block, i);
+    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
+    int64_t q = 0;
+    for (; q + 4 <= num_queries; q += 4)
+      codes_tile<4>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+    for (; q + 2 <= num_queries; q += 2)
+      codes_tile<2>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+    if (q < num_queries)
+      codes_tile<1>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+  }
+}
+
+template <int Q, bool kSquares>
+TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float* queries,
+                        int64_t query_stride, int64_t columns, float* out, float* squares,
+                        int64_t count) {
+  __m512 sum[kRows][Q], square[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    square[r] = _mm512_setzero_ps();
+    for (int q = 0; q < Q; ++q) sum[r][q] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < columns; c += kFloatColumns) {
+    const int64_t left = columns - c;
+    const __mmask16 mask = left < kFloatColumns ? (1u << left) - 1 : 0xffff;
+    __m512 row[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      row[r] = _mm512_maskz_loadu_ps(mask, rows.row[r] + c);
+      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+      if (kSquares) square[r] = _mm512_fmadd_ps(row[r], row[r], square[r]);
+    }
+    for (int q = 0; q < Q; ++q) {
+      const __m512 query = _mm512_loadu_ps(queries + q * query_stride + c);
+      for (int r = 0; r < kRows; ++r) sum[r][q] = _mm512_fmadd_ps(row[r], query, sum[r][q]);
+    }
+  }
+  for (int r = 0; r < count; ++r) {
+    for (int q = 0; q < Q; ++q) out[q * kGroup + r] = _mm512_reduce_add_ps(sum[r][q]);
+    if (kSquares) squares[r] = _mm512_reduce_add_ps(square[r]);
+  }
+}
+
+TARGET void multiply_floats(RowBlock<float> block, const float* queries, int64_t query_stride,
+                            int64_t num_queries, int64_t columns, float* out, float* squares) {
+  const int64_t ahead = kRows * block.stride;
+  for (int64_t i = 0; i < block.count; i += kRows) {
+    const FourRows<float> rows(block, i);
+    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
+    const auto tile = [&](auto run, int64_t q) {
+      run(rows, ahead, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
+          squares + i, count);
+    };
+    int64_t q = 0;
+    if (num_queries >= 4) {
+      tile(floats_tile<4, true>, 0);
+      for (q = 4; q + 4 <= num_queries; q += 4) tile(floats_tile<4, false>, q);
+    } else {
+      tile(floats_tile<1, true>, 0);
+      q = 1;
+    }
+    for (; q < num_queries; ++q) tile(floats_tile<1, false>, q);
+  }
+}
+
+TARGET inline __m512 load(const float* values, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, values);
+}
+TARGET inline __m512 load(const Bfloat16* values, __mmask16 mask) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(mask, values);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+TARGET uint32_t reach_one(const float* products, int64_t count, Finish finish, float need,
+                          float relative) {
+  const __m512 growth = _mm512_set1_ps(relative);
+  uint32_t rows = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t left = count - i;
+    const __mmask16 mask = left < 16 ? (1u << left) - 1 : 0xffff;
+    __m512 p = load(products + i, mask), least = _mm512_set1_ps(need);
+    if (finish.scale) p = _mm512_mul_ps(p, load(finish.scale + i, mask));
+    if (finish.half) least = _mm512_add_ps(least, load(finish.half + i, mask));
+    const __m512 upper = _mm512_fmadd_ps(growth, _mm512_abs_ps(p), p);
+    rows |= static_cast<uint32_t>(_mm512_mask_cmp_ps_mask(mask, upper, least, _CMP_GE_OQ)) << i;
+  }
+  return rows;
+}
+
+template <typename T>
+TARGET uint32_t reach_many(const T* products, int64_t count, float scale, float half,
+                           const float* need, float relative) {
+  const __m512 growth = _mm512_set1_ps(relative);
+  const __m512 factor = _mm512_set1_ps(scale), less = _mm512_set1_ps(half);
+  uint32_t queries = 0;
+  for (int64_t q = 0; q < count; q += 16) {
+    const int64_t left = count - q;
+    const __mmask16 mask = left < 16 ? (1u << left) - 1 : 0xffff;
+    const __m512 p = _mm512_mul_ps(load(products + q, mask), factor);
+    const __m512 upper = _mm512_fmadd_ps(growth, _mm512_abs_ps(p), p);
+    const __m512 least = _mm512_add_ps(load(need + q, mask), less);
+    queries |= static_cast<uint32_t>(_mm512_mask_cmp_ps_mask(mask, upper, least, _CMP_GE_OQ)) << q;
+  }
+  return queries;
+}
+
+}  // namespace
+
+extern const Tiles kAvx512Tiles = {"avx512",  multiply_codes,  multiply_floats,
+                                   reach_one, reach_many<Bfloat16>, reach_many<float>};
+
+}  // namespace r2ec
+#endif
