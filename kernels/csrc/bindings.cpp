@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -34,23 +36,142 @@ const T* optional_rows(const std::optional<Array<T>>& array, int64_t rows, const
   return array->data();
 }
 
+// Calls work(worker, i) for i in 0..count-1, in any order; rethrows what one of them threw.
+template <typename Work>
+void in_parallel(int64_t count, int64_t workers, const Work& work) {
+  std::exception_ptr thrown;
+  const auto guarded = [&](int64_t worker, int64_t i) {
+    try {
+      work(worker, i);
+    } catch (...) {
+#pragma omp critical
+      thrown = std::current_exception();
+    }
+  };
+#ifdef _OPENMP
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(workers, count)));
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) guarded(omp_get_thread_num(), i);
+#else
+  (void)workers;
+  for (int64_t i = 0; i < count; ++i) guarded(0, i);
+#endif
+  if (thrown) std::rethrow_exception(thrown);
+}
+
 // Calls work(worker, first, last) for pieces that cover 0..rows-1, in any order.
 template <typename Work>
 void by_pieces(int64_t rows, int64_t workers, const Work& work) {
-  const int64_t pieces = (rows + kPiece - 1) / kPiece;
-#ifdef _OPENMP
-  const int threads = static_cast<int>(std::min(workers, pieces));
-#pragma omp parallel for schedule(dynamic) num_threads(std::max(1, threads))
-#endif
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-#ifdef _OPENMP
-    const int64_t worker = omp_get_thread_num();
-#else
-    const int64_t worker = 0;
-#endif
+  in_parallel((rows + kPiece - 1) / kPiece, workers, [&](int64_t worker, int64_t piece) {
     work(worker, piece * kPiece, std::min(rows, (piece + 1) * kPiece));
+  });
+}
+
+Array<int64_t> to_numpy(const std::vector<int64_t>& values) {
+  return Array<int64_t>(values.size(), values.data());
+}
+
+// float32 rows [n, columns] and queries for them, as first_pass.hpp describes them.
+struct FloatArrays {
+  py::array_t<float> rows;
+  Array<float> queries, norm, floor;
+  double huge;
+  r2ec::Similarity similarity;
+
+  FloatArrays(py::array_t<float> rows, Array<float> queries, Array<float> norm, Array<float> floor,
+              const std::string& similarity, double huge)
+      : rows(rows), queries(queries), norm(norm), floor(floor), huge(huge) {
+    need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
+         "rows: expected [rows, columns] with columns side by side");
+    need(queries.ndim() == 2 && queries.shape(1) == rows.shape(1),
+         "queries: expected [queries, columns]");
+    need(norm.size() == queries.shape(0) && floor.size() == queries.shape(0),
+         "norm, floor: expected one for each query");
+    need(similarity == "dot" || similarity == "cosine" || similarity == "l2",
+         "similarity: expected dot, cosine or l2");
+    this->similarity = similarity == "dot"      ? r2ec::Similarity::kDot
+                       : similarity == "cosine" ? r2ec::Similarity::kCosine
+                                                : r2ec::Similarity::kL2;
   }
-  (void)workers;
+
+  r2ec::FloatTable table() const {
+    return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
+  }
+  r2ec::FloatOperand operand(const r2ec::Tiles& tiles, int parts) const {
+    need(parts == 2 || parts == 3, "parts: expected 2 or 3");
+    r2ec::FloatOperand made(queries.data(), queries.shape(0), queries.shape(1), parts);
+    tiles.prepare_floats(made);
+    return made;
+  }
+  r2ec::FloatQueries prepared(const r2ec::FloatOperand& operand) const {
+    return {operand, norm.data(), floor.data()};
+  }
+};
+
+const r2ec::Tiles& tiles_named(const std::string& cpu) {
+  const r2ec::Tiles* const found = cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str());
+  need(found != nullptr, "cpu: not one this machine can run");
+  return *found;
+}
+
+// (peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M], doubtful int64 [D]): what
+// `add_stats` finds in all rows, the same for any number of threads.
+py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array<float>& rounded,
+                const Array<float>& logit, const Array<double>& mass,
+                const Array<int64_t>& left_out, int64_t most_near, int parts, int64_t threads,
+                const std::string& cpu) {
+  const auto& tiles = tiles_named(cpu);
+  const int64_t num_queries = arrays.queries.shape(0), rows = arrays.rows.shape(0);
+  need(raw.size() == num_queries && rounded.size() == num_queries && logit.size() == num_queries &&
+           mass.size() == num_queries,
+       "raw, rounded, logit, mass: expected one for each query");
+  std::vector<r2ec::Target> targets;
+  r2ec::Stats empty;
+  for (int64_t q = 0; q < num_queries; ++q) {
+    targets.push_back({raw.data()[q], rounded.data()[q], logit.data()[q]});
+    empty.folds.push_back({rounded.data()[q], logit.data()[q], 0.0f, 0.0f, 0.0f, 0.0});
+  }
+  empty.ahead.resize(num_queries);
+  // Stretches of the table, however many threads there are: sums are added in one order.
+  constexpr int64_t kStretches = 64;
+  const int64_t length = std::max<int64_t>(
+      r2ec::kGroup, (rows / kStretches / r2ec::kGroup + 1) * r2ec::kGroup);
+  const int64_t stretches = (rows + length - 1) / length;
+  std::vector<r2ec::Stats> found(stretches, empty);
+  r2ec::Stats total = empty;
+  {
+    py::gil_scoped_release release;
+    const auto operand = arrays.operand(tiles, parts);
+    const auto prepared = arrays.prepared(operand);
+    const r2ec::LeftOut out = {left_out.data(), left_out.size()};
+    in_parallel(stretches, threads, [&](int64_t, int64_t stretch) {
+      r2ec::add_stats(arrays.table(), prepared, arrays.similarity, arrays.huge, targets, out, tiles,
+                      stretch * length, std::min(rows, (stretch + 1) * length), most_near,
+                      found[stretch]);
+    });
+    for (int64_t q = 0; q < num_queries; ++q) {
+      auto& sum = total.folds[q];
+      for (const auto& part : found) sum.peak = std::max(sum.peak, part.folds[q].peak);
+      sum.mass = mass.data()[q] * std::exp2(-static_cast<double>(sum.peak));
+      for (const auto& part : found) {
+        const auto& fold = part.folds[q];
+        sum.mass += fold.mass * std::exp2(static_cast<double>(fold.peak) - sum.peak);
+        total.ahead[q] += part.ahead[q];
+      }
+    }
+    for (const auto& part : found) {
+      total.near.insert(total.near.end(), part.near.begin(), part.near.end());
+      total.doubtful.insert(total.doubtful.end(), part.doubtful.begin(), part.doubtful.end());
+    }
+  }
+  Array<float> peak(num_queries);
+  Array<double> sums(num_queries);
+  for (int64_t q = 0; q < num_queries; ++q) {
+    peak.mutable_data()[q] = total.folds[q].peak;
+    sums.mutable_data()[q] = total.folds[q].mass;
+  }
+  return py::make_tuple(peak, sums, to_numpy(total.ahead), to_numpy(total.near),
+                        to_numpy(total.doubtful));
 }
 
 // A Selection with the arrays it reads.
@@ -61,9 +182,7 @@ class Collector {
       : excluded_(excluded),
         selection_(queries, k, limit, std::max<int64_t>(1, workers), excluded_.data(),
                    excluded_.size()),
-        tiles_(cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str())) {
-    need(tiles_ != nullptr, "cpu: not one this machine can run");
-  }
+        tiles_(&tiles_named(cpu)) {}
 
   void codes(const Array<int8_t>& codes, int64_t rows, const std::optional<Array<float>>& scale,
              const std::optional<Array<float>>& half, const std::optional<Array<bool>>& trusted,
@@ -85,35 +204,19 @@ class Collector {
   }
 
   // Returns the rows whose scores cannot be bounded, in any order.
-  Array<int64_t> floats(const py::array_t<float>& rows, const Array<float>& queries,
-                        const Array<float>& norm, const Array<float>& floor, double unit,
-                        const std::string& similarity, double huge) {
-    need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
-         "rows: expected [rows, columns] with columns side by side");
-    const int64_t stride = rows.strides(0) / static_cast<int64_t>(sizeof(float));
-    const int64_t columns = rows.shape(1);
-    need(queries.ndim() == 2 && queries.shape(0) == selection_.queries() &&
-             queries.shape(1) >= columns && queries.shape(1) % r2ec::kFloatColumns == 0,
-         "queries: expected [queries, columns padded to a multiple of 16]");
-    need(norm.size() == selection_.queries() && floor.size() == selection_.queries(),
-         "norm, floor: expected one for each query");
-    need(similarity == "dot" || similarity == "cosine" || similarity == "l2",
-         "similarity: expected dot, cosine or l2");
-    const auto kind = similarity == "dot"      ? r2ec::Similarity::kDot
-                      : similarity == "cosine" ? r2ec::Similarity::kCosine
-                                               : r2ec::Similarity::kL2;
-    const r2ec::FloatTable table = {rows.data(), stride, columns};
-    const r2ec::FloatQueries prepared = {queries.data(), queries.shape(1), norm.data(),
-                                         floor.data(), unit};
+  Array<int64_t> floats(const FloatArrays& arrays) {
+    need(arrays.queries.shape(0) == selection_.queries(), "queries: expected one for each");
+    const auto operand = arrays.operand(*tiles_, 2);
+    const auto prepared = arrays.prepared(operand);
     std::vector<std::vector<int64_t>> doubtful(selection_.workers());
-    run(rows.shape(0), floor, 0x1p-22f,
+    run(arrays.rows.shape(0), arrays.floor, 0x1p-22f,
         [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
-          r2ec::scan_floats(table, prepared, kind, huge, first, last, offers,
-                            doubtful[offers.worker]);
+          r2ec::scan_floats(arrays.table(), prepared, arrays.similarity, arrays.huge, first, last,
+                            offers, doubtful[offers.worker]);
         });
     std::vector<int64_t> all;
     for (const auto& own : doubtful) all.insert(all.end(), own.begin(), own.end());
-    return Array<int64_t>(all.size(), all.data());
+    return to_numpy(all);
   }
 
   // Products [rows, queries], bfloat16 as its bits or float32, or the transpose of float32
@@ -228,6 +331,14 @@ PYBIND11_MODULE(_first_pass, module) {
   module.def("cpu_kind", [] { return r2ec::best_tiles().name; });
   module.def("multiply_codes", &multiply_codes, py::arg("codes"), py::arg("queries"),
              py::arg("step"), py::arg("out"), py::arg("threads"));
+  py::class_<FloatArrays>(module, "FloatArrays")
+      .def(py::init<py::array_t<float>, Array<float>, Array<float>, Array<float>,
+                    const std::string&, double>(),
+           py::arg("rows"), py::arg("queries"), py::arg("norm"), py::arg("floor"),
+           py::arg("similarity"), py::arg("huge"));
+  module.def("stats", &stats, py::arg("arrays"), py::arg("raw"), py::arg("rounded"),
+             py::arg("logit"), py::arg("mass"), py::arg("left_out"), py::arg("most_near"),
+             py::arg("parts"), py::arg("threads"), py::arg("cpu"));
   py::class_<Collector>(module, "Collector")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Array<int64_t>, const std::string&>(),
            py::arg("queries"), py::arg("k"), py::arg("limit"), py::arg("workers"),
@@ -235,8 +346,7 @@ PYBIND11_MODULE(_first_pass, module) {
       .def("codes", &Collector::codes, py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
            py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
            py::arg("step"), py::arg("error"), py::arg("relative"))
-      .def("floats", &Collector::floats, py::arg("rows"), py::arg("queries"), py::arg("norm"),
-           py::arg("floor"), py::arg("unit"), py::arg("similarity"), py::arg("huge"))
+      .def("floats", &Collector::floats, py::arg("arrays"))
       .def("products", &Collector::products, py::arg("products"), py::arg("start"), py::arg("rows"),
            py::arg("scale").none(true), py::arg("half").none(true), py::arg("error"),
            py::arg("relative"))

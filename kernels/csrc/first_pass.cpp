@@ -56,48 +56,131 @@ void scan_codes(const CodeTable& table, const CodeQueries& queries, int64_t firs
   }
 }
 
-void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-                 double huge, int64_t first, int64_t last, const Offers& offers,
-                 std::vector<int64_t>& doubtful) {
-  const int64_t num_queries = offers.selection.queries();
-  std::vector<float> products(num_queries * kGroup);
-  float squares[kGroup], scale[kGroup], half[kGroup];
-  // Squares below float32's normal range may be lost from a norm.
-  const double lost = std::sqrt(static_cast<double>(table.columns)) * 0x1p-62;
-  for (int64_t row = first; row < last; row += kGroup) {
-    const int64_t count = std::min(kGroup, last - row);
-    offers.tiles.multiply_floats({table.rows + row * table.stride, table.stride, count},
-                                 queries.value, queries.stride, num_queries, table.columns,
-                                 products.data(), squares);
-    uint32_t allowed = ~0u;
-    double largest = 0.0;
+namespace {
+
+// Products of up to kGroup float32 rows with all queries, and how far they can be trusted.
+class FloatGroup {
+ public:
+  FloatGroup(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+             double huge, const Tiles& tiles)
+      : table_(table),
+        queries_(queries),
+        similarity_(similarity),
+        huge_(huge),
+        tiles_(tiles),
+        unit_(unit_of(similarity, queries.operand.terms)),
+        lost_(std::sqrt(static_cast<double>(table.columns)) * 0x1p-62),
+        products_(queries.operand.num_queries * kGroup) {}
+
+  // Rows whose norm is not trusted are appended to `doubtful`.
+  void multiply(int64_t row, int64_t count, std::vector<int64_t>& doubtful) {
+    float squares[kGroup];
+    tiles_.multiply_floats({table_.rows + row * table_.stride, table_.stride, count},
+                           queries_.operand, products_.data(), squares);
+    allowed_ = 0;
+    largest_ = 0.0;
     for (int64_t i = 0; i < count; ++i) {
       const double norm = std::sqrt(static_cast<double>(squares[i]));
-      scale[i] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 0.0f;
-      half[i] = 0.5f * squares[i];
-      bool trusted = norm <= huge;  // false for NaN
-      if (similarity == Similarity::kCosine && norm < 1.0 / huge) {
-        const float* values = table.rows + (row + i) * table.stride;
-        trusted = std::all_of(values, values + table.columns, [](float x) { return x == 0.0f; });
-      }
-      if (trusted) {
-        largest = std::max(largest, norm);
+      scale_[i] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 0.0f;
+      half_[i] = 0.5f * squares[i];
+      if (is_trusted(row + i, norm)) {
+        largest_ = std::max(largest_, norm);
+        allowed_ |= 1u << i;
       } else {
-        allowed &= ~(1u << i);
         doubtful.push_back(row + i);
       }
     }
-    const Finish finish = {similarity == Similarity::kCosine ? scale : nullptr,
-                           similarity == Similarity::kL2 ? half : nullptr};
-    largest = largest * 1.001 + lost;
-    for (int64_t q = 0; q < num_queries; ++q) {
-      const double norm = queries.norm[q];
-      const double size = similarity == Similarity::kCosine ? norm
-                          : similarity == Similarity::kL2   ? (norm + largest) * (norm + largest)
-                                                            : norm * largest;
-      const auto error = static_cast<float>((queries.unit * size + queries.floor[q]) * (1 + 0x1p-20));
-      offer_group(offers, q, products.data() + q * kGroup, count, finish, error, row, allowed);
+    largest_ = largest_ * 1.001 + lost_;
+  }
+
+  float* products(int64_t query) { return products_.data() + query * kGroup; }
+  Finish finish() const {
+    return {similarity_ == Similarity::kCosine ? scale_ : nullptr,
+            similarity_ == Similarity::kL2 ? half_ : nullptr};
+  }
+  uint32_t allowed() const { return allowed_; }  // bits of trusted rows
+
+  // Bound of the raw scores' errors.
+  double error(int64_t query) const {
+    const double norm = queries_.norm[query];
+    const double size = similarity_ == Similarity::kCosine ? norm
+                        : similarity_ == Similarity::kL2   ? (norm + largest_) * (norm + largest_)
+                                                           : norm * largest_;
+    return (unit_ * size + queries_.floor[query]) * (1 + 0x1p-20);
+  }
+
+ private:
+  // Canonical rounding, the norm and its reciprocal (cosine) or its square (l2) included.
+  static double unit_of(Similarity similarity, double terms) {
+    constexpr double kSafety = 1.01;  // second-order terms and float32 norms
+    const double all = similarity == Similarity::kCosine ? 1.5 * terms + 12.0 : terms + 10.0;
+    return kSafety * all * 0x1p-24;
+  }
+
+  bool is_trusted(int64_t row, double norm) const {
+    if (similarity_ == Similarity::kCosine && norm < 1.0 / huge_) {
+      const float* const values = table_.rows + row * table_.stride;
+      return std::all_of(values, values + table_.columns, [](float x) { return x == 0.0f; });
     }
+    return norm <= huge_;  // false for NaN
+  }
+
+  const FloatTable& table_;
+  const FloatQueries& queries_;
+  const Similarity similarity_;
+  const double huge_;
+  const Tiles& tiles_;
+  const double unit_;
+  const double lost_;  // squares below float32's normal range may be lost from a norm
+  std::vector<float> products_;  // [queries, kGroup]
+  float scale_[kGroup], half_[kGroup];
+  uint32_t allowed_ = 0;
+  double largest_ = 0.0;
+};
+
+}  // namespace
+
+void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+                 double huge, int64_t first, int64_t last, const Offers& offers,
+                 std::vector<int64_t>& doubtful) {
+  FloatGroup group(table, queries, similarity, huge, offers.tiles);
+  for (int64_t row = first; row < last; row += kGroup) {
+    const int64_t count = std::min(kGroup, last - row);
+    group.multiply(row, count, doubtful);
+    for (int64_t q = 0; q < offers.selection.queries(); ++q)
+      offer_group(offers, q, group.products(q), count, group.finish(),
+                  static_cast<float>(group.error(q)), row, group.allowed());
+  }
+}
+
+void add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+               double huge, const std::vector<Target>& targets, LeftOut left_out,
+               const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats) {
+  const auto num_queries = static_cast<int64_t>(targets.size());
+  FloatGroup group(table, queries, similarity, huge, tiles);
+  const int64_t* const end = left_out.pairs + left_out.count;
+  const int64_t* pair = std::lower_bound(left_out.pairs, end, first * num_queries);
+  std::vector<uint32_t> out(num_queries);  // bits of the group's rows that do not compete
+  for (int64_t row = first; row < last; row += kGroup) {
+    const int64_t count = std::min(kGroup, last - row);
+    group.multiply(row, count, stats.doubtful);
+    const int64_t* const own = pair;
+    for (; pair != end && *pair < (row + count) * num_queries; ++pair)
+      out[*pair % num_queries] |= 1u << (*pair / num_queries - row);
+    for (int64_t q = 0; q < num_queries; ++q) {
+      // both canonical roundings and that of the two limits
+      const double error = group.error(q) + std::fabs(targets[q].raw) * 0x1p-22;
+      auto& fold = stats.folds[q];
+      fold.high = static_cast<float>(targets[q].raw + error);
+      fold.low = static_cast<float>(targets[q].raw - error);
+      uint32_t near = 0;
+      stats.ahead[q] += tiles.fold(group.products(q), group.finish().scale,
+                                   group.allowed() & ~out[q], fold, near);
+      for (; near; near &= near - 1)
+        stats.near.push_back((row + __builtin_ctz(near)) * num_queries + q);
+    }
+    for (const int64_t* used = own; used != pair; ++used) out[*used % num_queries] = 0;
+    if (static_cast<int64_t>(stats.near.size()) > most_near) return;
   }
 }
 

@@ -44,14 +44,13 @@ struct FloatTable {
   int64_t stride, columns;
 };
 
-// The bound of a row's raw score is unit * size + floor[q]; size is norm[q] times the row's norm
-// (dot), norm[q] (cosine), or the square of their sum (l2). docs/search.md, section 1.
+// The bound of a row's raw score is unit * size + floor[q], the unit by the operand's terms; size is
+// norm[q] times the row's norm (dot), norm[q] (cosine), or the square of their sum (l2).
+// docs/search.md, section 1.
 struct FloatQueries {
-  const float* value;  // [queries, stride], zeros from `columns` on
-  int64_t stride;      // a multiple of kFloatColumns
+  const FloatOperand& operand;  // prepared by the tiles
   const float* norm;
   const float* floor;
-  double unit;
 };
 
 // `offers.error` is not used. Rows whose norm float32 cannot be trusted with (outside 1/huge..huge)
@@ -59,6 +58,31 @@ struct FloatQueries {
 void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
                  double huge, int64_t first, int64_t last, const Offers& offers,
                  std::vector<int64_t>& doubtful);
+
+// What a log-softmax and a rank need of each query's target.
+struct Target {
+  double raw;            // its raw score
+  float rounded, logit;  // scores s weigh exp2((s - rounded) * logit)
+};
+
+// Pairs (row * queries + query, sorted) that do not compete, among them each query and its target.
+struct LeftOut {
+  const int64_t* pairs;
+  int64_t count;
+};
+
+struct Stats {
+  std::vector<Fold> folds;      // by query: peak and mass
+  std::vector<int64_t> ahead;   // by query: rows certainly ahead of the target
+  std::vector<int64_t> near;    // row * queries + query of pairs that the bound leaves open
+  std::vector<int64_t> doubtful;  // rows whose scores cannot be bounded; they are not counted
+};
+
+// Adds rows first..last-1 to `stats`, whose `folds` begin with the targets' own terms; not for l2.
+// Stops early where more than `most_near` pairs are open.
+void add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+               double huge, const std::vector<Target>& targets, LeftOut left_out,
+               const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats);
 
 // Products of rows start.. of a table with all queries, made by a matrix library; `finish` and
 // `first`, `last` count from `start`. [rows, queries] in memory, or [queries, rows].

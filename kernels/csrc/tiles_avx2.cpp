@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "fold.hpp"
 #include "tiles.hpp"
 
 #define TARGET __attribute__((target("avx2,fma")))
@@ -113,8 +114,11 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
   }
 }
 
-TARGET void multiply_floats(RowBlock<float> block, const float* queries, int64_t query_stride,
-                            int64_t num_queries, int64_t columns, float* out, float* squares) {
+TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                            float* squares) {
+  const float* const queries = operand.values.data();
+  const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
+  const int64_t columns = operand.columns;
   const int64_t ahead = kRows * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
@@ -149,10 +153,16 @@ TARGET uint32_t reach_one(const float* products, int64_t count, Finish finish, f
   return rows;
 }
 
+TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into,
+                    uint32_t& near) {
+  return fold_group(products, scale, allowed, into, near);
+}
+
 }  // namespace
 
-extern const Tiles kAvx2Tiles = {"avx2",    multiply_codes,      multiply_floats,
-                                 reach_one, portable_reach_bf16, portable_reach_f32};
+extern const Tiles kAvx2Tiles = {
+    "avx2",    multiply_codes,      prepare_lanes<8>,   multiply_floats,
+    reach_one, portable_reach_bf16, portable_reach_f32, fold};
 
 }  // namespace r2ec
 #endif

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "fold.hpp"
 #include "tiles.hpp"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
@@ -97,8 +98,11 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
   }
 }
 
-TARGET void multiply_floats(RowBlock<float> block, const float* queries, int64_t query_stride,
-                            int64_t num_queries, int64_t columns, float* out, float* squares) {
+TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                            float* squares) {
+  const float* const queries = operand.values.data();
+  const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
+  const int64_t columns = operand.columns;
   const int64_t ahead = kRows * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
@@ -160,10 +164,30 @@ TARGET uint32_t reach_many(const T* products, int64_t count, float scale, float 
   return queries;
 }
 
+TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into,
+                    uint32_t& near) {
+  return fold_group(products, scale, allowed, into, near);
+}
+
 }  // namespace
 
-extern const Tiles kAvx512Tiles = {"avx512",  multiply_codes,  multiply_floats,
-                                   reach_one, reach_many<Bfloat16>, reach_many<float>};
+void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                            float* squares) {
+  multiply_floats(block, operand, out, squares);
+}
+
+extern const Tiles kAvx512Tiles = {
+    "avx512",  multiply_codes,       prepare_lanes<16>, multiply_floats,
+    reach_one, reach_many<Bfloat16>, reach_many<float>, fold};
+
+// All but the products of float32 rows.
+extern const Tiles kAmxTiles;
+void amx_prepare_floats(FloatOperand& operand);
+void amx_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                         float* squares);
+extern const Tiles kAmxTiles = {
+    "amx",     multiply_codes,       amx_prepare_floats, amx_multiply_floats,
+    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold};
 
 }  // namespace r2ec
 #endif

@@ -1,8 +1,10 @@
 // Plain C++ for any CPU, and the choice among the kinds.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 
+#include "fold.hpp"
 #include "tiles.hpp"
 
 namespace r2ec {
@@ -22,13 +24,14 @@ void multiply_codes(RowBlock<int8_t> block, const int16_t* queries, int64_t num_
   }
 }
 
-void multiply_floats(RowBlock<float> block, const float* queries, int64_t query_stride,
-                     int64_t num_queries, int64_t columns, float* out, float* squares) {
+void multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                     float* squares) {
   constexpr int64_t kLanes = 8;
+  const int64_t columns = operand.columns;
   for (int64_t i = 0; i < block.count; ++i) {
     const float* row = block.rows + i * block.stride;
-    for (int64_t q = -1; q < num_queries; ++q) {
-      const float* other = q < 0 ? row : queries + q * query_stride;
+    for (int64_t q = -1; q < operand.num_queries; ++q) {
+      const float* other = q < 0 ? row : operand.values.data() + q * operand.stride;
       float lanes[kLanes] = {};
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes)
@@ -63,7 +66,21 @@ uint32_t reach_many(const T* products, int64_t count, float scale, float half, c
   return queries;
 }
 
+int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into, uint32_t& near) {
+  return fold_group(products, scale, allowed, into, near);
+}
+
 }  // namespace
+
+FloatOperand::FloatOperand(const float* queries, int64_t num_queries, int64_t columns, int parts)
+    : num_queries(num_queries),
+      columns(columns),
+      stride((columns + kFloatColumns - 1) / kFloatColumns * kFloatColumns),
+      values(num_queries * stride, 0.0f),
+      parts(parts) {
+  for (int64_t q = 0; q < num_queries; ++q)
+    std::copy(queries + q * columns, queries + (q + 1) * columns, values.begin() + q * stride);
+}
 
 uint32_t portable_reach_bf16(const Bfloat16* products, int64_t count, float scale, float half,
                              const float* need, float relative) {
@@ -74,8 +91,9 @@ uint32_t portable_reach_f32(const float* products, int64_t count, float scale, f
   return reach_many(products, count, scale, half, need, relative);
 }
 
-extern const Tiles kPortableTiles = {"portable", multiply_codes,      multiply_floats,
-                                     reach_one,  portable_reach_bf16, portable_reach_f32};
+extern const Tiles kPortableTiles = {
+    "portable", multiply_codes,      prepare_lanes<1>,   multiply_floats,
+    reach_one,  portable_reach_bf16, portable_reach_f32, fold};
 
 const Tiles* find_tiles(const char* name) {
 #if defined(__x86_64__)
@@ -83,6 +101,7 @@ const Tiles* find_tiles(const char* name) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && !std::strcmp(name, kAmxTiles.name) && has_amx()) return &kAmxTiles;
   if (avx512 && !std::strcmp(name, kAvx512Tiles.name)) return &kAvx512Tiles;
   if (avx2 && !std::strcmp(name, kAvx2Tiles.name)) return &kAvx2Tiles;
 #endif
@@ -91,7 +110,7 @@ const Tiles* find_tiles(const char* name) {
 
 const Tiles& best_tiles() {
   static const Tiles* const best = [] {
-    for (const char* name : {"avx512", "avx2"})
+    for (const char* name : {"amx", "avx512", "avx2"})
       if (const Tiles* found = find_tiles(name)) return found;
     return &kPortableTiles;
   }();

@@ -11,6 +11,7 @@ import torch
 
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
+from ..search import compiled
 from ..search.bounds import UNIT, Queries, prepare_queries
 from ..search.engine import FirstPass, Table, entries_from, group_best
 from ..search.impl_torch import Float32Pass
@@ -22,6 +23,7 @@ from .exact import LOG2_E, Origin, Pairs, count_settled, dense_stats
 # a narrower bound, for many queries and for one.
 NEAR_SHARE, NEAR_SHARE_ONE = 0.003, 0.05
 FEW_GROUPS = 8  # where an eighth of the groups reach the target, all scores are compared with it
+_MOST_NEAR = 1 << 22  # pairs that the compiled pass may leave to be settled
 SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
 
 
@@ -82,6 +84,7 @@ def certified_stats(
     targets: torch.Tensor,
     exclude_of: torch.Tensor,
     exclude_rows: torch.Tensor,
+    coarse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) of targets among the rows of a table.
 
@@ -92,6 +95,7 @@ def certified_stats(
         query: the prepared batch.
         targets: int64 [B], row positions; a target competes even where it is excluded.
         exclude_of, exclude_rows: int64 [E], queries and row positions that do not compete.
+        coarse: as for ``compiled.stats``.
     """
     batch, device = query.original.shape[0], query.original.device
     left_out = Pairs.sort(exclude_of, exclude_rows).without(targets)
@@ -106,17 +110,59 @@ def certified_stats(
     scanned = ~dense
     if bool(scanned.any()):
         part, own = query[scanned], (target[scanned], targets[scanned])
+        found = None
         for position, first_pass in enumerate(passes, start=1):
-            scan = _Scan(table, first_pass(part), part, *own, patient=position == len(passes))
-            if scan.run(left_out.pick(scanned)):
-                rank[scanned], log_prob[scanned] = scan.rank, scan.log_prob()
+            last = position == len(passes)
+            if last:  # the rows themselves
+                found = _fused_stats(table, part, *own, left_out.pick(scanned), coarse)
+            if found is not None:
                 break
+            scan = _Scan(table, first_pass(part), part, *own, patient=last)
+            if scan.run(left_out.pick(scanned)):
+                found = scan.rank, scan.log_prob()
+                break
+        if found is not None:
+            rank[scanned], log_prob[scanned] = found
         else:
             dense[:] = True
     if bool(dense.any()):
         part = query[dense], target[dense], targets[dense], left_out.pick(dense)
         rank[dense], log_prob[dense] = dense_stats(table.rows, table.ids, *part)
     return rank, log_prob
+
+
+def _fused_stats(
+    table: Table,
+    query: Queries,
+    target: torch.Tensor,
+    targets: torch.Tensor,
+    left_out: Pairs,
+    coarse: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ranks and log-probabilities by a compiled pass over the rows; None where it does not serve."""
+    batch = targets.shape[0]
+    if not compiled.fits(table.rows, batch):
+        return None
+    origin = Origin.of(query, table.rows[targets])
+    out = left_out.adding(targets)
+    found = compiled.stats(
+        table.rows,
+        query,
+        origin.raw,
+        origin.rounded,
+        origin.logit,
+        origin.moved.exp2(),
+        out.rows * batch + out.of,
+        _MOST_NEAR,
+        coarse,
+    )
+    if found.doubtful or found.near.numel() > _MOST_NEAR:
+        return None
+    rank = 1 + found.ahead
+    near = found.near % batch, found.near // batch
+    rank += count_settled(table.rows, table.ids, query, target, targets, *near)
+    log_prob = (origin.moved - found.peak.double() - found.mass.log2()) / LOG2_E
+    return rank, log_prob.float()
 
 
 class _Scan:

@@ -25,7 +25,7 @@ def batch_class(batch: int) -> int:
 
 def fastest(
     key: tuple,
-    runs: dict[str, Callable[[int], int]],
+    runs: Mapping[str, Callable[[], Callable[[int], int]]],
     rows: int,
     row_bytes: int,
     weights: Mapping[str, float],
@@ -34,8 +34,8 @@ def fastest(
 
     Args:
         key: what a measurement may be reused for.
-        runs: by name, a function that multiplies the first n rows or more with the batch and
-            returns how many it took.
+        runs: by name, what makes a function that multiplies the first n rows or more with the
+            batch and returns how many it took.
         rows: rows there are.
         row_bytes: bytes of the widest candidate's row.
         weights: by name, a factor for what the rows it leaves to rescore cost beside; 1 where none.
@@ -44,7 +44,8 @@ def fastest(
         return next(iter(runs))
     with _lock:
         if key not in _timings:
-            _timings[key] = _measure(runs, rows, row_bytes, weights)
+            ready = {name: prepare() for name, prepare in runs.items()}
+            _timings[key] = _measure(ready, rows, row_bytes, weights)
         return _timings[key]
 
 

@@ -5,7 +5,11 @@ int8 codes with a few queries at the speed at which memory brings them. Without 
 on other devices, ``engine`` does the same in torch: results are equal, time differs.
 """
 
+from typing import NamedTuple
+
 import torch
+
+from .bounds import HUGE, Queries
 
 try:
     from .. import _first_pass
@@ -13,8 +17,8 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _first_pass = None
 
 CODE_BATCH = 16  # queries up to which int8 codes may be multiplied here; more: a matrix library
-FLOAT_BATCH = 8  # the same of float32 rows
-_FLOAT_COLUMNS = 16  # queries of a float pass are padded to a multiple
+COARSE = 2.0**-18  # typical error of a coarse product's term, relative to the term
+_FLOAT_BATCH = 8  # the same of float32 rows, without matrix units
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 
@@ -24,7 +28,7 @@ def available(device: torch.device) -> bool:
 
 
 def cpu_kind() -> str | None:
-    """"avx512", "avx2" or "portable": what the compiled passes use; None without them."""
+    """"amx", "avx512", "avx2" or "portable": what the compiled passes use; None without them."""
     return None if _first_pass is None else _first_pass.cpu_kind()
 
 
@@ -68,25 +72,12 @@ class Collector:
             _ROUNDING,
         )
 
-    def add_rows(
-        self,
-        rows: torch.Tensor,
-        queries: torch.Tensor,
-        norm: torch.Tensor,
-        floor: torch.Tensor,
-        unit: float,
-        similarity: str,
-        huge: float,
-    ) -> torch.Tensor:
-        """Offer the raw scores (``bounds``) of float32 rows [N, d] with columns side by side.
+    def add_rows(self, rows: torch.Tensor, query: Queries) -> torch.Tensor:
+        """Offer the raw scores (``bounds``) of rows [N, d] that ``fits``.
 
-        Returns the rows int64 [M] whose norms, outside 1/huge..huge, leave a score unbounded.
+        Returns the rows int64 [M] whose norms leave a score unbounded, in any order.
         """
-        padded = torch.nn.functional.pad(queries, (0, -queries.shape[1] % _FLOAT_COLUMNS))
-        doubtful = self._collector.floats(
-            _array(rows), _array(padded), _array(norm), _array(floor), unit, similarity, huge
-        )
-        return torch.from_numpy(doubtful)
+        return torch.from_numpy(self._collector.floats(_float_arrays(rows, query)))
 
     def add_products(
         self,
@@ -117,12 +108,79 @@ class Collector:
         return torch.from_numpy(rows), torch.from_numpy(failed), opened
 
 
+def fits(rows: torch.Tensor, batch: int) -> bool:
+    """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
+    library: float32 with columns side by side, and few queries unless there are matrix units."""
+    if not available(rows.device) or rows.dtype != torch.float32:
+        return False
+    side_by_side = rows.shape[1] == 1 or rows.stride(1) == 1
+    return side_by_side and (batch <= _FLOAT_BATCH or cpu_kind() == "amx")
+
+
+class Stats(NamedTuple):
+    """What a pass finds of each query: the largest logit relative to the target's (in units of log
+    2, at least 0), float32 [B]; the sum of 2^(logit - that), float64 [B]; rows certainly ahead of
+    the target, int64 [B]. ``near``: int64 [M], row * B + query of pairs to be settled.
+    ``doubtful``: whether some row's score could not be bounded; nothing counts then."""
+
+    peak: torch.Tensor
+    mass: torch.Tensor
+    ahead: torch.Tensor
+    near: torch.Tensor
+    doubtful: bool
+
+
+def stats(
+    rows: torch.Tensor,
+    query: Queries,
+    raw: torch.Tensor,
+    rounded: torch.Tensor,
+    logit: torch.Tensor,
+    mass: torch.Tensor,
+    left_out: torch.Tensor,
+    most_near: int,
+    coarse: bool,
+    cpu: str = "",
+) -> Stats:
+    """One pass over rows [N, d] that ``fits``, for dot and cosine.
+
+    The result does not depend on the number of threads.
+
+    Args:
+        raw: float64 [B], the targets' raw scores; rounded: the same in float32; logit: float32 [B],
+            of a unit of raw score, in units of log 2.
+        mass: float64 [B], the targets' own terms.
+        left_out: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
+        most_near: open pairs of a sixty-fourth of the table at which it stops: ``near`` is then
+            longer than this, and nothing counts.
+        coarse: matrix units may leave out up to 3 ``COARSE`` of |query| |row| in a score; else they take
+            twice the products and leave out as little as float32 does.
+    """
+    pairs = left_out.sort().values
+    arrays = map(_array, (raw, rounded, logit, mass, pairs))
+    peak, mass, ahead, near, doubtful = _first_pass.stats(
+        _float_arrays(rows, query),
+        *arrays,
+        most_near,
+        2 if coarse else 3,
+        torch.get_num_threads(),
+        cpu,
+    )
+    peak, mass, ahead, near = map(torch.from_numpy, (peak, mass, ahead, near))
+    return Stats(peak, mass, ahead, near, len(doubtful) > 0)
+
+
 def multiply_codes(
     codes: torch.Tensor, queries: torch.Tensor, step: torch.Tensor, out: torch.Tensor
 ) -> None:
     """out [n, B] = step * codes int8 [n, d] . queries int16 [B, d]; see ``Collector.add_codes``."""
     arrays = map(_array, (codes, queries, step, out))
     _first_pass.multiply_codes(*arrays, torch.get_num_threads())
+
+
+def _float_arrays(rows: torch.Tensor, query: Queries):
+    arrays = map(_array, (rows, query.scaled, query.norm, query.floor))
+    return _first_pass.FloatArrays(*arrays, query.similarity, HUGE)
 
 
 def _array(tensor: torch.Tensor | None):

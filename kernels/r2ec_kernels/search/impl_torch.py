@@ -66,11 +66,8 @@ class Float32Pass:
     def feed(
         self, collector: compiled.Collector, blocks: list[tuple[int, int]]
     ) -> torch.Tensor | None:
-        query = self.query
-        if self._fits_compiled():
-            return collector.add_rows(
-                self.rows, query.scaled, query.norm, query.floor, query.unit, query.similarity, HUGE
-            )
+        if compiled.fits(self.rows, self.query.scaled.shape[0]):
+            return collector.add_rows(self.rows, self.query)
         doubtful = []
         for start, stop in blocks:
             values = self.buffer.take(stop - start, self.operand.shape[1])
@@ -79,11 +76,6 @@ class Float32Pass:
             if rows is not None:
                 doubtful.append(rows)
         return torch.cat(doubtful) if doubtful else None
-
-    def _fits_compiled(self) -> bool:
-        rows, batch = self.rows, self.query.scaled.shape[0]
-        side_by_side = rows.shape[1] == 1 or rows.stride(1) == 1
-        return rows.dtype == torch.float32 and side_by_side and batch <= compiled.FLOAT_BATCH
 
     def _fill(
         self, start: int, stop: int, out: torch.Tensor

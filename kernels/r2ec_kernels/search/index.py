@@ -173,6 +173,7 @@ class ItemIndex:
                 rows,
                 excluded.of,
                 excluded.rows,
+                coarse=use_scan and self._may_be_coarse(query),
             )
         return TargetStats(rank, log_prob)
 
@@ -308,6 +309,14 @@ class ItemIndex:
             passes.insert(0, scan)
         return passes
 
+    def _may_be_coarse(self, query: Queries) -> bool:
+        """Whether the log-probabilities of a coarse compiled pass are as good as a scan's have to be."""
+        if self.similarity == "l2" or not len(self):
+            return False
+        norm = 1.0 if self.similarity == "cosine" else self._storage.live("norm").max()
+        typical = compiled.COARSE * query.norm.double() * norm / self.dim**0.5
+        return bool((typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all())
+
     def _search_triton(
         self, query: Queries, k: int, excluded: Excluded
     ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
@@ -329,22 +338,27 @@ class ItemIndex:
     def _product(self, query: Queries) -> tuple[str, Product | None]:
         """The copy and the product a search of this batch scans; ("none", None): the rows."""
         storage, batch = self._storage, query.scaled.shape[0]
-        runs: dict[str, Callable[[int], int]] = {}
+        runs: dict[str, Callable[[], Callable[[int], int]]] = {}
         products: dict[str, tuple[str, Product | None]] = {}
         for kind in self._kinds:
             codes = storage.codes(kind)
             for product in PRODUCTS[kind]:
                 if product.supports(codes, batch):
                     products[product.name] = (kind, product)
-                    runs[product.name] = measured_run(product, codes, query)
+                    runs[product.name] = partial(measured_run, product, codes, query)
         if self.scan in ("auto", "none"):
-            rows, operand = storage.live("rows"), query.scaled.T.contiguous()
             products["float32"] = ("none", None)
-            runs["float32"] = lambda count: len(torch.mm(rows[:count].float(), operand))
+            runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
         threads = torch.get_num_threads()
         key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), threads)
         weights = {name: product.rescoring for name, (_, product) in products.items() if product}
         return products[fastest(key, runs, storage.size, 4 * self.dim, weights)]
+
+
+def _measured_rows(rows: torch.Tensor, query: Queries) -> Callable[[int], int]:
+    """As ``codes.measured_run``, for the float32 product of the rows themselves."""
+    operand = query.scaled.T.contiguous()
+    return lambda count: len(torch.mm(rows[:count].float(), operand))
 
 
 @dataclass(frozen=True)

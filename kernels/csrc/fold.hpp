@@ -1,0 +1,64 @@
+// The body of Tiles::fold. Loops over kGroup elements without branches: each kind of CPU compiles it
+// to its own vectors.
+#pragma once
+
+#include "tiles.hpp"
+
+namespace r2ec {
+
+// 2^x for x <= 0 to within two rounding units; 0 below -126.
+inline __attribute__((always_inline)) float exp2_of(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x + kShift;
+  const float f = x - (shifted - kShift);  // -0.5..0.5
+  float p = 1.535336188e-4f;
+  p = p * f + 1.339887440e-3f;
+  p = p * f + 9.618437357e-3f;
+  p = p * f + 5.550332548e-2f;
+  p = p * f + 2.402264791e-1f;
+  p = p * f + 6.931472028e-1f;
+  p = p * f + 1.0f;
+  uint32_t bits, power;
+  std::memcpy(&bits, &p, sizeof bits);
+  std::memcpy(&power, &shifted, sizeof power);
+  bits += power << 23;
+  std::memcpy(&p, &bits, sizeof p);
+  return x >= -126.0f ? p : 0.0f;
+}
+
+inline __attribute__((always_inline)) int64_t fold_group(float* products, const float* scale,
+                                                         uint32_t allowed, Fold& fold,
+                                                         uint32_t& near) {
+  constexpr float kLeast = -3.0e38f;
+  float score[kGroup], other[kGroup];
+  uint32_t ahead[kGroup], close[kGroup];
+  for (int i = 0; i < kGroup; ++i) score[i] = scale ? products[i] * scale[i] : products[i];
+  for (int i = 0; i < kGroup; ++i) {
+    const uint32_t counts = (allowed >> i) & 1;
+    ahead[i] = counts & static_cast<uint32_t>(score[i] > fold.high);
+    close[i] = (counts & static_cast<uint32_t>(score[i] >= fold.low)) << i;
+    const float t = (score[i] - fold.origin) * fold.logit;
+    score[i] = counts ? t : kLeast;
+    other[i] = score[i];
+  }
+  for (int half = kGroup / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) other[i] = other[i] > other[i + half] ? other[i] : other[i + half];
+  if (other[0] > fold.peak) {
+    fold.mass *= static_cast<double>(exp2_of(fold.peak - other[0]));
+    fold.peak = other[0];
+  }
+  for (int i = 0; i < kGroup; ++i) score[i] = exp2_of(score[i] - fold.peak);
+  for (int half = kGroup / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) score[i] += score[i + half];
+  fold.mass += static_cast<double>(score[0]);
+  uint32_t count = 0, bits = 0, above = 0;
+  for (int i = 0; i < kGroup; ++i) {
+    count += ahead[i];
+    bits |= close[i];
+    above |= ahead[i] << i;
+  }
+  near = bits & ~above;
+  return count;
+}
+
+}  // namespace r2ec

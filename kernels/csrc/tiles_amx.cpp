@@ -1,0 +1,302 @@
+// AMX: products of float32 rows by matrix units for bfloat16. A number is split into bfloat16 parts,
+// x = h + m (+ l), which miss at most 2^-18 (2^-27) of it. Two parts: h h + (h m + m h), within 2^-16.4;
+// three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a tile of
+// sums; h h has its own, so that the sum of the large terms has the error of any float32 sum.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "tiles.hpp"
+
+#define TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma")))
+
+namespace r2ec {
+
+namespace {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileColumns = 32;            // bfloat16 of a tile's row
+constexpr int64_t kTile = kTileRows * kTileColumns;  // elements
+constexpr int64_t kAhead = 8;                   // rows that are fetched ahead
+constexpr int64_t kFewQueries = 5;              // fewer are multiplied without matrix units
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+
+// All tiles 16 rows of 64 bytes; puts back what was configured before, for the library that did it.
+class TileScope {
+ public:
+  TARGET TileScope() {
+    _tile_storeconfig(&before_);
+    TileConfig own = {};
+    own.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      own.bytes[tile] = 64;
+      own.rows[tile] = kTileRows;
+    }
+    _tile_loadconfig(&own);
+  }
+  TARGET ~TileScope() {
+    if (before_.palette)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  TileConfig before_;
+};
+
+int64_t chunks_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+
+TARGET inline __m512 widen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Two times 16 floats as P times 32 parts, `kTile` apart.
+template <int P>
+TARGET inline void split(__m512 first, __m512 second, uint16_t* out) {
+  for (int part = 0; part < P; ++part) {
+    const auto bits = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(out + part * kTile, bits);
+    if (part + 1 == P) break;
+    first = _mm512_sub_ps(first, widen(_mm512_castsi512_si256(bits)));
+    second = _mm512_sub_ps(second, widen(_mm512_extracti64x4_epi64(bits, 1)));
+  }
+}
+
+// Splits 16 rows into tiles [chunk][part], and takes their squared norms; beyond the block's last row
+// that one again. Four rows at a time, so that none waits for another.
+template <int P>
+TARGET void split_rows(const RowBlock<float>& block, int64_t first, int64_t columns,
+                       uint16_t* tiles, float* squares) {
+  constexpr int kRows = 4;
+  for (int64_t begin = 0; begin < kTileRows; begin += kRows) {
+    const float* rows[kRows];
+    __m512 square[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = first + begin + r;
+      rows[r] = block.rows + (i < block.count ? i : block.count - 1) * block.stride;
+      square[r] = _mm512_setzero_ps();
+    }
+    for (int64_t c = 0, chunk = 0; c < columns; c += kTileColumns, ++chunk) {
+      const int64_t left = columns - c;
+      const uint32_t mask = left < kTileColumns ? (1u << left) - 1 : ~0u;
+      uint16_t* const out = tiles + P * chunk * kTile + begin * kTileColumns;
+      for (int r = 0; r < kRows; ++r) {
+        const float* const at = rows[r] + c;
+        const __m512 a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), at);
+        const __m512 b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), at + 16);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride + 16), _MM_HINT_T0);
+        square[r] = _mm512_fmadd_ps(a, a, _mm512_fmadd_ps(b, b, square[r]));
+        split<P>(a, b, out + r * kTileColumns);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      if (first + begin + r < block.count)
+        squares[first + begin + r] = _mm512_reduce_add_ps(square[r]);
+  }
+}
+
+// 16 x 16 floats, rows to columns; row i of the result goes to out + i * stride.
+TARGET void transpose(const __m512* in, float* out, int64_t stride) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(in[i], in[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_ps(out + i * stride, _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88));
+    _mm512_storeu_ps(out + (i + 4) * stride, _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88));
+    _mm512_storeu_ps(out + (i + 8) * stride, _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd));
+    _mm512_storeu_ps(out + (i + 12) * stride, _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd));
+  }
+}
+
+// The `tiles` tiles of sums [16 rows, 16 queries], added -> out[q * kGroup + row] of `count` queries.
+TARGET void store_sums(const float* sums, int tiles, float* out, int64_t count) {
+  __m512 rows[16];
+  for (int i = 0; i < 16; ++i) {
+    rows[i] = _mm512_load_ps(sums + (tiles - 1) * 256 + 16 * i);
+    for (int tile = tiles - 2; tile >= 0; --tile)
+      rows[i] = _mm512_add_ps(_mm512_load_ps(sums + tile * 256 + 16 * i), rows[i]);
+  }
+  if (count >= 16) {
+    transpose(rows, out, kGroup);
+    return;
+  }
+  alignas(64) float turned[256];
+  transpose(rows, turned, 16);
+  for (int64_t q = 0; q < count; ++q)
+    _mm512_storeu_ps(out + q * kGroup, _mm512_load_ps(turned + 16 * q));
+}
+
+// Products of 16 rows in two parts with up to 16 (or 32) queries. Tiles (the intrinsics want their
+// numbers spelled out): 0 and 2 the sums of h h, 1 and 3 those of h m + m h; 4 and 5 the parts of the
+// rows, 6 and 7 those of 16 queries.
+template <bool kTwo>
+TARGET void multiply_two(const uint16_t* rows, const uint16_t* queries, int64_t chunks, float* out,
+                         int64_t count) {
+  alignas(64) float sums[512];
+  _tile_zero(0);
+  _tile_zero(1);
+  if (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const uint16_t* const row = rows + 2 * chunk * kTile;
+    const uint16_t* const query = queries + 2 * chunk * kTile;
+    _tile_loadd(4, row, 64);
+    _tile_loadd(5, row + kTile, 64);
+    _tile_loadd(6, query, 64);
+    _tile_loadd(7, query + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kTwo) {
+      const uint16_t* const next = query + 2 * chunks * kTile;
+      _tile_loadd(6, next, 64);
+      _tile_loadd(7, next + kTile, 64);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 5, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  store_sums(sums, 2, out, count);
+  if (kTwo) {
+    _tile_stored(2, sums, 64);
+    _tile_stored(3, sums + 256, 64);
+    store_sums(sums, 2, out + 16 * kGroup, count - 16);
+  }
+}
+
+// The same of rows in three parts with up to 16 queries. Tiles: 0 h h, 1 m h + m m, 2 l h + h l,
+// 3 h m; 4, 5 and 6 the parts of the rows, 7 one part of the queries after another.
+TARGET void multiply_three(const uint16_t* rows, const uint16_t* queries, int64_t chunks,
+                           float* out, int64_t count) {
+  alignas(64) float sums[1024];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const uint16_t* const row = rows + 3 * chunk * kTile;
+    const uint16_t* const query = queries + 3 * chunk * kTile;
+    _tile_loadd(4, row, 64);
+    _tile_loadd(5, row + kTile, 64);
+    _tile_loadd(6, row + 2 * kTile, 64);
+    _tile_loadd(7, query, 64);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_loadd(7, query + kTile, 64);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(7, query + 2 * kTile, 64);
+    _tile_dpbf16ps(2, 4, 7);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(3, sums + 256, 64);
+  _tile_stored(1, sums + 512, 64);
+  _tile_stored(2, sums + 768, 64);
+  store_sums(sums, 4, out, count);
+}
+
+}  // namespace
+
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tile = d & (1u << 24), bf16 = d & (1u << 22);
+  if (!tile || !bf16 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool convert = a & (1u << 5);  // AVX512_BF16
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return convert && granted;
+}
+
+// Tiles [16 queries][chunk][part]; two neighbouring numbers of a query lie side by side, queries
+// beyond the last are zero.
+TARGET void amx_prepare_floats(FloatOperand& operand) {
+  prepare_lanes<16>(operand);
+  if (operand.num_queries < kFewQueries) return;
+  const int64_t parts = operand.parts, chunks = chunks_of(operand.columns);
+  const int64_t groups = (operand.num_queries + 15) / 16;
+  operand.split.assign(groups * chunks * parts * kTile, 0);
+  // The sum of h h; what the parts leave out, 3 * 2^-18 or 3 * 2^-26; the small sums.
+  const auto columns = static_cast<double>(operand.columns);
+  operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 192.0 : 1.0);
+  std::vector<uint16_t> split_query(3 * kTile);
+  for (int64_t q = 0; q < operand.num_queries; ++q)
+    for (int64_t c = 0; c < operand.columns; c += kTileColumns) {
+      const float* const from = operand.values.data() + q * operand.stride + c;
+      const bool whole = c + 16 < operand.stride;
+      split<3>(_mm512_loadu_ps(from), whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(),
+               split_query.data());
+      uint16_t* const tile =
+          operand.split.data() + ((q / 16) * chunks + c / kTileColumns) * parts * kTile;
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t k = 0; k < kTileColumns; ++k)
+          tile[part * kTile + (k / 2) * kTileColumns + 2 * (q % 16) + k % 2] =
+              split_query[part * kTile + k];
+    }
+}
+
+TARGET void amx_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
+                                float* squares) {
+  if (operand.split.empty()) {
+    avx512_multiply_floats(block, operand, out, squares);
+    return;
+  }
+  const int64_t parts = operand.parts, chunks = chunks_of(operand.columns);
+  static thread_local std::vector<uint16_t> memory;
+  memory.resize(parts * chunks * kTile + 32);
+  auto* const tiles = reinterpret_cast<uint16_t*>(
+      (reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  const TileScope scope;
+  for (int64_t first = 0; first < block.count; first += kTileRows) {
+    if (parts == 2)
+      split_rows<2>(block, first, operand.columns, tiles, squares);
+    else
+      split_rows<3>(block, first, operand.columns, tiles, squares);
+    const int64_t step = parts == 2 ? 32 : 16;
+    for (int64_t q = 0; q < operand.num_queries; q += step) {
+      const uint16_t* const queries = operand.split.data() + (q / 16) * chunks * parts * kTile;
+      const int64_t count = operand.num_queries - q < step ? operand.num_queries - q : step;
+      float* const to = out + q * kGroup + first;
+      if (parts == 3)
+        multiply_three(tiles, queries, chunks, to, count);
+      else if (count > 16)
+        multiply_two<true>(tiles, queries, chunks, to, count);
+      else
+        multiply_two<false>(tiles, queries, chunks, to, count);
+    }
+  }
+}
+
+}  // namespace r2ec
+#endif
