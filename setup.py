@@ -37,7 +37,12 @@ def extensions() -> list:
             depends=glob("kernels/csrc/*.hpp"),
             cxx_std=17,
             # gcc's own header of AVX-512 begins with variables that it then reports
-            extra_compile_args=[*optimise, *parallel, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+            extra_compile_args=[
+                *optimise,
+                *parallel,
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
+            ],
             extra_link_args=parallel,
         ),
     ]

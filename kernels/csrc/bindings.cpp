@@ -294,6 +294,41 @@ class Collector {
   const r2ec::Tiles* tiles_;
 };
 
+// (products, squared norms of the rows), float64 [M].
+py::tuple pair_products(const Array<double>& queries, const py::array_t<float>& rows,
+                        const Array<int64_t>& of, const Array<int64_t>& at, int64_t threads) {
+  need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
+       "rows: expected [rows, columns] with columns side by side");
+  need(queries.ndim() == 2 && queries.shape(1) == rows.shape(1),
+       "queries: expected [queries, columns]");
+  const int64_t n = of.size(), columns = rows.shape(1);
+  need(at.size() == n, "of, at: expected one of each for a pair");
+  for (int64_t i = 0; i < n; ++i)
+    need(of.data()[i] >= 0 && of.data()[i] < queries.shape(0) && at.data()[i] >= 0 &&
+             at.data()[i] < rows.shape(0),
+         "of, at: out of range");
+  Array<double> products(n), squares(n);
+  const auto stride = rows.strides(0) / static_cast<int64_t>(sizeof(float));
+  const float* const row = rows.data();
+  const double* const query = queries.data();
+  const int64_t *const whose = of.data(), *const where = at.data();
+  double *const product = products.mutable_data(), *const square = squares.mutable_data();
+  {
+    py::gil_scoped_release release;
+    const auto& tiles = r2ec::best_tiles();
+    constexpr int64_t kPairs = 64;  // taken at a time
+    in_parallel((n + kPairs - 1) / kPairs, threads, [&](int64_t, int64_t piece) {
+      for (int64_t i = piece * kPairs; i < std::min(n, (piece + 1) * kPairs); ++i) {
+        const auto pair = tiles.multiply_pair(row + where[i] * stride,
+                                              query + whose[i] * columns, columns);
+        product[i] = pair.product;
+        square[i] = pair.square;
+      }
+    });
+  }
+  return py::make_tuple(products, squares);
+}
+
 void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
                     const Array<float>& step, py::array_t<float>& out, int64_t threads) {
   need(codes.ndim() == 2 && codes.shape(1) % r2ec::kCodeColumns == 0,
@@ -327,10 +362,12 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
 }  // namespace
 
 PYBIND11_MODULE(_first_pass, module) {
-  module.doc() = "C++ side of r2ec_kernels.search.compiled";
+  module.doc() = "C++ side of r2ec_kernels.compiled";
   module.def("cpu_kind", [] { return r2ec::best_tiles().name; });
   module.def("multiply_codes", &multiply_codes, py::arg("codes"), py::arg("queries"),
              py::arg("step"), py::arg("out"), py::arg("threads"));
+  module.def("pair_products", &pair_products, py::arg("queries"), py::arg("rows"), py::arg("of"),
+             py::arg("at"), py::arg("threads"));
   py::class_<FloatArrays>(module, "FloatArrays")
       .def(py::init<py::array_t<float>, Array<float>, Array<float>, Array<float>,
                     const std::string&, double>(),

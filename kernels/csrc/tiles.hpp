@@ -45,6 +45,11 @@ struct Fold {
   double mass;          // the sum of weights / exp2(peak)
 };
 
+// A row's product with a query, and its own square.
+struct Pair {
+  double product, square;
+};
+
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -71,6 +76,8 @@ struct Tiles {
   // Adds the scores products[i] * scale[i] (scale may be null) of the rows in the bits of `allowed`;
   // overwrites the products. `near`: rows between low and high. Returns how many are above high.
   int64_t (*fold)(float* products, const float* scale, uint32_t allowed, Fold& fold, uint32_t& near);
+  // One row and one query in float64.
+  Pair (*multiply_pair)(const float* row, const double* query, int64_t columns);
 };
 
 // A bfloat16 number as a float.

@@ -158,11 +158,16 @@ TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold&
   return fold_group(products, scale, allowed, into, near);
 }
 
+TARGET Pair multiply_pair(const float* row, const double* query, int64_t columns) {
+  return pair_of(row, query, columns);
+}
+
 }  // namespace
 
 extern const Tiles kAvx2Tiles = {
     "avx2",    multiply_codes,      prepare_lanes<8>,   multiply_floats,
-    reach_one, portable_reach_bf16, portable_reach_f32, fold};
+    reach_one, portable_reach_bf16, portable_reach_f32, fold,
+    multiply_pair};
 
 }  // namespace r2ec
 #endif

@@ -169,6 +169,10 @@ TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold&
   return fold_group(products, scale, allowed, into, near);
 }
 
+TARGET Pair multiply_pair(const float* row, const double* query, int64_t columns) {
+  return pair_of(row, query, columns);
+}
+
 }  // namespace
 
 void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
@@ -178,7 +182,8 @@ void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
 
 extern const Tiles kAvx512Tiles = {
     "avx512",  multiply_codes,       prepare_lanes<16>, multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>, fold};
+    reach_one, reach_many<Bfloat16>, reach_many<float>, fold,
+    multiply_pair};
 
 // All but the products of float32 rows.
 extern const Tiles kAmxTiles;
@@ -187,7 +192,8 @@ void amx_multiply_floats(RowBlock<float> block, const FloatOperand& operand, flo
                          float* squares);
 extern const Tiles kAmxTiles = {
     "amx",     multiply_codes,       amx_prepare_floats, amx_multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold};
+    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold,
+    multiply_pair};
 
 }  // namespace r2ec
 #endif

@@ -70,6 +70,10 @@ int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into, 
   return fold_group(products, scale, allowed, into, near);
 }
 
+Pair multiply_pair(const float* row, const double* query, int64_t columns) {
+  return pair_of(row, query, columns);
+}
+
 }  // namespace
 
 FloatOperand::FloatOperand(const float* queries, int64_t num_queries, int64_t columns, int parts)
@@ -93,7 +97,8 @@ uint32_t portable_reach_f32(const float* products, int64_t count, float scale, f
 
 extern const Tiles kPortableTiles = {
     "portable", multiply_codes,      prepare_lanes<1>,   multiply_floats,
-    reach_one,  portable_reach_bf16, portable_reach_f32, fold};
+    reach_one,  portable_reach_bf16, portable_reach_f32, fold,
+    multiply_pair};
 
 const Tiles* find_tiles(const char* name) {
 #if defined(__x86_64__)

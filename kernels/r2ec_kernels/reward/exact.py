@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..canonical import canonical_scores
+from ..canonical import canonical_scores, pair_scores
 from ..search.bounds import Queries
 
 BLOCK_ELEMENTS = 1 << 21  # of a block's rows and scores: they stay in the last-level cache
@@ -92,17 +92,10 @@ def count_settled(
     at: torch.Tensor,
 ) -> torch.Tensor:
     """How many of the pairs (query ``of``, row ``at``) are ahead of their targets, int64 [B]."""
-    ahead = torch.zeros_like(targets)
-    step = max(1, PAIR_ELEMENTS // rows.shape[1])
-    for start in range(0, of.numel(), step):
-        who, row = of[start : start + step], at[start : start + step]
-        found = canonical_scores(
-            query.original[who], rows[row][:, None], query.similarity, query.temperature
-        )[:, 0]
-        first = before(ids, row, targets[who])
-        wins = (found > target[who]) | ((found == target[who]) & first)
-        ahead.index_add_(0, who, wins.long())
-    return ahead
+    found = pair_scores(query.original, rows, of, at, query.similarity, query.temperature)
+    first = before(ids, at, targets[of])
+    wins = (found > target[of]) | ((found == target[of]) & first)
+    return torch.zeros_like(targets).index_add_(0, of, wins.long())
 
 
 def dense_stats(

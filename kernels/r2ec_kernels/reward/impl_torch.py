@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
+from .. import compiled
 from ..canonical import canonical_scores
 from ..exclude import exclude_rows
-from ..search import compiled
 from ..search.bounds import UNIT, Queries, prepare_queries
 from ..search.engine import FirstPass, Table, entries_from, group_best
 from ..search.impl_torch import Float32Pass

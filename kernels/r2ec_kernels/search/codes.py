@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiled, packed
+from .. import compiled
+from . import packed
 from .bounds import HUGE, UNIT, Queries
 from .engine import GROUP, Buffer, Scores, whole_groups
 
@@ -412,7 +413,13 @@ class CodePass:
         if self.product.fused:
             allowed = None if self.limits.trusted else trusted
             collector.add_codes(
-                self.fields["code"], len(trusted), scale, half, allowed, *self.operand.value, self.error
+                self.fields["code"],
+                len(trusted),
+                scale,
+                half,
+                allowed,
+                *self.operand.value,
+                self.error,
             )
             return doubtful
         for start, stop in blocks:

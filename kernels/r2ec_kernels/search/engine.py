@@ -13,15 +13,15 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..canonical import PADDING_KEY, canonical_scores, from_order_keys, order_keys
+from .. import compiled
+from ..canonical import PADDING_KEY, canonical_scores, from_order_keys, order_keys, pair_scores
 from ..exclude import exclude_rows
-from . import compiled
 from .bounds import Queries
 
 GROUP = 32  # rows whose maximum meets the threshold first
 _DENSE_SHARE = 8  # k above (rows - excluded) / 8 takes the dense path
 _DENSE_BLOCK = 4096  # rows of a dense block
-_ELEMENTS = 1 << 22  # elements of a dense or a gathered block
+_ELEMENTS = 1 << 22  # elements of a dense block
 _MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
 
 
@@ -385,21 +385,12 @@ def _rescore(
     table: Table, query: Queries, rows: torch.Tensor, valid: torch.Tensor, k: int
 ) -> torch.Tensor:
     """The k largest order keys [B, k] of candidate rows [B, C] by canonical score."""
-    batch, width = rows.shape
-    dim = query.original.shape[1]
-    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=rows.device)
-    step = max(1, _ELEMENTS // max(1, width * dim))
-    for start in range(0, batch, step):
-        part = slice(start, min(batch, start + step))
-        chosen = rows[part].masked_fill(~valid[part], 0)
-        scores = canonical_scores(
-            query.original[part], table.rows[chosen], query.similarity, query.temperature
-        )
-        ids = chosen if table.ids is None else table.ids[chosen]
-        own = order_keys(scores, ids).masked_fill(~valid[part], PADDING_KEY)
-        top = own.topk(min(k, width), dim=1).values
-        keys[part, : top.shape[1]] = top
-    return keys
+    of, place = valid.nonzero(as_tuple=True)
+    at = rows[of, place]
+    scores = pair_scores(query.original, table.rows, of, at, query.similarity, query.temperature)
+    keys = torch.full((len(rows), max(k, rows.shape[1])), PADDING_KEY, device=rows.device)
+    keys[of, place] = order_keys(scores, at if table.ids is None else table.ids[at])
+    return keys.topk(k, dim=1).values
 
 
 def dense_topk(table: Table, query: Queries, k: int, excluded: Excluded) -> torch.Tensor:

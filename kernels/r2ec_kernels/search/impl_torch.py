@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
+from .. import compiled
 from ..exclude import Exclude, normalize_exclude
-from . import compiled
 from .bounds import HUGE, UNIT, Queries, prepare_queries
 from .engine import GROUP, Buffer, Excluded, Scores, certified_topk, whole_groups
 from .plain import PlainTable

@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
-from .. import dispatch
+from .. import compiled, dispatch
 from ..dispatch import checks_enabled
 from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
 from ..reward.exact import raw_per_score
 from ..reward.impl_torch import certified_stats, float32_pass
-from . import compiled, files, packed
+from . import files, packed
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
 from .choose import batch_class, fastest

@@ -1,18 +1,19 @@
 """The compiled first passes of ``kernels/csrc``: on a CPU, scores are filtered where they are made.
 
-They replace the torch operations that follow every block of products (about 25 a block) and multiply
-int8 codes with a few queries at the speed at which memory brings them. Without the extension, and
-on other devices, ``engine`` does the same in torch: results are equal, time differs.
+They replace the torch operations that follow every block of products (about 25 a block), multiply
+int8 codes with a few queries at the speed at which memory brings them, and float32 rows by the
+matrix units of CPUs that have them. Without the extension, and on other devices, torch does the
+same: results are equal, time differs.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from .bounds import HUGE, Queries
+from .search.bounds import HUGE, Queries
 
 try:
-    from .. import _first_pass
+    from . import _first_pass
 except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _first_pass = None
 
@@ -28,7 +29,7 @@ def available(device: torch.device) -> bool:
 
 
 def cpu_kind() -> str | None:
-    """"amx", "avx512", "avx2" or "portable": what the compiled passes use; None without them."""
+    """ "amx", "avx512", "avx2" or "portable": what the compiled passes use; None without them."""
     return None if _first_pass is None else _first_pass.cpu_kind()
 
 
@@ -108,13 +109,16 @@ class Collector:
         return torch.from_numpy(rows), torch.from_numpy(failed), opened
 
 
+def reads(rows: torch.Tensor) -> bool:
+    """Whether rows [N, d] are of the kind that compiled code reads."""
+    side_by_side = rows.shape[-1] == 1 or rows.stride(-1) == 1
+    return available(rows.device) and rows.dtype == torch.float32 and side_by_side
+
+
 def fits(rows: torch.Tensor, batch: int) -> bool:
     """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
     library: float32 with columns side by side, and few queries unless there are matrix units."""
-    if not available(rows.device) or rows.dtype != torch.float32:
-        return False
-    side_by_side = rows.shape[1] == 1 or rows.stride(1) == 1
-    return side_by_side and (batch <= _FLOAT_BATCH or cpu_kind() == "amx")
+    return reads(rows) and (batch <= _FLOAT_BATCH or cpu_kind() == "amx")
 
 
 class Stats(NamedTuple):
@@ -153,8 +157,8 @@ def stats(
         left_out: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
         most_near: open pairs of a sixty-fourth of the table at which it stops: ``near`` is then
             longer than this, and nothing counts.
-        coarse: matrix units may leave out up to 3 ``COARSE`` of |query| |row| in a score; else they take
-            twice the products and leave out as little as float32 does.
+        coarse: matrix units may leave out up to 3 ``COARSE`` of |query| |row| in a score; else they
+            make twice the products and leave out as little as float32 does.
     """
     pairs = left_out.sort().values
     arrays = map(_array, (raw, rounded, logit, mass, pairs))
@@ -176,6 +180,17 @@ def multiply_codes(
     """out [n, B] = step * codes int8 [n, d] . queries int16 [B, d]; see ``Collector.add_codes``."""
     arrays = map(_array, (codes, queries, step, out))
     _first_pass.multiply_codes(*arrays, torch.get_num_threads())
+
+
+def pair_products(
+    queries: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, at: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 products [M] of queries float64 [B, d] ``of`` [M] and float32 rows [N, d] ``at`` [M],
+    columns side by side, and the rows' squared norms [M]; summed in any order."""
+    found = _first_pass.pair_products(
+        *map(_array, (queries, rows, of, at)), torch.get_num_threads()
+    )
+    return tuple(map(torch.from_numpy, found))
 
 
 def _float_arrays(rows: torch.Tensor, query: Queries):
