@@ -42,6 +42,7 @@ def extensions() -> list:
                 *parallel,
                 "-Wno-uninitialized",
                 "-Wno-maybe-uninitialized",
+                "-ffp-contract=off",  # canonical scores round every operation
             ],
             extra_link_args=parallel,
         ),

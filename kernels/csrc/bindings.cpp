@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "canonical.hpp"
 #include "first_pass.hpp"
 
 #ifdef _OPENMP
@@ -71,6 +73,19 @@ Array<int64_t> to_numpy(const std::vector<int64_t>& values) {
   return Array<int64_t>(values.size(), values.data());
 }
 
+r2ec::Similarity similarity_of(const std::string& name) {
+  if (name == "dot") return r2ec::Similarity::kDot;
+  if (name == "cosine") return r2ec::Similarity::kCosine;
+  need(name == "l2", "similarity: expected dot, cosine or l2");
+  return r2ec::Similarity::kL2;
+}
+
+r2ec::FloatTable table_of(const py::array_t<float>& rows) {
+  need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
+       "rows: expected [rows, columns] with columns side by side");
+  return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
+}
+
 // float32 rows [n, columns] and queries for them, as first_pass.hpp describes them.
 struct FloatArrays {
   py::array_t<float> rows;
@@ -81,22 +96,14 @@ struct FloatArrays {
   FloatArrays(py::array_t<float> rows, Array<float> queries, Array<float> norm, Array<float> floor,
               const std::string& similarity, double huge)
       : rows(rows), queries(queries), norm(norm), floor(floor), huge(huge) {
-    need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
-         "rows: expected [rows, columns] with columns side by side");
-    need(queries.ndim() == 2 && queries.shape(1) == rows.shape(1),
+    need(queries.ndim() == 2 && queries.shape(1) == table().columns,
          "queries: expected [queries, columns]");
     need(norm.size() == queries.shape(0) && floor.size() == queries.shape(0),
          "norm, floor: expected one for each query");
-    need(similarity == "dot" || similarity == "cosine" || similarity == "l2",
-         "similarity: expected dot, cosine or l2");
-    this->similarity = similarity == "dot"      ? r2ec::Similarity::kDot
-                       : similarity == "cosine" ? r2ec::Similarity::kCosine
-                                                : r2ec::Similarity::kL2;
+    this->similarity = similarity_of(similarity);
   }
 
-  r2ec::FloatTable table() const {
-    return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
-  }
+  r2ec::FloatTable table() const { return table_of(rows); }
   r2ec::FloatOperand operand(const r2ec::Tiles& tiles, int parts) const {
     need(parts == 2 || parts == 3, "parts: expected 2 or 3");
     r2ec::FloatOperand made(queries.data(), queries.shape(0), queries.shape(1), parts);
@@ -197,7 +204,9 @@ class Collector {
     need(step.size() == selection_.queries(), "step: expected one for each query");
     const r2ec::CodeTable table = {codes.data(), columns, finish_of(scale, half, rows),
                                    optional_rows(trusted, rows, "trusted: too short")};
-    const r2ec::CodeQueries prepared = {queries.data(), step.data()};
+    r2ec::CodeOperand operand = {selection_.queries(), columns, queries.data(), {}};
+    tiles_->prepare_codes(operand);
+    const r2ec::CodeQueries prepared = {operand, step.data()};
     run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
       r2ec::scan_codes(table, prepared, first, last, offers);
     });
@@ -294,39 +303,85 @@ class Collector {
   const r2ec::Tiles* tiles_;
 };
 
-// (products, squared norms of the rows), float64 [M].
-py::tuple pair_products(const Array<double>& queries, const py::array_t<float>& rows,
-                        const Array<int64_t>& of, const Array<int64_t>& at, int64_t threads) {
-  need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
-       "rows: expected [rows, columns] with columns side by side");
-  need(queries.ndim() == 2 && queries.shape(1) == rows.shape(1),
-       "queries: expected [queries, columns]");
-  const int64_t n = of.size(), columns = rows.shape(1);
+// float32 rows [n, columns], float64 queries and how they are scored, as canonical.hpp wants them.
+struct ScoringArrays {
+  py::array_t<float> rows;
+  Array<double> queries;
+  r2ec::Similarity similarity;
+  double temperature;
+
+  ScoringArrays(py::array_t<float> rows, Array<double> queries, const std::string& similarity,
+                double temperature)
+      : rows(rows), queries(queries), similarity(similarity_of(similarity)),
+        temperature(temperature) {
+    need(queries.ndim() == 2 && queries.shape(1) == table_of(rows).columns,
+         "queries: expected [queries, columns]");
+  }
+
+  r2ec::Scoring view() const { return {table_of(rows), queries.data(), similarity, temperature}; }
+  void check_row(int64_t row) const { need(row < rows.shape(0), "rows: out of range"); }
+};
+
+// Canonical scores float32 [M] of the pairs (query `of`, row `at`).
+Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& of,
+                         const Array<int64_t>& at, int64_t threads) {
+  const int64_t n = of.size();
   need(at.size() == n, "of, at: expected one of each for a pair");
-  for (int64_t i = 0; i < n; ++i)
-    need(of.data()[i] >= 0 && of.data()[i] < queries.shape(0) && at.data()[i] >= 0 &&
-             at.data()[i] < rows.shape(0),
-         "of, at: out of range");
-  Array<double> products(n), squares(n);
-  const auto stride = rows.strides(0) / static_cast<int64_t>(sizeof(float));
-  const float* const row = rows.data();
-  const double* const query = queries.data();
   const int64_t *const whose = of.data(), *const where = at.data();
-  double *const product = products.mutable_data(), *const square = squares.mutable_data();
+  for (int64_t i = 0; i < n; ++i) {
+    need(whose[i] >= 0 && whose[i] < arrays.queries.shape(0) && where[i] >= 0, "of, at: out of range");
+    arrays.check_row(where[i]);
+  }
+  Array<float> scores(n);
+  float* const out = scores.mutable_data();
+  const auto view = arrays.view();
   {
     py::gil_scoped_release release;
-    const auto& tiles = r2ec::best_tiles();
-    constexpr int64_t kPairs = 64;  // taken at a time
+    constexpr int64_t kPairs = 32;  // taken at a time
     in_parallel((n + kPairs - 1) / kPairs, threads, [&](int64_t, int64_t piece) {
-      for (int64_t i = piece * kPairs; i < std::min(n, (piece + 1) * kPairs); ++i) {
-        const auto pair = tiles.multiply_pair(row + where[i] * stride,
-                                              query + whose[i] * columns, columns);
-        product[i] = pair.product;
-        square[i] = pair.square;
-      }
+      r2ec::Scorer scorer(view);
+      for (int64_t i = piece * kPairs; i < std::min(n, (piece + 1) * kPairs); ++i)
+        out[i] = scorer.score(whose[i], where[i]);
     });
   }
-  return py::make_tuple(products, squares);
+  return scores;
+}
+
+// Order keys int64 [queries, k] of the best candidates [queries, n] (row positions, -1 for none).
+Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<int64_t>>& ids,
+                         const Array<int64_t>& candidates, int64_t k, int64_t threads) {
+  const int64_t num_queries = arrays.queries.shape(0);
+  need(candidates.ndim() == 2 && candidates.shape(0) == num_queries,
+       "candidates: expected [queries, n]");
+  const int64_t* const id = optional_rows(ids, arrays.rows.shape(0), "ids: too short");
+  const int64_t width = candidates.shape(1);
+  for (int64_t i = 0; i < candidates.size(); ++i) arrays.check_row(candidates.data()[i]);
+  Array<int64_t> keys({num_queries, k});
+  int64_t* const out = keys.mutable_data();
+  const int64_t* const from = candidates.data();
+  const auto view = arrays.view();
+  {
+    py::gil_scoped_release release;
+    std::vector<int64_t> all(num_queries * width, r2ec::kNoKey);
+    constexpr int64_t kPairs = 16;  // taken at a time
+    const int64_t pieces = (num_queries * width + kPairs - 1) / kPairs;
+    in_parallel(pieces, threads, [&](int64_t, int64_t piece) {
+      r2ec::Scorer scorer(view);
+      const int64_t end = std::min(num_queries * width, (piece + 1) * kPairs);
+      for (int64_t i = piece * kPairs; i < end; ++i) {
+        const int64_t row = from[i];
+        if (row >= 0)
+          all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
+      }
+    });
+    in_parallel(num_queries, threads, [&](int64_t, int64_t q) {
+      int64_t* const own = all.data() + q * width;
+      const int64_t kept = std::min(k, width);
+      std::partial_sort(own, own + kept, own + width, std::greater<int64_t>());
+      std::fill(std::copy(own, own + kept, out + q * k), out + (q + 1) * k, r2ec::kNoKey);
+    });
+  }
+  return keys;
 }
 
 void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
@@ -336,12 +391,14 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
   need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) &&
            step.size() == queries.shape(0),
        "queries: expected [queries, columns] and a step for each");
-  need(out.ndim() == 2 && out.shape(0) == codes.shape(0) && out.shape(1) == queries.shape(0) &&
+  need(out.ndim() == 2 && out.shape(0) == queries.shape(0) && out.shape(1) == codes.shape(0) &&
            (out.flags() & py::array::c_style),
-       "out: expected [rows, queries]");
+       "out: expected [queries, rows]");
   const int8_t* const rows = codes.data();
   const int64_t columns = codes.shape(1), num_queries = queries.shape(0), n = codes.shape(0);
-  const int16_t* const values = queries.data();
+  const auto& tiles = r2ec::best_tiles();
+  r2ec::CodeOperand operand = {num_queries, columns, queries.data(), {}};
+  tiles.prepare_codes(operand);
   const float* const steps = step.data();
   float* const to = out.mutable_data();
   py::gil_scoped_release release;
@@ -349,12 +406,10 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
     std::vector<int32_t> sums(num_queries * r2ec::kGroup);
     for (int64_t row = first; row < last; row += r2ec::kGroup) {
       const int64_t count = std::min(r2ec::kGroup, last - row);
-      r2ec::best_tiles().multiply_codes({rows + row * columns, columns, count}, values,
-                                        num_queries, columns, sums.data());
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t q = 0; q < num_queries; ++q)
-          to[(row + i) * num_queries + q] =
-              static_cast<float>(sums[q * r2ec::kGroup + i]) * steps[q];
+      tiles.multiply_codes({rows + row * columns, columns, count}, operand, sums.data());
+      for (int64_t q = 0; q < num_queries; ++q)
+        for (int64_t i = 0; i < count; ++i)
+          to[q * n + row + i] = static_cast<float>(sums[q * r2ec::kGroup + i]) * steps[q];
     }
   });
 }
@@ -366,8 +421,13 @@ PYBIND11_MODULE(_first_pass, module) {
   module.def("cpu_kind", [] { return r2ec::best_tiles().name; });
   module.def("multiply_codes", &multiply_codes, py::arg("codes"), py::arg("queries"),
              py::arg("step"), py::arg("out"), py::arg("threads"));
-  module.def("pair_products", &pair_products, py::arg("queries"), py::arg("rows"), py::arg("of"),
-             py::arg("at"), py::arg("threads"));
+  py::class_<ScoringArrays>(module, "ScoringArrays")
+      .def(py::init<py::array_t<float>, Array<double>, const std::string&, double>(),
+           py::arg("rows"), py::arg("queries"), py::arg("similarity"), py::arg("temperature"));
+  module.def("pair_scores", &pair_scores, py::arg("arrays"), py::arg("of"), py::arg("at"),
+             py::arg("threads"));
+  module.def("best_keys", &best_keys, py::arg("arrays"), py::arg("ids").none(true),
+             py::arg("candidates"), py::arg("k"), py::arg("threads"));
   py::class_<FloatArrays>(module, "FloatArrays")
       .def(py::init<py::array_t<float>, Array<float>, Array<float>, Array<float>,
                     const std::string&, double>(),

@@ -46,7 +46,7 @@ void scan_codes(const CodeTable& table, const CodeQueries& queries, int64_t firs
       for (int64_t i = 0; i < count; ++i)
         if (!table.trusted[row + i]) allowed &= ~(1u << i);
     offers.tiles.multiply_codes({table.codes + row * table.columns, table.columns, count},
-                                queries.value, num_queries, table.columns, sums.data());
+                                queries.operand, sums.data());
     for (int64_t q = 0; q < num_queries; ++q) {
       for (int64_t i = 0; i < count; ++i)
         products[i] = static_cast<float>(sums[q * kGroup + i]) * queries.step[q];

@@ -28,9 +28,9 @@ struct CodeTable {
   const bool* trusted;  // of each row, or null: rows that are not are left out
 };
 
-// Queries as step[q] * value[q] with value int16 [queries, columns].
+// Queries as step[q] times the operand's.
 struct CodeQueries {
-  const int16_t* value;
+  const CodeOperand& operand;  // prepared by the tiles
   const float* step;
 };
 

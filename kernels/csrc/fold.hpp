@@ -1,5 +1,5 @@
-// The bodies of Tiles::fold and Tiles::multiply_pair. Loops of fixed length without branches: each kind
-// of CPU compiles them to its own vectors.
+// The body of Tiles::fold. Loops of fixed length without branches: each kind of CPU compiles them to
+// its own vectors.
 #pragma once
 
 #include "tiles.hpp"
@@ -59,30 +59,6 @@ inline __attribute__((always_inline)) int64_t fold_group(float* products, const 
   }
   near = bits & ~above;
   return count;
-}
-
-inline __attribute__((always_inline)) Pair pair_of(const float* row, const double* query,
-                                                   int64_t columns) {
-  constexpr int kLanes = 16;
-  double product[kLanes] = {}, square[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double x = row[c + lane];
-      product[lane] += x * query[c + lane];
-      square[lane] += x * x;
-    }
-  for (; c < columns; ++c) {
-    const double x = row[c];
-    product[0] += x * query[c];
-    square[0] += x * x;
-  }
-  Pair pair = {0.0, 0.0};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    pair.product += product[lane];
-    pair.square += square[lane];
-  }
-  return pair;
 }
 
 }  // namespace r2ec

@@ -25,6 +25,13 @@ struct Finish {
   const float* half;
 };
 
+// int16 queries [num_queries, columns] as `multiply_codes` of the tiles that prepared them wants them.
+struct CodeOperand {
+  int64_t num_queries, columns;  // a multiple of kCodeColumns
+  const int16_t* values;         // the caller's
+  std::vector<int8_t> split;     // two int8 parts for matrix units, where they serve; else empty
+};
+
 // Float queries [num_queries, columns] as `multiply_floats` of the tiles that prepared them wants them.
 struct FloatOperand {
   int64_t num_queries, columns;
@@ -45,21 +52,16 @@ struct Fold {
   double mass;          // the sum of weights / exp2(peak)
 };
 
-// A row's product with a query, and its own square.
-struct Pair {
-  double product, square;
-};
-
 struct Bfloat16 {
   uint16_t bits;
 };
 
 struct Tiles {
   const char* name;
-  // out[q * kGroup + i] = row i . query q, exact; columns a multiple of kCodeColumns, and
-  // |code| <= 127 with queries so small that sums stay inside int32.
-  void (*multiply_codes)(RowBlock<int8_t> block, const int16_t* queries, int64_t num_queries,
-                         int64_t columns, int32_t* out);
+  void (*prepare_codes)(CodeOperand& operand);
+  // out[q * kGroup + i] = row i . query q, exact: |code| <= 127, and queries so small that sums stay
+  // inside int32.
+  void (*multiply_codes)(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out);
   // Readies queries beyond what FloatOperand's constructor does, and sets `terms`.
   void (*prepare_floats)(FloatOperand& operand);
   // The same in float32, and squares[i] = |row i|^2.
@@ -76,8 +78,6 @@ struct Tiles {
   // Adds the scores products[i] * scale[i] (scale may be null) of the rows in the bits of `allowed`;
   // overwrites the products. `near`: rows between low and high. Returns how many are above high.
   int64_t (*fold)(float* products, const float* scale, uint32_t allowed, Fold& fold, uint32_t& near);
-  // One row and one query in float64.
-  Pair (*multiply_pair)(const float* row, const double* query, int64_t columns);
 };
 
 // A bfloat16 number as a float.
@@ -88,6 +88,8 @@ inline float to_float(Bfloat16 value) {
   return out;
 }
 inline float to_float(float value) { return value; }
+
+inline void keep_codes(CodeOperand&) {}
 
 // For products that are summed in `lanes` sums, which are then added: `lanes` a power of two.
 template <int lanes>
@@ -106,6 +108,7 @@ extern const Tiles kPortableTiles;
 #if defined(__x86_64__)
 extern const Tiles kAvx2Tiles, kAvx512Tiles, kAmxTiles;
 bool has_amx();  // and this process may use it
+void avx512_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out);
 void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
                             float* squares);
 #endif

@@ -1,4 +1,5 @@
-// AMX: products of float32 rows by matrix units for bfloat16. A number is split into bfloat16 parts,
+// AMX: products by matrix units. An int16 query is 256 high + low with int8 parts, so that products with
+// int8 codes are exact sums of two integer products. For float32 rows the units take bfloat16: a number is split into bfloat16 parts,
 // x = h + m (+ l), which miss at most 2^-18 (2^-27) of it. Two parts: h h + (h m + m h), within 2^-16.4;
 // three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a tile of
 // sums; h h has its own, so that the sum of the large terms has the error of any float32 sum.
@@ -11,7 +12,7 @@
 #include "tiles.hpp"
 
 #define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma")))
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma")))
 
 namespace r2ec {
 
@@ -21,7 +22,10 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 32;            // bfloat16 of a tile's row
 constexpr int64_t kTile = kTileRows * kTileColumns;  // elements
 constexpr int64_t kAhead = 8;                   // rows that are fetched ahead
-constexpr int64_t kFewQueries = 5;              // fewer are multiplied without matrix units
+constexpr int64_t kCodesAhead = 32;             // and of codes
+constexpr int64_t kFewQueries = 5;  // fewer are multiplied without matrix units: floats
+constexpr int64_t kFewCodeQueries = 6;  // and codes
+constexpr int64_t kCodeTile = kTileRows * kCodeColumns;  // elements
 
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
@@ -226,17 +230,87 @@ TARGET void multiply_three(const uint16_t* rows, const uint16_t* queries, int64_
   store_sums(sums, 4, out, count);
 }
 
+// Products of 16 rows of codes with up to 16 queries. Tiles: 0 and 1 the sums of the high and low parts
+// of the queries, 2 the rows, 3 and 4 the parts. Fetches the rows after them where asked to.
+template <bool kFetch>
+TARGET void multiply_code_tiles(const int8_t* rows, int64_t stride, const int8_t* queries,
+                                int64_t chunks, int32_t* out, int64_t count) {
+  alignas(64) int32_t high[256], low[256], sums[256];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int8_t* const at = rows + chunk * kCodeColumns;
+    if (kFetch)
+      for (int64_t r = kCodesAhead; r < kCodesAhead + kTileRows; ++r)
+        _mm_prefetch(reinterpret_cast<const char*>(at + r * stride), _MM_HINT_T1);
+    _tile_loadd(2, at, stride);
+    _tile_loadd(3, queries + 2 * chunk * kCodeTile, 64);
+    _tile_loadd(4, queries + (2 * chunk + 1) * kCodeTile, 64);
+    _tile_dpbssd(0, 2, 3);
+    _tile_dpbssd(1, 2, 4);
+  }
+  _tile_stored(0, high, 64);
+  _tile_stored(1, low, 64);
+  __m512 lines[16];
+  for (int i = 0; i < 16; ++i) {
+    const __m512i more = _mm512_slli_epi32(_mm512_load_si512(high + 16 * i), 8);
+    lines[i] = _mm512_castsi512_ps(_mm512_add_epi32(more, _mm512_load_si512(low + 16 * i)));
+  }
+  if (count >= 16) {
+    transpose(lines, reinterpret_cast<float*>(out), kGroup);
+    return;
+  }
+  transpose(lines, reinterpret_cast<float*>(sums), 16);
+  for (int64_t q = 0; q < count; ++q)
+    _mm512_storeu_si512(out + q * kGroup, _mm512_load_si512(sums + 16 * q));
+}
+
 }  // namespace
 
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tile = d & (1u << 24), bf16 = d & (1u << 22);
-  if (!tile || !bf16 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool tile = d & (1u << 24), bf16 = d & (1u << 22), int8 = d & (1u << 25);
+  if (!tile || !bf16 || !int8 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
   const bool convert = a & (1u << 5);  // AVX512_BF16
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return convert && granted;
+}
+
+// Tiles [16 queries][chunk][high, low]; four neighbouring numbers of a query lie side by side, queries
+// beyond the last are zero.
+void amx_prepare_codes(CodeOperand& operand) {
+  if (operand.num_queries < kFewCodeQueries) return;
+  const int64_t chunks = operand.columns / kCodeColumns;
+  operand.split.assign((operand.num_queries + 15) / 16 * chunks * 2 * kCodeTile, 0);
+  for (int64_t q = 0; q < operand.num_queries; ++q)
+    for (int64_t c = 0; c < operand.columns; ++c) {
+      const int value = operand.values[q * operand.columns + c];
+      const int high = (value + 128) >> 8, k = static_cast<int>(c % kCodeColumns);
+      int8_t* const tile =
+          operand.split.data() + ((q / 16) * chunks + c / kCodeColumns) * 2 * kCodeTile;
+      const int64_t at = (k / 4) * kCodeColumns + 4 * (q % 16) + k % 4;
+      tile[at] = static_cast<int8_t>(high);
+      tile[kCodeTile + at] = static_cast<int8_t>(value - 256 * high);
+    }
+}
+
+TARGET void amx_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
+  if (operand.split.empty() || block.count < kGroup) {
+    avx512_multiply_codes(block, operand, out);
+    return;
+  }
+  const int64_t chunks = operand.columns / kCodeColumns;
+  const TileScope scope;
+  for (int64_t first = 0; first < kGroup; first += kTileRows) {
+    const int8_t* const rows = block.rows + first * block.stride;
+    for (int64_t q = 0; q < operand.num_queries; q += 16) {
+      const auto run = q == 0 ? multiply_code_tiles<true> : multiply_code_tiles<false>;
+      run(rows, block.stride, operand.split.data() + (q / 16) * chunks * 2 * kCodeTile, chunks,
+          out + q * kGroup + first, operand.num_queries - q < 16 ? operand.num_queries - q : 16);
+    }
+  }
 }
 
 // Tiles [16 queries][chunk][part]; two neighbouring numbers of a query lie side by side, queries

@@ -12,6 +12,7 @@ namespace r2ec {
 namespace {
 
 constexpr int kRows = 4;
+constexpr int64_t kAhead = 8;  // rows that are fetched ahead
 
 template <typename T>
 struct FourRows {
@@ -71,9 +72,10 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_
     for (int r = 0; r < count; ++r) out[q * kGroup + r] = sum_of(sum[r][q]);
 }
 
-TARGET void multiply_codes(RowBlock<int8_t> block, const int16_t* queries, int64_t num_queries,
-                           int64_t columns, int32_t* out) {
-  const int64_t ahead = kRows * block.stride;
+TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
+  const int16_t* const queries = operand.values;
+  const int64_t num_queries = operand.num_queries, columns = operand.columns;
+  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<int8_t> rows(block, i);
     const int64_t count = block.count - i < kRows ? block.count - i : kRows;
@@ -119,7 +121,7 @@ TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
   const float* const queries = operand.values.data();
   const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
   const int64_t columns = operand.columns;
-  const int64_t ahead = kRows * block.stride;
+  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
     const int64_t count = block.count - i < kRows ? block.count - i : kRows;
@@ -158,16 +160,11 @@ TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold&
   return fold_group(products, scale, allowed, into, near);
 }
 
-TARGET Pair multiply_pair(const float* row, const double* query, int64_t columns) {
-  return pair_of(row, query, columns);
-}
-
 }  // namespace
 
 extern const Tiles kAvx2Tiles = {
-    "avx2",    multiply_codes,      prepare_lanes<8>,   multiply_floats,
-    reach_one, portable_reach_bf16, portable_reach_f32, fold,
-    multiply_pair};
+    "avx2", keep_codes, multiply_codes,      prepare_lanes<8>,   multiply_floats,
+    reach_one, portable_reach_bf16, portable_reach_f32, fold};
 
 }  // namespace r2ec
 #endif

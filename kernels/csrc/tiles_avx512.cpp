@@ -1,18 +1,19 @@
 // AVX-512 (F, BW, VL): 16 float or 32 int16 lanes. Four rows at a time, so that a query's load serves
-// four products; while four rows are multiplied, the next four are fetched.
+// four products; rows are fetched before their turn.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "fold.hpp"
 #include "tiles.hpp"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
 namespace r2ec {
 
 namespace {
 
 constexpr int kRows = 4;
+constexpr int64_t kAhead = 8;  // rows that are fetched ahead
 
 template <typename T>
 struct FourRows {
@@ -43,7 +44,7 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_
       for (int q = 0; q < Q; ++q) {
         const __m512i query = _mm512_loadu_si512(queries + q * columns + at);
         for (int r = 0; r < kRows; ++r)
-          sum[r][q] = _mm512_add_epi32(sum[r][q], _mm512_madd_epi16(row[r], query));
+          sum[r][q] = _mm512_dpwssd_epi32(sum[r][q], row[r], query);
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -53,9 +54,10 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_
     for (int r = 0; r < count; ++r) out[q * kGroup + r] = _mm512_reduce_add_epi32(sum[r][q]);
 }
 
-TARGET void multiply_codes(RowBlock<int8_t> block, const int16_t* queries, int64_t num_queries,
-                           int64_t columns, int32_t* out) {
-  const int64_t ahead = kRows * block.stride;
+TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
+  const int16_t* const queries = operand.values;
+  const int64_t num_queries = operand.num_queries, columns = operand.columns;
+  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<int8_t> rows(block, i);
     const int64_t count = block.count - i < kRows ? block.count - i : kRows;
@@ -103,7 +105,7 @@ TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
   const float* const queries = operand.values.data();
   const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
   const int64_t columns = operand.columns;
-  const int64_t ahead = kRows * block.stride;
+  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
     const int64_t count = block.count - i < kRows ? block.count - i : kRows;
@@ -111,15 +113,18 @@ TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
       run(rows, ahead, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
           squares + i, count);
     };
-    int64_t q = 0;
-    if (num_queries >= 4) {
-      tile(floats_tile<4, true>, 0);
-      for (q = 4; q + 4 <= num_queries; q += 4) tile(floats_tile<4, false>, q);
-    } else {
+    if (num_queries == 1) {
       tile(floats_tile<1, true>, 0);
-      q = 1;
+    } else if (num_queries == 2) {
+      tile(floats_tile<2, true>, 0);
+    } else if (num_queries == 3) {
+      tile(floats_tile<3, true>, 0);
+    } else {
+      tile(floats_tile<4, true>, 0);
+      int64_t q = 4;
+      for (; q + 4 <= num_queries; q += 4) tile(floats_tile<4, false>, q);
+      for (; q < num_queries; ++q) tile(floats_tile<1, false>, q);
     }
-    for (; q < num_queries; ++q) tile(floats_tile<1, false>, q);
   }
 }
 
@@ -169,11 +174,11 @@ TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold&
   return fold_group(products, scale, allowed, into, near);
 }
 
-TARGET Pair multiply_pair(const float* row, const double* query, int64_t columns) {
-  return pair_of(row, query, columns);
-}
-
 }  // namespace
+
+void avx512_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
+  multiply_codes(block, operand, out);
+}
 
 void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
                             float* squares) {
@@ -181,19 +186,19 @@ void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
 }
 
 extern const Tiles kAvx512Tiles = {
-    "avx512",  multiply_codes,       prepare_lanes<16>, multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>, fold,
-    multiply_pair};
+    "avx512", keep_codes, multiply_codes,       prepare_lanes<16>, multiply_floats,
+    reach_one, reach_many<Bfloat16>, reach_many<float>, fold};
 
-// All but the products of float32 rows.
+// All but the products.
 extern const Tiles kAmxTiles;
+void amx_prepare_codes(CodeOperand& operand);
+void amx_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out);
 void amx_prepare_floats(FloatOperand& operand);
 void amx_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
                          float* squares);
 extern const Tiles kAmxTiles = {
-    "amx",     multiply_codes,       amx_prepare_floats, amx_multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold,
-    multiply_pair};
+    "amx", amx_prepare_codes, amx_multiply_codes,       amx_prepare_floats, amx_multiply_floats,
+    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold};
 
 }  // namespace r2ec
 #endif

@@ -11,12 +11,12 @@ namespace r2ec {
 
 namespace {
 
-void multiply_codes(RowBlock<int8_t> block, const int16_t* queries, int64_t num_queries,
-                    int64_t columns, int32_t* out) {
+void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
+  const int64_t columns = operand.columns;
   for (int64_t i = 0; i < block.count; ++i) {
     const int8_t* row = block.rows + i * block.stride;
-    for (int64_t q = 0; q < num_queries; ++q) {
-      const int16_t* query = queries + q * columns;
+    for (int64_t q = 0; q < operand.num_queries; ++q) {
+      const int16_t* query = operand.values + q * columns;
       int32_t sum = 0;
       for (int64_t c = 0; c < columns; ++c) sum += row[c] * query[c];
       out[q * kGroup + i] = sum;
@@ -70,10 +70,6 @@ int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into, 
   return fold_group(products, scale, allowed, into, near);
 }
 
-Pair multiply_pair(const float* row, const double* query, int64_t columns) {
-  return pair_of(row, query, columns);
-}
-
 }  // namespace
 
 FloatOperand::FloatOperand(const float* queries, int64_t num_queries, int64_t columns, int parts)
@@ -96,16 +92,16 @@ uint32_t portable_reach_f32(const float* products, int64_t count, float scale, f
 }
 
 extern const Tiles kPortableTiles = {
-    "portable", multiply_codes,      prepare_lanes<1>,   multiply_floats,
-    reach_one,  portable_reach_bf16, portable_reach_f32, fold,
-    multiply_pair};
+    "portable", keep_codes, multiply_codes,      prepare_lanes<1>,   multiply_floats,
+    reach_one,  portable_reach_bf16, portable_reach_f32, fold};
 
 const Tiles* find_tiles(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
   if (avx512 && !std::strcmp(name, kAmxTiles.name) && has_amx()) return &kAmxTiles;
   if (avx512 && !std::strcmp(name, kAvx512Tiles.name)) return &kAvx512Tiles;
   if (avx2 && !std::strcmp(name, kAvx2Tiles.name)) return &kAvx2Tiles;

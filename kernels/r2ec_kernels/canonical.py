@@ -64,23 +64,15 @@ def pair_scores(
 
     Memory: the result and temporaries of bounded size.
     """
+    if compiled.reads(rows):
+        return compiled.pair_scores(queries, rows, of, at, similarity, temperature)
     out = torch.empty(of.shape, dtype=torch.float32, device=queries.device)
     step = max(1, _BLOCK // max(1, rows.shape[1]))
-    if not compiled.reads(rows):
-        for start in range(0, of.numel(), step):
-            part = slice(start, start + step)
-            own = rows[at[part]][:, None]
-            out[part] = _scores(queries[of[part]], own, similarity, temperature)[:, 0]
-        return out
-    query = queries.double()
-    dot, square = compiled.pair_products(query, rows, of, at)
-    query_norm = torch.linalg.vector_norm(query, dim=1)[of]
-    low, high = _bounds(dot, query_norm, square.sqrt(), rows.shape[1], similarity, temperature)
-    unsure = (low != high).nonzero()[:, 0]
-    for part in unsure.split(step):
-        own = rows[at[part]].double()
-        low[part] = _defining_scores(query[of[part]], own, similarity, temperature)
-    return low.add_(0.0)  # -0.0 becomes 0.0
+    for start in range(0, of.numel(), step):
+        part = slice(start, start + step)
+        own = rows[at[part]][:, None]
+        out[part] = _scores(queries[of[part]], own, similarity, temperature)[:, 0]
+    return out
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -122,30 +114,8 @@ def _scores(
     dot = torch.bmm(row, query.unsqueeze(2)).squeeze(2) if row.dim() == 3 else query @ row.T
     query_norm = torch.linalg.vector_norm(query, dim=-1).unsqueeze(-1)
     row_norm = torch.linalg.vector_norm(row, dim=-1)
-    low, high = _bounds(dot, query_norm, row_norm, query.shape[1], similarity, temperature)
-    ambiguous = low != high
-    if bool(ambiguous.any()):
-        i_query, i_row = ambiguous.nonzero(as_tuple=True)
-        step = max(1, _BLOCK // query.shape[1])
-        for start in range(0, i_query.numel(), step):
-            own, other = i_query[start : start + step], i_row[start : start + step]
-            picked = row[own, other] if row.dim() == 3 else row[other]
-            low[own, other] = _defining_scores(query[own], picked, similarity, temperature)
-    return low.add_(0.0)  # -0.0 becomes 0.0
-
-
-def _bounds(
-    dot: torch.Tensor,
-    query_norm: torch.Tensor,
-    row_norm: torch.Tensor,
-    dim: int,
-    similarity: str,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both ends, float32, of what scores may be whose float64 products, summed in any order, are
-    ``dot``."""
     # Two summation orders of d products differ by at most 2 d u sum|q x| <= 2 d u |q| |x|.
-    unit = 2.5 * (dim + 4) * _UNIT
+    unit = 2.5 * (query.shape[1] + 4) * _UNIT
     if similarity == "l2":
         square = query_norm**2 + row_norm**2 - 2 * dot
         error = unit * (query_norm + row_norm) ** 2
@@ -159,7 +129,16 @@ def _bounds(
             dot = torch.where(zero, 0.0, dot / scale)
             error = torch.where(zero, 0.0, 2 * unit)
         low, high = (dot - error) / temperature, (dot + error) / temperature
-    return low.float(), high.float()
+    low, high = low.float(), high.float()
+    ambiguous = low != high
+    if bool(ambiguous.any()):
+        i_query, i_row = ambiguous.nonzero(as_tuple=True)
+        step = max(1, _BLOCK // query.shape[1])
+        for start in range(0, i_query.numel(), step):
+            own, other = i_query[start : start + step], i_row[start : start + step]
+            picked = row[own, other] if row.dim() == 3 else row[other]
+            low[own, other] = _defining_scores(query[own], picked, similarity, temperature)
+    return low.add_(0.0)  # -0.0 becomes 0.0
 
 
 def _defining_scores(

@@ -17,7 +17,7 @@ try:
 except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _first_pass = None
 
-CODE_BATCH = 16  # queries up to which int8 codes may be multiplied here; more: a matrix library
+_CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
 COARSE = 2.0**-18  # typical error of a coarse product's term, relative to the term
 _FLOAT_BATCH = 8  # the same of float32 rows, without matrix units
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
@@ -41,7 +41,7 @@ class Collector:
     ) -> None:
         """limit: candidates of a query beyond which it is given up; excluded: int64 [E], row *
         batch + query of pairs that are not wanted, in any order; cpu: see ``cpu_kind``."""
-        pairs = excluded.sort().values.numpy()
+        pairs = (excluded.sort().values if excluded.numel() else excluded).numpy()
         self._collector = _first_pass.Collector(
             batch, k, limit, torch.get_num_threads(), pairs, cpu
         )
@@ -115,6 +115,12 @@ def reads(rows: torch.Tensor) -> bool:
     return available(rows.device) and rows.dtype == torch.float32 and side_by_side
 
 
+def multiplies_codes(device: torch.device, batch: int) -> bool:
+    """Whether int8 codes on ``device`` may be multiplied here with ``batch`` queries; where there
+    are more, matrix libraries are faster."""
+    return available(device) and batch <= (_CODE_BATCH_AMX if cpu_kind() == "amx" else _CODE_BATCH)
+
+
 def fits(rows: torch.Tensor, batch: int) -> bool:
     """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
     library: float32 with columns side by side, and few queries unless there are matrix units."""
@@ -177,20 +183,43 @@ def stats(
 def multiply_codes(
     codes: torch.Tensor, queries: torch.Tensor, step: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """out [n, B] = step * codes int8 [n, d] . queries int16 [B, d]; see ``Collector.add_codes``."""
+    """out float32 [B, n] = step * queries int16 [B, d] . codes int8 [n, d]; see ``Collector.add_codes``."""
     arrays = map(_array, (codes, queries, step, out))
     _first_pass.multiply_codes(*arrays, torch.get_num_threads())
 
 
-def pair_products(
-    queries: torch.Tensor, rows: torch.Tensor, of: torch.Tensor, at: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 products [M] of queries float64 [B, d] ``of`` [M] and float32 rows [N, d] ``at`` [M],
-    columns side by side, and the rows' squared norms [M]; summed in any order."""
-    found = _first_pass.pair_products(
-        *map(_array, (queries, rows, of, at)), torch.get_num_threads()
+def pair_scores(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    of: torch.Tensor,
+    at: torch.Tensor,
+    similarity: str,
+    temperature: float,
+) -> torch.Tensor:
+    """As ``canonical.pair_scores``, for rows that it ``reads``."""
+    scoring = _first_pass.ScoringArrays(
+        _array(rows), _array(queries.double()), similarity, temperature
     )
-    return tuple(map(torch.from_numpy, found))
+    found = _first_pass.pair_scores(scoring, _array(of), _array(at), torch.get_num_threads())
+    return torch.from_numpy(found)
+
+
+def best_keys(
+    query: Queries,
+    rows: torch.Tensor,
+    ids: torch.Tensor | None,
+    candidates: torch.Tensor,
+    k: int,
+) -> torch.Tensor:
+    """The k largest order keys [B, k] of candidates int64 [B, C] (positions in ``rows``, -1 for
+    none), for rows that it ``reads``; ``ids``: of each row, or None: its position."""
+    scoring = _first_pass.ScoringArrays(
+        _array(rows), _array(query.original.double()), query.similarity, query.temperature
+    )
+    found = _first_pass.best_keys(
+        scoring, _array(ids), _array(candidates), k, torch.get_num_threads()
+    )
+    return torch.from_numpy(found)
 
 
 def _float_arrays(rows: torch.Tensor, query: Queries):

@@ -139,7 +139,7 @@ def _fused_stats(
     left_out: Pairs,
     coarse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Ranks and log-probabilities by a compiled pass over the rows; None where it does not serve."""
+    """Ranks and log-probabilities by a compiled pass over the rows; None where none serves."""
     batch = targets.shape[0]
     if not compiled.fits(table.rows, batch):
         return None

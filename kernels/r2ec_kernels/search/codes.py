@@ -13,7 +13,7 @@ which is far below |q'| size, and is bounded by the largest score of a block.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ def _split_query(query: torch.Tensor) -> Operand:
 
 def _wide_query(query: torch.Tensor) -> Operand:
     """q' = s h with int16 h, so small that a sum of products with int8 codes stays inside int32."""
-    largest = min(2**15 - 1, (2**31 - 1) // (127 * query.shape[1]))
+    largest = min(127 * 256 + 127, (2**31 - 1) // (127 * query.shape[1]))
     step = query.abs().amax(1, keepdim=True) / largest
     step = torch.where(step == 0, 1.0, step).float()
     value = (query / step).round().clamp(-largest, largest)
@@ -151,9 +151,9 @@ def _run_wide(
     codes: torch.Tensor, start: int, stop: int, operand: Operand, buffer: Buffer
 ) -> torch.Tensor:
     query, step = operand.value
-    out = buffer.take(stop - start, step.shape[0])
+    out = buffer.take(len(query), stop - start)
     compiled.multiply_codes(codes[start:stop], query, step, out)
-    return out
+    return out.T
 
 
 def _run_fbgemm(
@@ -171,12 +171,12 @@ def _without_tiles(codes: Codes, batch: int) -> bool:
     return not has_bf16_tiles(codes.device)
 
 
-def _on_cpu(codes: Codes, batch: int) -> bool:
-    return codes.device.type == "cpu"
+def _by_library(codes: Codes, batch: int) -> bool:
+    return codes.device.type == "cpu" and not _compiled(codes, batch)
 
 
 def _compiled(codes: Codes, batch: int) -> bool:
-    return compiled.available(codes.device) and batch <= compiled.CODE_BATCH
+    return compiled.multiplies_codes(codes.device, batch)
 
 
 _WIDENED = Product("widened", _round_query(torch.float32), _run_widened, 0.0, _without_tiles)
@@ -210,9 +210,9 @@ PRODUCTS = {
             fused=True,
         ),
         Product(
-            "int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 0.0, _on_cpu, rounding=_TO_BF16
+            "int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 0.0, _by_library, rounding=_TO_BF16
         ),
-        Product("int8 x 2 int8", _split_query, _run_integer, 2.0**-22, _on_cpu),
+        Product("int8 x 2 int8", _split_query, _run_integer, 2.0**-22, _by_library),
         _WIDENED,
     ),
 }
@@ -342,11 +342,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 class CodePass:
-    """First pass over the codes in ``fields`` (see ``encode``) by one product.
-
-    Beside what ``engine.FirstPass`` asks for: ``typical`` float64 [B], the standard deviation of
-    its raw scores' errors where the errors of a row's entries have nothing to do with the query.
-    """
+    """First pass over the codes in ``fields`` (see ``encode``) by one product."""
 
     def __init__(
         self,
@@ -362,25 +358,35 @@ class CodePass:
         self.fields, self.limits, self.product, self.query = fields, limits, product, query
         self.height = -(-height // product.block) * product.block
         self.buffer = Buffer(query.scaled.device)
+        self.mean = mean
         exact = scaled_queries(query)
-        self.offset = exact @ mean  # what the mean adds to a query's raw scores (dot, cosine)
         if query.similarity == "l2":
             exact = exact - mean
         self.name = product.name
         self.operand = product.prepare(padded(exact))
-        norm = torch.linalg.vector_norm(exact, dim=1)
+        norm = self._norm = torch.linalg.vector_norm(exact, dim=1)
         used = norm + self.operand.missed
         unit = product.unit + (exact.shape[1] + 4) * product.addition + _TINY
         residual, size = limits.residual, limits.size
         error = norm * residual + (self.operand.missed + unit * used) * size
-        # Rounding errors of d entries mostly cancel; those of a product's result do not.
-        self.typical = (norm * limits.typical_residual + self.operand.missed * size) / exact.shape[
-            1
-        ] ** 0.5
-        self.typical += (product.unit + product.rounding) * used * size
         if query.similarity == "l2":
             error = error + 2.0**-21 * (norm + size + residual) ** 2
         self.error = (error * _UP).float() + query.rounding_error(limits.norm * 1.001)
+
+    @cached_property
+    def offset(self) -> torch.Tensor:
+        """float64 [B]: what the mean adds to a query's raw scores (dot, cosine)."""
+        return scaled_queries(self.query) @ self.mean
+
+    @cached_property
+    def typical(self) -> torch.Tensor:
+        """float64 [B]: the standard deviation of the raw scores' errors where the errors of a row's
+        entries have nothing to do with the query: those of d entries mostly cancel, those of a
+        product's result do not."""
+        product, limits, missed = self.product, self.limits, self.operand.missed
+        spread = self._norm * limits.typical_residual + missed * limits.size
+        results = (product.unit + product.rounding) * (self._norm + missed) * limits.size
+        return spread / self.query.scaled.shape[1] ** 0.5 + results
 
     def score(self, start: int, stop: int) -> Scores:
         size = stop - start

@@ -22,6 +22,7 @@ GROUP = 32  # rows whose maximum meets the threshold first
 _DENSE_SHARE = 8  # k above (rows - excluded) / 8 takes the dense path
 _DENSE_BLOCK = 4096  # rows of a dense block
 _ELEMENTS = 1 << 22  # elements of a dense block
+_INFINITE = 0x7F800000 << 32  # order keys of infinite scores: from here, and below its negative
 _MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
 
 
@@ -139,11 +140,12 @@ class Excluded:
 
     def __init__(self, rows: torch.Tensor, offsets: torch.Tensor) -> None:
         """rows: int64 [E], row positions, -1 for none; offsets: int64 [B+1]."""
-        of = exclude_rows(offsets, rows.numel())
-        order = torch.argsort(rows)
-        self.rows, self.of = rows[order], of[order]
+        self.rows = self.of = rows
         self.counts = offsets.diff()
         self.empty = rows.numel() == 0
+        if not self.empty:
+            order = torch.argsort(rows)
+            self.rows, self.of = rows[order], exclude_rows(offsets, rows.numel())[order]
 
     def mask(self, start: int, stop: int, scores: torch.Tensor, value: float | int) -> None:
         """Set the entries of excluded pairs in ``scores`` [stop - start, B] to ``value``."""
@@ -295,10 +297,12 @@ def certified_topk(
     dense = query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width)
     candidates, opened, name = 0, 0, "dense"
     if not bool(dense.all()):
-        chosen = ~dense
-        part = query if bool(chosen.all()) else query[chosen]
+        part, own, chosen = query, excluded, slice(None)
+        if bool(dense.any()):
+            chosen = ~dense
+            part, own = query[chosen], excluded.pick(chosen)
         scan = first_pass(part)
-        found, failed, candidates, opened = _scan(table, scan, part, width, excluded.pick(chosen))
+        found, failed, candidates, opened = _scan(table, scan, part, width, own)
         name = "dense" if bool(failed.all()) else scan.name
         keys[chosen, :width] = found
         dense[chosen] = failed
@@ -310,11 +314,10 @@ def certified_topk(
 
 
 class _Collected(NamedTuple):
-    """Rows that may be among the k best: [B, C], which of them count [B, C], the queries that were
-    given up [B], and how many groups or rows met a threshold."""
+    """Rows that may be among the k best: int64 [B, C], -1 for none; the queries that were given up,
+    bool [B]; how many groups or rows met a threshold."""
 
     rows: torch.Tensor
-    valid: torch.Tensor
     failed: torch.Tensor
     opened: int
 
@@ -329,11 +332,10 @@ def _scan(
     if compiled.available(device):
         collector = compiled.Collector(batch, k, _pool_limit(k), excluded.pairs())
         doubtful = scan.feed(collector, blocks)
-        rows, failed, opened = collector.finish()
-        found = _Collected(rows, rows >= 0, failed, opened)
+        found = _Collected(*collector.finish())
     else:
         found, doubtful = _collect(scan, blocks, batch, k, excluded)
-    rows, valid, failed, opened = found
+    rows, failed, opened = found
     if doubtful is not None:
         if doubtful.numel() > _MAX_UNTRUSTED:
             everyone = torch.ones(batch, dtype=torch.bool, device=device)
@@ -341,13 +343,11 @@ def _scan(
             return nothing, everyone, 0, opened
         extra = doubtful.expand(batch, -1)
         of = torch.arange(batch, device=device)[:, None].expand_as(extra)
-        rows = torch.cat([rows, extra], 1)
-        valid = torch.cat([valid, ~excluded.holds(of, extra)], 1)
-    keys = _rescore(table, query, rows, valid, k)
-    scores, _ = from_order_keys(keys)
+        rows = torch.cat([rows, extra.masked_fill(excluded.holds(of, extra), -1)], 1)
+    keys = _rescore(table, query, rows, k)
     # An infinite score means that the canonical score overflowed: ties the bounds do not see.
-    failed = failed | torch.isinf(scores).any(1)
-    return keys, failed, int(valid[~failed].sum()), opened
+    failed = failed | (keys[:, 0] >= _INFINITE) | (keys[:, -1] < -_INFINITE)
+    return keys, failed, int((rows >= 0).sum()), opened
 
 
 def _collect(
@@ -368,24 +368,24 @@ def _collect(
         pool.add_block(scores, error, start)
     pool.compact()
     rows = pool.rows[:, : max(1, int(pool.fill.max()))]
-    valid = torch.arange(rows.shape[1], device=rows.device) < pool.fill[:, None]
-    found = _Collected(rows, valid, pool.failed, pool.opened)
+    empty = torch.arange(rows.shape[1], device=rows.device) >= pool.fill[:, None]
+    found = _Collected(rows.masked_fill(empty, -1), pool.failed, pool.opened)
     return found, torch.cat(untrusted) if untrusted else None
 
 
 def visiting_order(num_rows: int, height: int) -> list[tuple[int, int]]:
-    """(start, stop) of all blocks, spread over the table by the golden ratio, so that a table sorted by
-    score does not raise the threshold at every block."""
+    """(start, stop) of all blocks, spread over the table by the golden ratio, so that a table sorted
+    by score does not raise the threshold at every block."""
     count = -(-num_rows // height)
     order = sorted(range(count), key=lambda block: (block * 0.6180339887498949) % 1.0)
     return [(block * height, min((block + 1) * height, num_rows)) for block in order]
 
 
-def _rescore(
-    table: Table, query: Queries, rows: torch.Tensor, valid: torch.Tensor, k: int
-) -> torch.Tensor:
-    """The k largest order keys [B, k] of candidate rows [B, C] by canonical score."""
-    of, place = valid.nonzero(as_tuple=True)
+def _rescore(table: Table, query: Queries, rows: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest order keys [B, k] of candidate rows [B, C] (-1: none) by canonical score."""
+    if compiled.reads(table.rows):
+        return compiled.best_keys(query, table.rows, table.ids, rows, k)
+    of, place = (rows >= 0).nonzero(as_tuple=True)
     at = rows[of, place]
     scores = pair_scores(query.original, table.rows, of, at, query.similarity, query.temperature)
     keys = torch.full((len(rows), max(k, rows.shape[1])), PADDING_KEY, device=rows.device)

@@ -44,8 +44,8 @@ class ItemIndex:
         similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
         temperature: positive.
         scan: "none" multiplies the rows themselves; "fp16" (CPUs with FBGEMM), "bf16" and "int8" a
-            copy of half or a quarter of a float32 table's size; "auto" keeps, on CPUs, the bf16 copy
-            where there are matrix units (AMX), else the fp16 copy, and the int8 copy for few
+            copy of half or a quarter of a float32 table's size; "auto" keeps, on CPUs, the bf16
+            copy where there are matrix units (AMX), else the fp16 copy, and the int8 copy for few
             queries (where the compiled passes are installed, or there is no FBGEMM); on GPUs the
             int8 copy. It takes, batch size by batch size, the product it measured to be fastest.
 
@@ -310,7 +310,7 @@ class ItemIndex:
         return passes
 
     def _may_be_coarse(self, query: Queries) -> bool:
-        """Whether the log-probabilities of a coarse compiled pass are as good as a scan's have to be."""
+        """Whether a coarse compiled pass gives log-probabilities as good as a scan's have to be."""
         if self.similarity == "l2" or not len(self):
             return False
         norm = 1.0 if self.similarity == "cosine" else self._storage.live("norm").max()
