@@ -19,8 +19,9 @@ def extensions() -> list:
         raise ValueError(f"R2EC_BUILD_EXTENSION must be 0 or 1, got {switch!r}")
     if switch == "0":
         return []
-    from pybind11.setup_helpers import Pybind11Extension
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 
+    ParallelCompile("R2EC_BUILD_JOBS", default=0).install()  # 0: one a core
     optimise = ["-O3", "-Wall", "-Wextra"]
     parallel = ["-fopenmp"] if sys.platform == "linux" else []
     return [

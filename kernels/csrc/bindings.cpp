@@ -385,7 +385,8 @@ Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<
 }
 
 void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
-                    const Array<float>& step, py::array_t<float>& out, int64_t threads) {
+                    const Array<float>& step, py::array_t<float>& out, int64_t threads,
+                    const std::string& cpu) {
   need(codes.ndim() == 2 && codes.shape(1) % r2ec::kCodeColumns == 0,
        "codes: expected [rows, a multiple of 64]");
   need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) &&
@@ -396,7 +397,7 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
        "out: expected [queries, rows]");
   const int8_t* const rows = codes.data();
   const int64_t columns = codes.shape(1), num_queries = queries.shape(0), n = codes.shape(0);
-  const auto& tiles = r2ec::best_tiles();
+  const auto& tiles = tiles_named(cpu);
   r2ec::CodeOperand operand = {num_queries, columns, queries.data(), {}};
   tiles.prepare_codes(operand);
   const float* const steps = step.data();
@@ -418,9 +419,14 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
 
 PYBIND11_MODULE(_first_pass, module) {
   module.doc() = "C++ side of r2ec_kernels.compiled";
-  module.def("cpu_kind", [] { return r2ec::best_tiles().name; });
+  module.def("cpu_kinds", [] {  // that this one can run, the best first
+    std::vector<std::string> kinds;
+    for (const char* name : {"amx", "avx512", "avx2", "portable"})
+      if (r2ec::find_tiles(name)) kinds.emplace_back(name);
+    return kinds;
+  });
   module.def("multiply_codes", &multiply_codes, py::arg("codes"), py::arg("queries"),
-             py::arg("step"), py::arg("out"), py::arg("threads"));
+             py::arg("step"), py::arg("out"), py::arg("threads"), py::arg("cpu"));
   py::class_<ScoringArrays>(module, "ScoringArrays")
       .def(py::init<py::array_t<float>, Array<double>, const std::string&, double>(),
            py::arg("rows"), py::arg("queries"), py::arg("similarity"), py::arg("temperature"));

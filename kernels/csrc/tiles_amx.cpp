@@ -1,8 +1,10 @@
-// AMX: products by matrix units. An int16 query is 256 high + low with int8 parts, so that products with
-// int8 codes are exact sums of two integer products. For float32 rows the units take bfloat16: a number is split into bfloat16 parts,
-// x = h + m (+ l), which miss at most 2^-18 (2^-27) of it. Two parts: h h + (h m + m h), within 2^-16.4;
-// three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a tile of
-// sums; h h has its own, so that the sum of the large terms has the error of any float32 sum.
+// AMX: products by matrix units. An int16 query is 256 high + low with int8 parts, so that products
+// with int8 codes are exact sums of two integer products.
+//
+// For float32 rows the units take bfloat16: a number is split into parts, x = h + m (+ l), which miss
+// at most 2^-16 (2^-24) of it. Two parts: h h + (h m + m h), within 3 * 2^-16; three:
+// h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a tile of sums;
+// h h has its own, so that the sum of the large terms has the error of any float32 sum.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -321,9 +323,9 @@ TARGET void amx_prepare_floats(FloatOperand& operand) {
   const int64_t parts = operand.parts, chunks = chunks_of(operand.columns);
   const int64_t groups = (operand.num_queries + 15) / 16;
   operand.split.assign(groups * chunks * parts * kTile, 0);
-  // The sum of h h; what the parts leave out, 3 * 2^-18 or 3 * 2^-26; the small sums.
+  // The sum of h h; the small sums; what the parts leave out, 3 * 2^-16 or 4 * 2^-24.
   const auto columns = static_cast<double>(operand.columns);
-  operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 192.0 : 1.0);
+  operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 768.0 : 4.0);
   std::vector<uint16_t> split_query(3 * kTile);
   for (int64_t q = 0; q < operand.num_queries; ++q)
     for (int64_t c = 0; c < operand.columns; c += kTileColumns) {

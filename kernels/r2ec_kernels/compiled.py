@@ -18,6 +18,7 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _first_pass = None
 
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
+_cpu = ""  # the kind of CPU to run as; "": the best that this one can
 COARSE = 2.0**-18  # typical error of a coarse product's term, relative to the term
 _FLOAT_BATCH = 8  # the same of float32 rows, without matrix units
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
@@ -30,20 +31,18 @@ def available(device: torch.device) -> bool:
 
 def cpu_kind() -> str | None:
     """ "amx", "avx512", "avx2" or "portable": what the compiled passes use; None without them."""
-    return None if _first_pass is None else _first_pass.cpu_kind()
+    return None if _first_pass is None else _cpu or _first_pass.cpu_kinds()[0]
 
 
 class Collector:
     """The rows that may still be among the k best of each query, filled by passes over a table."""
 
-    def __init__(
-        self, batch: int, k: int, limit: int, excluded: torch.Tensor, cpu: str = ""
-    ) -> None:
+    def __init__(self, batch: int, k: int, limit: int, excluded: torch.Tensor) -> None:
         """limit: candidates of a query beyond which it is given up; excluded: int64 [E], row *
-        batch + query of pairs that are not wanted, in any order; cpu: see ``cpu_kind``."""
+        batch + query of pairs that are not wanted, in any order."""
         pairs = (excluded.sort().values if excluded.numel() else excluded).numpy()
         self._collector = _first_pass.Collector(
-            batch, k, limit, torch.get_num_threads(), pairs, cpu
+            batch, k, limit, torch.get_num_threads(), pairs, _cpu
         )
 
     def add_codes(
@@ -150,7 +149,6 @@ def stats(
     left_out: torch.Tensor,
     most_near: int,
     coarse: bool,
-    cpu: str = "",
 ) -> Stats:
     """One pass over rows [N, d] that ``fits``, for dot and cosine.
 
@@ -163,8 +161,8 @@ def stats(
         left_out: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
         most_near: open pairs of a sixty-fourth of the table at which it stops: ``near`` is then
             longer than this, and nothing counts.
-        coarse: matrix units may leave out up to 3 ``COARSE`` of |query| |row| in a score; else they
-            make twice the products and leave out as little as float32 does.
+        coarse: matrix units may leave out up to 12 ``COARSE`` of |query| |row| in a score; else
+            they make twice the products and leave out as little as float32 does.
     """
     pairs = left_out.sort().values
     arrays = map(_array, (raw, rounded, logit, mass, pairs))
@@ -174,7 +172,7 @@ def stats(
         most_near,
         2 if coarse else 3,
         torch.get_num_threads(),
-        cpu,
+        _cpu,
     )
     peak, mass, ahead, near = map(torch.from_numpy, (peak, mass, ahead, near))
     return Stats(peak, mass, ahead, near, len(doubtful) > 0)
@@ -183,9 +181,10 @@ def stats(
 def multiply_codes(
     codes: torch.Tensor, queries: torch.Tensor, step: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """out float32 [B, n] = step * queries int16 [B, d] . codes int8 [n, d]; see ``Collector.add_codes``."""
+    """out float32 [B, n] = step * queries int16 [B, d] . codes int8 [n, d]; limits of their values
+    as for ``Collector.add_codes``."""
     arrays = map(_array, (codes, queries, step, out))
-    _first_pass.multiply_codes(*arrays, torch.get_num_threads())
+    _first_pass.multiply_codes(*arrays, torch.get_num_threads(), _cpu)
 
 
 def pair_scores(

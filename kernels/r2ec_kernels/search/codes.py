@@ -210,7 +210,12 @@ PRODUCTS = {
             fused=True,
         ),
         Product(
-            "int8 x bf16", _round_query(torch.bfloat16), _run_mixed, 0.0, _by_library, rounding=_TO_BF16
+            "int8 x bf16",
+            _round_query(torch.bfloat16),
+            _run_mixed,
+            0.0,
+            _by_library,
+            rounding=_TO_BF16,
         ),
         Product("int8 x 2 int8", _split_query, _run_integer, 2.0**-22, _by_library),
         _WIDENED,

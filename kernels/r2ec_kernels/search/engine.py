@@ -374,8 +374,8 @@ def _collect(
 
 
 def visiting_order(num_rows: int, height: int) -> list[tuple[int, int]]:
-    """(start, stop) of all blocks, spread over the table by the golden ratio, so that a table sorted
-    by score does not raise the threshold at every block."""
+    """(start, stop) of all blocks, spread over the table by the golden ratio, so that a table
+    sorted by score does not raise the threshold at every block."""
     count = -(-num_rows // height)
     order = sorted(range(count), key=lambda block: (block * 0.6180339887498949) % 1.0)
     return [(block * height, min((block + 1) * height, num_rows)) for block in order]

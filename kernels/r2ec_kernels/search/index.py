@@ -349,8 +349,8 @@ class ItemIndex:
         if self.scan in ("auto", "none"):
             products["float32"] = ("none", None)
             runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
-        threads = torch.get_num_threads()
-        key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), threads)
+        machine = (compiled.cpu_kind(), torch.get_num_threads())
+        key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), machine)
         weights = {name: product.rescoring for name, (_, product) in products.items() if product}
         return products[fastest(key, runs, storage.size, 4 * self.dim, weights)]
 

@@ -109,3 +109,9 @@ def make_exclude(batch: int, count: int, width: int, seed: int) -> torch.Tensor:
 
 def as_sets(exclude: torch.Tensor) -> list[set[int]]:
     return [set(row) - {-1} for row in exclude.tolist()]
+
+
+def assert_same(got, want):
+    """Two results (scores, ids), bit for bit."""
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[0], want[0])

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_cases import KINDS, SIMILARITIES, as_sets, canonical, make, make_exclude, sorted_topk
+from search_cases import (
+    KINDS,
+    SIMILARITIES,
+    as_sets,
+    assert_same,
+    canonical,
+    make,
+    make_exclude,
+    sorted_topk,
+)
 from torch import library
 
 from r2ec_kernels import ItemIndex, item_topk
@@ -15,11 +24,6 @@ SCANS = ("none", "fp16", "bf16", "int8", "auto")
 # (batch, items, dim): the larger ones leave the dense path for small k.
 SHAPES = ((1, 1, 1), (2, 63, 60), (5, 500, 33), (3, 1900, 24))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def assert_same(got, want):
-    assert torch.equal(got[1], want[1])
-    assert torch.equal(got[0], want[0])
 
 
 def searches(problem, exclude, how):
