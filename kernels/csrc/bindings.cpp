@@ -318,7 +318,9 @@ struct ScoringArrays {
          "queries: expected [queries, columns]");
   }
 
-  r2ec::Scoring view() const { return {table_of(rows), queries.data(), similarity, temperature}; }
+  r2ec::Scoring view() const {
+    return {table_of(rows), queries.data(), queries.shape(0), similarity, temperature};
+  }
   void check_row(int64_t row) const { need(row < rows.shape(0), "rows: out of range"); }
 };
 

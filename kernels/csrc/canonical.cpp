@@ -13,7 +13,43 @@ int64_t order_key(float score, int64_t id) {
   return ordered * (kMaxItems + 1) + (kMaxItems - id);
 }
 
+namespace {
+
+// Sums the terms in the fixed order, overwriting them.
+double fold_sum(std::vector<double>& terms) {
+  auto width = static_cast<int64_t>(terms.size());
+  if (width == 0) return 0.0;
+  while (width > 1) {
+    const int64_t half = width / 2;
+    double* const low = terms.data();
+    const double* const high = low + (width - half);
+    for (int64_t c = 0; c < half; ++c) low[c] += high[c];
+    width -= half;
+  }
+  return terms[0];
+}
+
 // Products are stored before they are added: no compiler may fuse the two roundings.
+template <typename A, typename B>
+double product(const A* a, const B* b, std::vector<double>& terms) {
+  for (size_t c = 0; c < terms.size(); ++c)
+    terms[c] = static_cast<double>(a[c]) * static_cast<double>(b[c]);
+  return fold_sum(terms);
+}
+
+}  // namespace
+
+Scoring::Scoring(FloatTable table, const double* queries, int64_t num_queries,
+                 Similarity similarity, double temperature)
+    : table(table), queries(queries), similarity(similarity), temperature(temperature) {
+  if (similarity != Similarity::kCosine) return;
+  std::vector<double> terms(table.columns);
+  for (int64_t q = 0; q < num_queries; ++q) {
+    const double* const query = queries + q * table.columns;
+    query_norms.push_back(std::sqrt(product(query, query, terms)));
+  }
+}
+
 float Scorer::score(int64_t query, int64_t row) {
   const int64_t columns = scoring_.table.columns;
   const double* const q = scoring_.queries + query * columns;
@@ -24,33 +60,15 @@ float Scorer::score(int64_t query, int64_t row) {
       const double difference = q[c] - static_cast<double>(x[c]);
       terms_[c] = difference * difference;
     }
-    value = -std::sqrt(fold());
+    value = -std::sqrt(fold_sum(terms_));
   } else {
-    for (int64_t c = 0; c < columns; ++c) terms_[c] = q[c] * static_cast<double>(x[c]);
-    value = fold();
+    value = product(q, x, terms_);
     if (scoring_.similarity == Similarity::kCosine) {
-      for (int64_t c = 0; c < columns; ++c) terms_[c] = q[c] * q[c];
-      const double query_norm = std::sqrt(fold());
-      for (int64_t c = 0; c < columns; ++c)
-        terms_[c] = static_cast<double>(x[c]) * static_cast<double>(x[c]);
-      const double scale = query_norm * std::sqrt(fold());
+      const double scale = scoring_.query_norms[query] * std::sqrt(product(x, x, terms_));
       value = scale == 0.0 ? 0.0 : value / scale;
     }
   }
   return static_cast<float>(value / scoring_.temperature) + 0.0f;  // -0.0 becomes 0.0
-}
-
-double Scorer::fold() {
-  auto width = static_cast<int64_t>(terms_.size());
-  if (width == 0) return 0.0;
-  while (width > 1) {
-    const int64_t half = width / 2;
-    double* const low = terms_.data();
-    const double* const high = low + (width - half);
-    for (int64_t c = 0; c < half; ++c) low[c] += high[c];
-    width -= half;
-  }
-  return terms_[0];
 }
 
 }  // namespace r2ec

@@ -8,12 +8,16 @@
 
 namespace r2ec {
 
-// Float32 rows and float64 queries of a search.
+// Float32 rows and float64 queries [queries, columns] of a search.
 struct Scoring {
   FloatTable table;
-  const double* queries;  // [queries, columns]
+  const double* queries;
   Similarity similarity;
   double temperature;
+  std::vector<double> query_norms;  // cosine
+
+  Scoring(FloatTable table, const double* queries, int64_t num_queries, Similarity similarity,
+          double temperature);
 };
 
 // Scores of one query and row after another; keeps memory for the terms of a sum.
@@ -23,8 +27,6 @@ class Scorer {
   float score(int64_t query, int64_t row);
 
  private:
-  double fold();  // sums terms_ in the fixed order, overwriting it
-
   const Scoring& scoring_;
   std::vector<double> terms_;
 };

@@ -1,23 +1,23 @@
-// The body of Tiles::fold. Loops of fixed length without branches: each kind of CPU compiles them to
-// its own vectors.
+// The body of Tiles::fold for CPUs without AVX-512. Loops of fixed length without branches: compilers
+// turn them into vectors.
 #pragma once
 
 #include "tiles.hpp"
 
 namespace r2ec {
 
+// 2^f on -0.5..0.5, the highest power first.
+constexpr int kExp2Terms = 7;
+constexpr float kExp2[kExp2Terms] = {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f,
+                                     5.550332548e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f};
+
 // 2^x for x <= 0 to within two rounding units; 0 below -126.
 inline __attribute__((always_inline)) float exp2_of(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x + kShift;
   const float f = x - (shifted - kShift);  // -0.5..0.5
-  float p = 1.535336188e-4f;
-  p = p * f + 1.339887440e-3f;
-  p = p * f + 9.618437357e-3f;
-  p = p * f + 5.550332548e-2f;
-  p = p * f + 2.402264791e-1f;
-  p = p * f + 6.931472028e-1f;
-  p = p * f + 1.0f;
+  float p = kExp2[0];
+  for (int i = 1; i < kExp2Terms; ++i) p = p * f + kExp2[i];
   uint32_t bits, power;
   std::memcpy(&bits, &p, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);

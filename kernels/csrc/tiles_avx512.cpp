@@ -3,6 +3,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "fold.hpp"
 #include "tiles.hpp"
 
@@ -169,9 +172,48 @@ TARGET uint32_t reach_many(const T* products, int64_t count, float scale, float 
   return queries;
 }
 
+// 2^x for x <= 0; the polynomial of fold.hpp.
+TARGET inline __m512 exp2_of(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(kExp2[0]);
+  for (int i = 1; i < kExp2Terms; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2[i]));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// fold_group of fold.hpp; it leaves the products as they are.
 TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into,
                     uint32_t& near) {
-  return fold_group(products, scale, allowed, into, near);
+  static_assert(kGroup == 32, "two vectors");
+  const __m512 origin = _mm512_set1_ps(into.origin), logit = _mm512_set1_ps(into.logit);
+  const __m512 low = _mm512_set1_ps(into.low), high = _mm512_set1_ps(into.high);
+  __m512 t[2];
+  __mmask16 counts[2];
+  uint32_t ahead = 0, reached = 0;
+  bool rises = false;
+  for (int half = 0; half < 2; ++half) {
+    counts[half] = static_cast<__mmask16>(allowed >> (16 * half));
+    __m512 score = _mm512_loadu_ps(products + 16 * half);
+    if (scale) score = _mm512_mul_ps(score, _mm512_loadu_ps(scale + 16 * half));
+    const __mmask16 above = _mm512_mask_cmp_ps_mask(counts[half], score, high, _CMP_GT_OQ);
+    const __mmask16 reach = _mm512_mask_cmp_ps_mask(counts[half], score, low, _CMP_GE_OQ);
+    ahead |= static_cast<uint32_t>(above) << (16 * half);
+    reached |= static_cast<uint32_t>(reach) << (16 * half);
+    t[half] = _mm512_mul_ps(_mm512_sub_ps(score, origin), logit);
+    rises |= _mm512_mask_cmp_ps_mask(counts[half], t[half], _mm512_set1_ps(into.peak), _CMP_GT_OQ);
+  }
+  if (rises) {
+    const float peak = std::max(_mm512_mask_reduce_max_ps(counts[0], t[0]),
+                                _mm512_mask_reduce_max_ps(counts[1], t[1]));
+    into.mass *= std::exp2(static_cast<double>(into.peak) - static_cast<double>(peak));
+    into.peak = peak;
+  }
+  const __m512 peak = _mm512_set1_ps(into.peak);
+  const __m512 first = _mm512_maskz_mov_ps(counts[0], exp2_of(_mm512_sub_ps(t[0], peak)));
+  const __m512 second = _mm512_maskz_mov_ps(counts[1], exp2_of(_mm512_sub_ps(t[1], peak)));
+  into.mass += static_cast<double>(_mm512_reduce_add_ps(_mm512_add_ps(first, second)));
+  near = reached & ~ahead;
+  return __builtin_popcount(ahead);
 }
 
 }  // namespace
