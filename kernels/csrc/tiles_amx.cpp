@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 32;            // bfloat16 of a tile's row
 constexpr int64_t kTile = kTileRows * kTileColumns;  // elements
-constexpr int64_t kAhead = 8;                   // rows that are fetched ahead
+constexpr int64_t kAhead = 24;                  // rows that are fetched ahead
 constexpr int64_t kCodesAhead = 32;             // and of codes
 constexpr int64_t kFewQueries = 5;  // fewer are multiplied without matrix units: floats
 constexpr int64_t kFewCodeQueries = 6;  // and codes
@@ -101,8 +101,8 @@ TARGET void split_rows(const RowBlock<float>& block, int64_t first, int64_t colu
         const float* const at = rows[r] + c;
         const __m512 a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), at);
         const __m512 b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), at + 16);
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride + 16), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride + 16), _MM_HINT_T1);
         square[r] = _mm512_fmadd_ps(a, a, _mm512_fmadd_ps(b, b, square[r]));
         split<P>(a, b, out + r * kTileColumns);
       }
@@ -158,19 +158,14 @@ TARGET void store_sums(const float* sums, int tiles, float* out, int64_t count) 
     _mm512_storeu_ps(out + q * kGroup, _mm512_load_ps(turned + 16 * q));
 }
 
-// Products of 16 rows in two parts with up to 16 (or 32) queries. Tiles (the intrinsics want their
-// numbers spelled out): 0 and 2 the sums of h h, 1 and 3 those of h m + m h; 4 and 5 the parts of the
-// rows, 6 and 7 those of 16 queries.
-template <bool kTwo>
+// Products of 16 rows in two parts with up to 16 queries. Tiles (the intrinsics want their numbers
+// spelled out): 0 h h, 1 m h, 2 h m; 4 and 5 the parts of the rows, 6 and 7 those of the queries.
 TARGET void multiply_two(const uint16_t* rows, const uint16_t* queries, int64_t chunks, float* out,
                          int64_t count) {
-  alignas(64) float sums[512];
+  alignas(64) float sums[768];
   _tile_zero(0);
   _tile_zero(1);
-  if (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(2);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const uint16_t* const row = rows + 2 * chunk * kTile;
     const uint16_t* const query = queries + 2 * chunk * kTile;
@@ -180,24 +175,45 @@ TARGET void multiply_two(const uint16_t* rows, const uint16_t* queries, int64_t 
     _tile_loadd(7, query + kTile, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kTwo) {
-      const uint16_t* const next = query + 2 * chunks * kTile;
-      _tile_loadd(6, next, 64);
-      _tile_loadd(7, next + kTile, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(3, 5, 6);
-      _tile_dpbf16ps(3, 4, 7);
-    }
+    _tile_dpbf16ps(2, 4, 7);
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
-  store_sums(sums, 2, out, count);
-  if (kTwo) {
-    _tile_stored(2, sums, 64);
-    _tile_stored(3, sums + 256, 64);
-    store_sums(sums, 2, out + 16 * kGroup, count - 16);
+  _tile_stored(2, sums + 512, 64);
+  store_sums(sums, 3, out, count);
+}
+
+// The same with 17 to 32 queries: 0 and 2 h h, 1 and 3 m h + h m.
+TARGET void multiply_two_twice(const uint16_t* rows, const uint16_t* queries, int64_t chunks,
+                               float* out, int64_t count) {
+  alignas(64) float sums[512];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const uint16_t* const row = rows + 2 * chunk * kTile;
+    const uint16_t* const query = queries + 2 * chunk * kTile;
+    const uint16_t* const next = query + 2 * chunks * kTile;
+    _tile_loadd(4, row, 64);
+    _tile_loadd(5, row + kTile, 64);
+    _tile_loadd(6, query, 64);
+    _tile_loadd(7, query + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, next, 64);
+    _tile_loadd(7, next + kTile, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 5, 6);
+    _tile_dpbf16ps(3, 4, 7);
   }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  store_sums(sums, 2, out, 16);
+  _tile_stored(2, sums, 64);
+  _tile_stored(3, sums + 256, 64);
+  store_sums(sums, 2, out + 16 * kGroup, count - 16);
 }
 
 // The same of rows in three parts with up to 16 queries. Tiles: 0 h h, 1 m h + m m, 2 l h + h l,
@@ -367,9 +383,9 @@ TARGET void amx_multiply_floats(RowBlock<float> block, const FloatOperand& opera
       if (parts == 3)
         multiply_three(tiles, queries, chunks, to, count);
       else if (count > 16)
-        multiply_two<true>(tiles, queries, chunks, to, count);
+        multiply_two_twice(tiles, queries, chunks, to, count);
       else
-        multiply_two<false>(tiles, queries, chunks, to, count);
+        multiply_two(tiles, queries, chunks, to, count);
     }
   }
 }
