@@ -27,6 +27,7 @@ from machine import (
 NOISY = 0.10  # of the median (p20 to p80), of the machine's matmul rate
 SETTLED = 5.0  # seconds: the first run of a longer case counts as a repeat
 PROBE_EVERY = 2.0  # seconds between two looks at the machine's matmul rate
+SHARE = 1 / 3  # of the time left, that one call may be foreseen to take: rows after it want theirs
 AGAIN = 2.0  # seconds: the peak of a shorter case is that of a second run
 
 
@@ -212,8 +213,8 @@ def open_entry(entry: Entry, settings: Settings) -> tuple[list[Case], list[Row],
         if case.method not in rows:
             continue
         row = rows[case.method]
-        foreseen = _foresee(case, settings)
-        if time.monotonic() + foreseen > settings.deadline:
+        foreseen, left = _foresee(case, settings), settings.deadline - time.monotonic()
+        if left <= 0 or foreseen > left * SHARE:
             need = f"up to {foreseen:.0f} s a call" if foreseen else "no time left"
             row.status, row.note = "skipped", f"budget: {need}"
             continue

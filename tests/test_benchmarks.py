@@ -110,6 +110,16 @@ def test_a_call_that_would_not_fit_the_budget_is_skipped_before_it_runs():
     assert row.status == "skipped" and "up to 80 s" in row.note and 8 not in calls
 
 
+@pytest.mark.parametrize("size, runs", [(20, True), (50, False)])
+def test_a_call_that_would_leave_too_little_for_other_rows_is_skipped(size, runs):
+    calls: list[int] = []
+    case = Case("slow", lambda: calls.append(size), right, cost=("slow", size))
+    settings = Settings(repeats=1, deadline=time.monotonic() + 100)
+    settings.costs["slow"] = 1.0
+    measure(entry_of(case), settings)
+    assert bool(calls) == runs
+
+
 def test_after_the_deadline_rows_say_that_there_was_no_time():
     [row] = measure(entry_of(Case("a", lambda: 1, right)), Settings(deadline=time.monotonic()))
     assert row.status == "skipped" and row.median_ms is None

@@ -100,13 +100,14 @@ class FloatGroup {
   }
   uint32_t allowed() const { return allowed_; }  // bits of trusted rows
 
-  // Bound of the raw scores' errors.
+  // Bound of the raw scores' errors. Matrix units flush parts and sums below the normal range as well
+  // as products: twice the floor.
   double error(int64_t query) const {
     const double norm = queries_.norm[query];
     const double size = similarity_ == Similarity::kCosine ? norm
                         : similarity_ == Similarity::kL2   ? (norm + largest_) * (norm + largest_)
                                                            : norm * largest_;
-    return (unit_ * size + queries_.floor[query]) * (1 + 0x1p-20);
+    return (unit_ * size + 2.0 * queries_.floor[query]) * (1 + 0x1p-20);
   }
 
  private:

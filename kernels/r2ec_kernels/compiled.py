@@ -20,7 +20,7 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
 _cpu = ""  # the kind of CPU to run as; "": the best that this one can
 COARSE = 2.0**-18  # typical error of a coarse product's term, relative to the term
-_FLOAT_BATCH = 8  # the same of float32 rows, without matrix units
+_FLOAT_BATCH, _FLOAT_BATCH_AMX = 8, 1024  # the same of float32 rows
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 
@@ -123,7 +123,7 @@ def multiplies_codes(device: torch.device, batch: int) -> bool:
 def fits(rows: torch.Tensor, batch: int) -> bool:
     """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
     library: float32 with columns side by side, and few queries unless there are matrix units."""
-    return reads(rows) and (batch <= _FLOAT_BATCH or cpu_kind() == "amx")
+    return reads(rows) and batch <= (_FLOAT_BATCH_AMX if cpu_kind() == "amx" else _FLOAT_BATCH)
 
 
 class Stats(NamedTuple):

@@ -7,7 +7,7 @@ numbers that float32 cannot hold) take the dense path: canonical scores of every
 Memory is O(B k + block) either way, and results do not depend on which path ran.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -126,6 +126,8 @@ class SearchStats:
         rescanned_groups: groups of rows opened because their maximum met the threshold; where the
             compiled passes run, single rows that did.
         dense_rows: queries that took the dense path.
+        scanned_again: queries that the first scan left too many candidates; the rows themselves
+            were scanned for them.
     """
 
     scan: str
@@ -133,6 +135,7 @@ class SearchStats:
     candidates_per_k: float
     rescanned_groups: int
     dense_rows: int
+    scanned_again: int = 0
 
 
 class Excluded:
@@ -280,12 +283,16 @@ class _Pool:
 
 def certified_topk(
     table: Table,
-    first_pass: Callable[[Queries], FirstPass],
+    passes: Sequence[Callable[[Queries], FirstPass]],
     query: Queries,
     k: int,
     excluded: Excluded,
 ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
     """The k best rows of ``table`` for each query, exactly.
+
+    Args:
+        passes: first passes, the next one for queries that the one before left too many candidates;
+            those of the last take the dense path.
 
     Returns scores float32 [B, k] and ids int64 [B, k], padded with (-inf, -1), and statistics.
     """
@@ -294,23 +301,30 @@ def certified_topk(
     width = min(k, table.rows.shape[0])
     if batch == 0 or width == 0:
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
-    dense = query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width)
-    candidates, opened, name = 0, 0, "dense"
-    if not bool(dense.all()):
+    todo = ~(query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width))
+    candidates, opened, name, left = 0, 0, "dense", []
+    for first_pass in passes:
+        if not bool(todo.any()):
+            break
         part, own, chosen = query, excluded, slice(None)
-        if bool(dense.any()):
-            chosen = ~dense
+        if not bool(todo.all()):
+            chosen = todo.clone()
             part, own = query[chosen], excluded.pick(chosen)
         scan = first_pass(part)
-        found, failed, candidates, opened = _scan(table, scan, part, width, own)
-        name = "dense" if bool(failed.all()) else scan.name
+        found, failed, rescored, met = _scan(table, scan, part, width, own)
+        candidates, opened = candidates + rescored, opened + met
+        if name == "dense" and not bool(failed.all()):
+            name = scan.name
         keys[chosen, :width] = found
-        dense[chosen] = failed
-    if bool(dense.any()):
-        keys[dense, :width] = dense_topk(table, query[dense], width, excluded.pick(dense))
+        todo[chosen] = failed
+        left.append(int(failed.sum()))
+    dense = (keys[:, 0] == PADDING_KEY) | todo
     num_dense = int(dense.sum())
+    if num_dense:
+        keys[dense, :width] = dense_topk(table, query[dense], width, excluded.pick(dense))
     ratio = candidates / max(1, (batch - num_dense) * width)
-    return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense)
+    again = left[0] if len(left) > 1 else 0
+    return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense, again)
 
 
 class _Collected(NamedTuple):

@@ -134,5 +134,5 @@ def item_topk(
     values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)
     query = prepare_queries(queries, similarity, temperature)
     scan = partial(Float32Pass, items, None)
-    scores, ids, _ = certified_topk(PlainTable(items), scan, query, k, Excluded(values, offsets))
+    scores, ids, _ = certified_topk(PlainTable(items), [scan], query, k, Excluded(values, offsets))
     return scores, ids

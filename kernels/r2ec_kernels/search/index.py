@@ -25,6 +25,7 @@ from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
 _PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
+_UNFIT_SHARE = 1 / 8  # of a search's queries
 _LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
 SCANS = ("auto", "none", "fp16", "bf16", "int8")
 
@@ -67,6 +68,7 @@ class ItemIndex:
             raise ValueError(f"scan: expected one of {', '.join(SCANS)}, got {scan!r}")
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
         self._kinds = _kinds(scan, items.device)
+        self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
         self._lock = SharedLock()
         self._last_search: SearchStats | None = None
         self._storage = Storage(similarity, self._kinds)
@@ -131,9 +133,10 @@ class ItemIndex:
             if name == "triton":
                 scores, ids, stats = self._search_triton(query, k, excluded)
             elif name == "torch":
-                scores, ids, stats = certified_topk(
-                    self._view(), self._first_pass, query, k, excluded
-                )
+                scan, passes = self._first_passes(query)
+                scores, ids, stats = certified_topk(self._view(), passes, query, k, excluded)
+                if self.scan == "auto" and stats.scanned_again > len(queries) * _UNFIT_SHARE:
+                    self._unfit |= {scan}
         self._last_search = stats
         return TopK(scores, ids)
 
@@ -276,11 +279,14 @@ class ItemIndex:
     def _view(self) -> "_View":
         return _View(self._storage.live("rows"), self._storage.live("ids"))
 
-    def _first_pass(self, query: Queries) -> FirstPass:
+    def _first_passes(self, query: Queries) -> tuple[str, list[Callable[[Queries], FirstPass]]]:
+        """The name of the product to scan with, and the passes of a search."""
         kind, product = self._product(query)
+        rows = partial(Float32Pass, self._storage.live("rows"), self._storage.live("norm"))
         if product is None:
-            return Float32Pass(self._storage.live("rows"), self._storage.live("norm"), query)
-        return self._code_pass(query, kind, product, _PACKED_ROWS)
+            return "float32", [rows]
+        codes = partial(self._code_pass, kind=kind, product=product, packed_rows=_PACKED_ROWS)
+        return product.name, [codes, rows]
 
     def _code_pass(self, query: Queries, kind: str, product: Product, packed_rows: int) -> CodePass:
         """packed_rows: of a block of packed codes, at most."""
@@ -343,14 +349,22 @@ class ItemIndex:
         for kind in self._kinds:
             codes = storage.codes(kind)
             for product in PRODUCTS[kind]:
-                if product.supports(codes, batch):
+                if product.supports(codes, batch) and product.name not in self._unfit:
                     products[product.name] = (kind, product)
                     runs[product.name] = partial(measured_run, product, codes, query)
         if self.scan in ("auto", "none"):
             products["float32"] = ("none", None)
             runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
         machine = (compiled.cpu_kind(), torch.get_num_threads())
-        key = (self.scan, self.dtype, self.device, self.dim, batch_class(batch), machine)
+        key = (
+            self.scan,
+            self.dtype,
+            self.device,
+            self.dim,
+            batch_class(batch),
+            machine,
+            self._unfit,
+        )
         weights = {name: product.rescoring for name, (_, product) in products.items() if product}
         return products[fastest(key, runs, storage.size, 4 * self.dim, weights)]
 

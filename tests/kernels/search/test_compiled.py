@@ -62,6 +62,20 @@ def test_seen_items_are_left_out(kind):
     )
 
 
+def test_rows_too_alike_for_their_codes_are_scanned_themselves(kind):
+    generator = torch.Generator().manual_seed(5)
+    items = torch.randn(3000, 64, generator=generator) + 20 * torch.randn(64, generator=generator)
+    queries = items[:6] + 0.1 * torch.randn(6, 64, generator=generator)
+    want = item_topk(queries, items, 5, similarity="cosine", impl="reference")
+    index = ItemIndex(items, similarity="cosine", scan="int8")
+    assert_same(index.search(queries, 5), want)
+    assert index.last_search.scanned_again == 6 and index.last_search.dense_rows == 0
+    chosen = ItemIndex(items, similarity="cosine")
+    for _ in range(4):  # learns which products do not serve these rows
+        assert_same(chosen.search(queries, 5), want)
+    assert chosen.last_search.scanned_again == 0
+
+
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("batch", [1, 4, 7, 40])
 def test_ranks_and_log_probabilities(kind, similarity, batch):
