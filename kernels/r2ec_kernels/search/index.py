@@ -281,6 +281,8 @@ class ItemIndex:
 
     def _first_passes(self, query: Queries) -> tuple[str, list[Callable[[Queries], FirstPass]]]:
         """The name of the product to scan with, and the passes of a search."""
+        if not len(self) or not len(query.scaled):
+            return "none", []
         kind, product = self._product(query)
         rows = partial(Float32Pass, self._storage.live("rows"), self._storage.live("norm"))
         if product is None:
