@@ -6,48 +6,29 @@ installation: without the extensions everything still works, packing and search 
 slower, and that is a choice to make, not an accident.
 """
 
-import os
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+import native_build  # noqa: E402
+
 
 def extensions() -> list:
-    switch = os.environ.get("R2EC_BUILD_EXTENSION", "1")
-    if switch not in ("0", "1"):
-        raise ValueError(f"R2EC_BUILD_EXTENSION must be 0 or 1, got {switch!r}")
-    if switch == "0":
+    if not native_build.wanted():
         return []
-    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+    from pybind11.setup_helpers import Pybind11Extension
 
-    ParallelCompile("R2EC_BUILD_JOBS", default=0).install()  # 0: one a core
-    optimise = ["-O3", "-Wall", "-Wextra"]
-    parallel = ["-fopenmp"] if sys.platform == "linux" else []
-    return [
-        Pybind11Extension(
-            "r2ec_fast._packing",
-            sorted(glob("csrc/*.cpp")),
-            depends=glob("csrc/*.hpp"),
-            cxx_std=17,
-            extra_compile_args=optimise,
-        ),
-        Pybind11Extension(
-            "r2ec_kernels._first_pass",
-            sorted(glob("kernels/csrc/*.cpp")),
-            depends=glob("kernels/csrc/*.hpp"),
-            cxx_std=17,
-            # gcc's own header of AVX-512 begins with variables that it then reports
-            extra_compile_args=[
-                *optimise,
-                *parallel,
-                "-Wno-uninitialized",
-                "-Wno-maybe-uninitialized",
-                "-ffp-contract=off",  # canonical scores round every operation
-            ],
-            extra_link_args=parallel,
-        ),
-    ]
+    packing = Pybind11Extension(
+        "r2ec_fast._packing",
+        sorted(glob("csrc/*.cpp")),
+        depends=glob("csrc/*.hpp"),
+        cxx_std=17,
+        extra_compile_args=native_build.OPTIMISE,
+    )
+    return [packing, native_build.first_pass("kernels/csrc")]
 
 
 setup(ext_modules=extensions())

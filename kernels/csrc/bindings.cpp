@@ -121,8 +121,9 @@ const r2ec::Tiles& tiles_named(const std::string& cpu) {
   return *found;
 }
 
-// (peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M], doubtful int64 [D]): what
-// `add_stats` finds in all rows, the same for any number of threads.
+// (complete, peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M]): what `add_stats` finds
+// in all rows, the same for any number of threads. Not complete, and nothing counts, where a row's score
+// cannot be bounded or a stretch has more than its share of `most_near` open pairs.
 py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array<float>& rounded,
                 const Array<float>& logit, const Array<double>& mass,
                 const Array<int64_t>& left_out, int64_t most_near, int parts, int64_t threads,
@@ -146,15 +147,18 @@ py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array
   const int64_t stretches = (rows + length - 1) / length;
   std::vector<r2ec::Stats> found(stretches, empty);
   r2ec::Stats total = empty;
+  std::vector<char> complete(stretches);
   {
     py::gil_scoped_release release;
     const auto operand = arrays.operand(tiles, parts);
     const auto prepared = arrays.prepared(operand);
     const r2ec::LeftOut out = {left_out.data(), left_out.size()};
     in_parallel(stretches, threads, [&](int64_t, int64_t stretch) {
-      r2ec::add_stats(arrays.table(), prepared, arrays.similarity, arrays.huge, targets, out, tiles,
-                      stretch * length, std::min(rows, (stretch + 1) * length), most_near,
-                      found[stretch]);
+      complete[stretch] =
+          r2ec::add_stats(arrays.table(), prepared, arrays.similarity, arrays.huge, targets, out,
+                          tiles, stretch * length, std::min(rows, (stretch + 1) * length),
+                          most_near / kStretches, found[stretch]) &&
+          found[stretch].doubtful.empty();
     });
     for (int64_t q = 0; q < num_queries; ++q) {
       auto& sum = total.folds[q];
@@ -166,10 +170,8 @@ py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array
         total.ahead[q] += part.ahead[q];
       }
     }
-    for (const auto& part : found) {
+    for (const auto& part : found)
       total.near.insert(total.near.end(), part.near.begin(), part.near.end());
-      total.doubtful.insert(total.doubtful.end(), part.doubtful.begin(), part.doubtful.end());
-    }
   }
   Array<float> peak(num_queries);
   Array<double> sums(num_queries);
@@ -177,8 +179,8 @@ py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array
     peak.mutable_data()[q] = total.folds[q].peak;
     sums.mutable_data()[q] = total.folds[q].mass;
   }
-  return py::make_tuple(peak, sums, to_numpy(total.ahead), to_numpy(total.near),
-                        to_numpy(total.doubtful));
+  const bool all = std::all_of(complete.begin(), complete.end(), [](char part) { return part; });
+  return py::make_tuple(all, peak, sums, to_numpy(total.ahead), to_numpy(total.near));
 }
 
 // A Selection with the arrays it reads.

@@ -154,7 +154,7 @@ void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarit
   }
 }
 
-void add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
                double huge, const std::vector<Target>& targets, LeftOut left_out,
                const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats) {
   const auto num_queries = static_cast<int64_t>(targets.size());
@@ -181,8 +181,9 @@ void add_stats(const FloatTable& table, const FloatQueries& queries, Similarity 
         stats.near.push_back((row + __builtin_ctz(near)) * num_queries + q);
     }
     for (const int64_t* used = own; used != pair; ++used) out[*used % num_queries] = 0;
-    if (static_cast<int64_t>(stats.near.size()) > most_near) return;
+    if (static_cast<int64_t>(stats.near.size()) > most_near) return false;
   }
+  return true;
 }
 
 template <typename T>

@@ -78,9 +78,9 @@ struct Stats {
   std::vector<int64_t> doubtful;  // rows whose scores cannot be bounded; they are not counted
 };
 
-// Adds rows first..last-1 to `stats`, whose `folds` begin with the targets' own terms; not for l2.
-// Stops early where more than `most_near` pairs are open.
-void add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+// Adds rows first..last-1 to `stats`; not for l2. Returns false, and stops, where more than `most_near`
+// pairs are open.
+bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
                double huge, const std::vector<Target>& targets, LeftOut left_out,
                const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats);
 

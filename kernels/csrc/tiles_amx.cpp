@@ -158,43 +158,22 @@ TARGET void store_sums(const float* sums, int tiles, float* out, int64_t count) 
     _mm512_storeu_ps(out + q * kGroup, _mm512_load_ps(turned + 16 * q));
 }
 
-// Products of 16 rows in two parts with up to 16 queries. Tiles (the intrinsics want their numbers
-// spelled out): 0 h h, 1 m h, 2 h m; 4 and 5 the parts of the rows, 6 and 7 those of the queries.
+// Products of 16 rows in two parts with up to 16 (or 32) queries. Tiles (the intrinsics want their
+// numbers spelled out): 0 and 2 h h, 1 and 3 m h + h m; 4 and 5 the parts of the rows, 6 and 7 those of
+// 16 queries.
+template <bool kTwo>
 TARGET void multiply_two(const uint16_t* rows, const uint16_t* queries, int64_t chunks, float* out,
                          int64_t count) {
-  alignas(64) float sums[768];
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const uint16_t* const row = rows + 2 * chunk * kTile;
-    const uint16_t* const query = queries + 2 * chunk * kTile;
-    _tile_loadd(4, row, 64);
-    _tile_loadd(5, row + kTile, 64);
-    _tile_loadd(6, query, 64);
-    _tile_loadd(7, query + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(2, 4, 7);
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  store_sums(sums, 3, out, count);
-}
-
-// The same with 17 to 32 queries: 0 and 2 h h, 1 and 3 m h + h m.
-TARGET void multiply_two_twice(const uint16_t* rows, const uint16_t* queries, int64_t chunks,
-                               float* out, int64_t count) {
   alignas(64) float sums[512];
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const uint16_t* const row = rows + 2 * chunk * kTile;
     const uint16_t* const query = queries + 2 * chunk * kTile;
-    const uint16_t* const next = query + 2 * chunks * kTile;
     _tile_loadd(4, row, 64);
     _tile_loadd(5, row + kTile, 64);
     _tile_loadd(6, query, 64);
@@ -202,18 +181,23 @@ TARGET void multiply_two_twice(const uint16_t* rows, const uint16_t* queries, in
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, next, 64);
-    _tile_loadd(7, next + kTile, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 5, 6);
-    _tile_dpbf16ps(3, 4, 7);
+    if (kTwo) {
+      const uint16_t* const next = query + 2 * chunks * kTile;
+      _tile_loadd(6, next, 64);
+      _tile_loadd(7, next + kTile, 64);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 5, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    }
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + 256, 64);
-  store_sums(sums, 2, out, 16);
-  _tile_stored(2, sums, 64);
-  _tile_stored(3, sums + 256, 64);
-  store_sums(sums, 2, out + 16 * kGroup, count - 16);
+  store_sums(sums, 2, out, count < 16 ? count : 16);
+  if (kTwo) {
+    _tile_stored(2, sums, 64);
+    _tile_stored(3, sums + 256, 64);
+    store_sums(sums, 2, out + 16 * kGroup, count - 16);
+  }
 }
 
 // The same of rows in three parts with up to 16 queries. Tiles: 0 h h, 1 m h + m m, 2 l h + h l,
@@ -383,9 +367,9 @@ TARGET void amx_multiply_floats(RowBlock<float> block, const FloatOperand& opera
       if (parts == 3)
         multiply_three(tiles, queries, chunks, to, count);
       else if (count > 16)
-        multiply_two_twice(tiles, queries, chunks, to, count);
+        multiply_two<true>(tiles, queries, chunks, to, count);
       else
-        multiply_two(tiles, queries, chunks, to, count);
+        multiply_two<false>(tiles, queries, chunks, to, count);
     }
   }
 }

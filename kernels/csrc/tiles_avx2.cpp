@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "fold.hpp"
+#include "four_rows.hpp"
 #include "tiles.hpp"
 
 #define TARGET __attribute__((target("avx2,fma")))
@@ -10,21 +11,6 @@
 namespace r2ec {
 
 namespace {
-
-constexpr int kRows = 4;
-constexpr int64_t kAhead = 8;  // rows that are fetched ahead
-
-template <typename T>
-struct FourRows {
-  const T* row[kRows];
-
-  FourRows(const RowBlock<T>& block, int64_t first) {
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t i = first + r < block.count ? first + r : block.count - 1;
-      row[r] = block.rows + i * block.stride;
-    }
-  }
-};
 
 TARGET inline int32_t sum_of(__m256i lanes) {
   const __m128i four =
@@ -46,8 +32,8 @@ TARGET inline float sum_of(__m256 lanes) {
 }
 
 template <int Q>
-TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_t* queries,
-                       int64_t columns, int32_t* out, int64_t count) {
+TARGET void codes_tile(const FourRows<int8_t>& rows, const int16_t* queries, int64_t columns,
+                       int32_t* out) {
   __m256i sum[kRows][Q];
   for (int r = 0; r < kRows; ++r)
     for (int q = 0; q < Q; ++q) sum[r][q] = _mm256_setzero_si256();
@@ -66,31 +52,28 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_
       }
     }
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + rows.ahead), _MM_HINT_T0);
   }
   for (int q = 0; q < Q; ++q)
-    for (int r = 0; r < count; ++r) out[q * kGroup + r] = sum_of(sum[r][q]);
+    for (int r = 0; r < rows.count; ++r) out[q * kGroup + r] = sum_of(sum[r][q]);
 }
 
 TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
   const int16_t* const queries = operand.values;
   const int64_t num_queries = operand.num_queries, columns = operand.columns;
-  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<int8_t> rows(block, i);
-    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
     int64_t q = 0;
     for (; q + 2 <= num_queries; q += 2)
-      codes_tile<2>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+      codes_tile<2>(rows, queries + q * columns, columns, out + q * kGroup + i);
     if (q < num_queries)
-      codes_tile<1>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+      codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
   }
 }
 
 template <int Q, bool kSquares>
-TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float* queries,
-                        int64_t query_stride, int64_t columns, float* out, float* squares,
-                        int64_t count) {
+TARGET void floats_tile(const FourRows<float>& rows, const float* queries, int64_t query_stride,
+                        int64_t columns, float* out, float* squares) {
   __m256 sum[kRows][Q], square[kRows];
   for (int r = 0; r < kRows; ++r) {
     square[r] = _mm256_setzero_ps();
@@ -102,7 +85,7 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
       row[r] = columns - c >= 8 ? _mm256_loadu_ps(rows.row[r] + c)
                                 : _mm256_maskload_ps(rows.row[r] + c, first_lanes(columns - c));
       if (c % 16 == 0)
-        _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + rows.ahead), _MM_HINT_T0);
       if (kSquares) square[r] = _mm256_fmadd_ps(row[r], row[r], square[r]);
     }
     for (int q = 0; q < Q; ++q) {
@@ -110,7 +93,7 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
       for (int r = 0; r < kRows; ++r) sum[r][q] = _mm256_fmadd_ps(row[r], query, sum[r][q]);
     }
   }
-  for (int r = 0; r < count; ++r) {
+  for (int r = 0; r < rows.count; ++r) {
     for (int q = 0; q < Q; ++q) out[q * kGroup + r] = sum_of(sum[r][q]);
     if (kSquares) squares[r] = sum_of(square[r]);
   }
@@ -121,13 +104,11 @@ TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
   const float* const queries = operand.values.data();
   const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
   const int64_t columns = operand.columns;
-  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
-    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
     const auto tile = [&](auto run, int64_t q) {
-      run(rows, ahead, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
-          squares + i, count);
+      run(rows, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
+          squares + i);
     };
     tile(floats_tile<1, true>, 0);
     int64_t q = 1;

@@ -1,5 +1,4 @@
-// AVX-512 (F, BW, VL): 16 float or 32 int16 lanes. Four rows at a time, so that a query's load serves
-// four products; rows are fetched before their turn.
+// AVX-512 (F, BW, VL): 16 float or 32 int16 lanes.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -7,6 +6,7 @@
 #include <cmath>
 
 #include "fold.hpp"
+#include "four_rows.hpp"
 #include "tiles.hpp"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
@@ -15,25 +15,9 @@ namespace r2ec {
 
 namespace {
 
-constexpr int kRows = 4;
-constexpr int64_t kAhead = 8;  // rows that are fetched ahead
-
-template <typename T>
-struct FourRows {
-  const T* row[kRows];
-
-  // Rows first..first+3 of a block; beyond the last one that one again.
-  FourRows(const RowBlock<T>& block, int64_t first) {
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t i = first + r < block.count ? first + r : block.count - 1;
-      row[r] = block.rows + i * block.stride;
-    }
-  }
-};
-
 template <int Q>
-TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_t* queries,
-                       int64_t columns, int32_t* out, int64_t count) {
+TARGET void codes_tile(const FourRows<int8_t>& rows, const int16_t* queries, int64_t columns,
+                       int32_t* out) {
   __m512i sum[kRows][Q];
   for (int r = 0; r < kRows; ++r)
     for (int q = 0; q < Q; ++q) sum[r][q] = _mm512_setzero_si512();
@@ -51,33 +35,30 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, int64_t ahead, const int16_
       }
     }
     for (int r = 0; r < kRows; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + rows.ahead), _MM_HINT_T0);
   }
   for (int q = 0; q < Q; ++q)
-    for (int r = 0; r < count; ++r) out[q * kGroup + r] = _mm512_reduce_add_epi32(sum[r][q]);
+    for (int r = 0; r < rows.count; ++r) out[q * kGroup + r] = _mm512_reduce_add_epi32(sum[r][q]);
 }
 
 TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
   const int16_t* const queries = operand.values;
   const int64_t num_queries = operand.num_queries, columns = operand.columns;
-  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<int8_t> rows(block, i);
-    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
     int64_t q = 0;
     for (; q + 4 <= num_queries; q += 4)
-      codes_tile<4>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+      codes_tile<4>(rows, queries + q * columns, columns, out + q * kGroup + i);
     for (; q + 2 <= num_queries; q += 2)
-      codes_tile<2>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+      codes_tile<2>(rows, queries + q * columns, columns, out + q * kGroup + i);
     if (q < num_queries)
-      codes_tile<1>(rows, ahead, queries + q * columns, columns, out + q * kGroup + i, count);
+      codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
   }
 }
 
 template <int Q, bool kSquares>
-TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float* queries,
-                        int64_t query_stride, int64_t columns, float* out, float* squares,
-                        int64_t count) {
+TARGET void floats_tile(const FourRows<float>& rows, const float* queries, int64_t query_stride,
+                        int64_t columns, float* out, float* squares) {
   __m512 sum[kRows][Q], square[kRows];
   for (int r = 0; r < kRows; ++r) {
     square[r] = _mm512_setzero_ps();
@@ -89,7 +70,7 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
     __m512 row[kRows];
     for (int r = 0; r < kRows; ++r) {
       row[r] = _mm512_maskz_loadu_ps(mask, rows.row[r] + c);
-      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(rows.row[r] + c + rows.ahead), _MM_HINT_T0);
       if (kSquares) square[r] = _mm512_fmadd_ps(row[r], row[r], square[r]);
     }
     for (int q = 0; q < Q; ++q) {
@@ -97,7 +78,7 @@ TARGET void floats_tile(const FourRows<float>& rows, int64_t ahead, const float*
       for (int r = 0; r < kRows; ++r) sum[r][q] = _mm512_fmadd_ps(row[r], query, sum[r][q]);
     }
   }
-  for (int r = 0; r < count; ++r) {
+  for (int r = 0; r < rows.count; ++r) {
     for (int q = 0; q < Q; ++q) out[q * kGroup + r] = _mm512_reduce_add_ps(sum[r][q]);
     if (kSquares) squares[r] = _mm512_reduce_add_ps(square[r]);
   }
@@ -108,13 +89,11 @@ TARGET void multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
   const float* const queries = operand.values.data();
   const int64_t query_stride = operand.stride, num_queries = operand.num_queries;
   const int64_t columns = operand.columns;
-  const int64_t ahead = kAhead * block.stride;
   for (int64_t i = 0; i < block.count; i += kRows) {
     const FourRows<float> rows(block, i);
-    const int64_t count = block.count - i < kRows ? block.count - i : kRows;
     const auto tile = [&](auto run, int64_t q) {
-      run(rows, ahead, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
-          squares + i, count);
+      run(rows, queries + q * query_stride, query_stride, columns, out + q * kGroup + i,
+          squares + i);
     };
     if (num_queries == 1) {
       tile(floats_tile<1, true>, 0);

@@ -30,7 +30,7 @@ def available(device: torch.device) -> bool:
 
 
 def cpu_kind() -> str | None:
-    """ "amx", "avx512", "avx2" or "portable": what the compiled passes use; None without them."""
+    """What the compiled passes run as: "amx", "avx512", "avx2" or "portable"; None without them."""
     return None if _first_pass is None else _cpu or _first_pass.cpu_kinds()[0]
 
 
@@ -130,13 +130,14 @@ class Stats(NamedTuple):
     """What a pass finds of each query: the largest logit relative to the target's (in units of log
     2, at least 0), float32 [B]; the sum of 2^(logit - that), float64 [B]; rows certainly ahead of
     the target, int64 [B]. ``near``: int64 [M], row * B + query of pairs to be settled.
-    ``doubtful``: whether some row's score could not be bounded; nothing counts then."""
+    ``complete``: False where some row's score could not be bounded, or too many pairs are to be
+    settled; nothing counts then."""
 
+    complete: bool
     peak: torch.Tensor
     mass: torch.Tensor
     ahead: torch.Tensor
     near: torch.Tensor
-    doubtful: bool
 
 
 def stats(
@@ -159,14 +160,14 @@ def stats(
             of a unit of raw score, in units of log 2.
         mass: float64 [B], the targets' own terms.
         left_out: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
-        most_near: open pairs of a sixty-fourth of the table at which it stops: ``near`` is then
-            longer than this, and nothing counts.
+        most_near: pairs to be settled beyond which it stops, a share of which each part of the
+            table has.
         coarse: matrix units may leave out up to 12 ``COARSE`` of |query| |row| in a score; else
             they make twice the products and leave out as little as float32 does.
     """
     pairs = left_out.sort().values
     arrays = map(_array, (raw, rounded, logit, mass, pairs))
-    peak, mass, ahead, near, doubtful = _first_pass.stats(
+    complete, *found = _first_pass.stats(
         _float_arrays(rows, query),
         *arrays,
         most_near,
@@ -174,8 +175,7 @@ def stats(
         torch.get_num_threads(),
         _cpu,
     )
-    peak, mass, ahead, near = map(torch.from_numpy, (peak, mass, ahead, near))
-    return Stats(peak, mass, ahead, near, len(doubtful) > 0)
+    return Stats(complete, *map(torch.from_numpy, found))
 
 
 def multiply_codes(

@@ -156,7 +156,7 @@ def _fused_stats(
         _MOST_NEAR,
         coarse,
     )
-    if found.doubtful or found.near.numel() > _MOST_NEAR:
+    if not found.complete:
         return None
     rank = 1 + found.ahead
     near = found.near % batch, found.near // batch
