@@ -1,4 +1,4 @@
-"""How the C++ extension of r2ec_kernels is built, for the setup.py of both packages that contain it.
+"""How the C++ extension of r2ec_kernels is built: for the setup.py of both packages that have it.
 
 Neither torch nor anything but pybind11 and a C++17 compiler takes part.
 """
