@@ -1,143 +1,30 @@
-// pybind11 only: checks arrays and hands out rows to workers. OpenMP shares its threads with torch.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+// pybind11 only: hands out rows of checked arrays to workers, and their results to numpy.
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cmath>
-#include <exception>
 #include <functional>
-#include <optional>
-#include <stdexcept>
-#include <string>
+#include <vector>
 
-#include "canonical.hpp"
-#include "first_pass.hpp"
+#include "arrays.hpp"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-namespace py = pybind11;
+using namespace r2ec_bindings;
 
 namespace {
 
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
-constexpr int64_t kPiece = 1024;  // rows a worker takes at a time, a multiple of kGroup
-
-void need(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-template <typename T>
-const T* optional_rows(const std::optional<Array<T>>& array, int64_t rows, const char* what) {
-  if (!array) return nullptr;
-  need(array->size() >= rows, what);
-  return array->data();
-}
-
-// Calls work(worker, i) for i in 0..count-1, in any order; rethrows what one of them threw.
-template <typename Work>
-void in_parallel(int64_t count, int64_t workers, const Work& work) {
-  std::exception_ptr thrown;
-  const auto guarded = [&](int64_t worker, int64_t i) {
-    try {
-      work(worker, i);
-    } catch (...) {
-#pragma omp critical
-      thrown = std::current_exception();
-    }
-  };
-#ifdef _OPENMP
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(workers, count)));
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) guarded(omp_get_thread_num(), i);
-#else
-  (void)workers;
-  for (int64_t i = 0; i < count; ++i) guarded(0, i);
-#endif
-  if (thrown) std::rethrow_exception(thrown);
-}
-
-// Calls work(worker, first, last) for pieces that cover 0..rows-1, in any order.
-template <typename Work>
-void by_pieces(int64_t rows, int64_t workers, const Work& work) {
-  in_parallel((rows + kPiece - 1) / kPiece, workers, [&](int64_t worker, int64_t piece) {
-    work(worker, piece * kPiece, std::min(rows, (piece + 1) * kPiece));
-  });
-}
-
-Array<int64_t> to_numpy(const std::vector<int64_t>& values) {
-  return Array<int64_t>(values.size(), values.data());
-}
-
-r2ec::Similarity similarity_of(const std::string& name) {
-  if (name == "dot") return r2ec::Similarity::kDot;
-  if (name == "cosine") return r2ec::Similarity::kCosine;
-  need(name == "l2", "similarity: expected dot, cosine or l2");
-  return r2ec::Similarity::kL2;
-}
-
-r2ec::FloatTable table_of(const py::array_t<float>& rows) {
-  need(rows.ndim() == 2 && (rows.shape(1) == 1 || rows.strides(1) == sizeof(float)),
-       "rows: expected [rows, columns] with columns side by side");
-  return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
-}
-
-// float32 rows [n, columns] and queries for them, as first_pass.hpp describes them.
-struct FloatArrays {
-  py::array_t<float> rows;
-  Array<float> queries, norm, floor;
-  double huge;
-  r2ec::Similarity similarity;
-
-  FloatArrays(py::array_t<float> rows, Array<float> queries, Array<float> norm, Array<float> floor,
-              const std::string& similarity, double huge)
-      : rows(rows), queries(queries), norm(norm), floor(floor), huge(huge) {
-    need(queries.ndim() == 2 && queries.shape(1) == table().columns,
-         "queries: expected [queries, columns]");
-    need(norm.size() == queries.shape(0) && floor.size() == queries.shape(0),
-         "norm, floor: expected one for each query");
-    this->similarity = similarity_of(similarity);
-  }
-
-  r2ec::FloatTable table() const { return table_of(rows); }
-  r2ec::FloatOperand operand(const r2ec::Tiles& tiles, int parts) const {
-    need(parts == 2 || parts == 3, "parts: expected 2 or 3");
-    r2ec::FloatOperand made(queries.data(), queries.shape(0), queries.shape(1), parts);
-    tiles.prepare_floats(made);
-    return made;
-  }
-  r2ec::FloatQueries prepared(const r2ec::FloatOperand& operand) const {
-    return {operand, norm.data(), floor.data()};
-  }
-};
-
-const r2ec::Tiles& tiles_named(const std::string& cpu) {
-  const r2ec::Tiles* const found = cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str());
-  need(found != nullptr, "cpu: not one this machine can run");
-  return *found;
-}
-
-// (complete, peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M]): what `add_stats` finds
-// in all rows, the same for any number of threads. Not complete, and nothing counts, where a row's score
-// cannot be bounded or a stretch has more than its share of `most_near` open pairs.
-py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array<float>& rounded,
-                const Array<float>& logit, const Array<double>& mass,
-                const Array<int64_t>& left_out, int64_t most_near, int parts, int64_t threads,
-                const std::string& cpu) {
-  const auto& tiles = tiles_named(cpu);
-  const int64_t num_queries = arrays.queries.shape(0), rows = arrays.rows.shape(0);
-  need(raw.size() == num_queries && rounded.size() == num_queries && logit.size() == num_queries &&
-           mass.size() == num_queries,
-       "raw, rounded, logit, mass: expected one for each query");
+// (complete, peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M]): what
+// add(contest, first, last, stats) finds in all rows, the same for any number of threads. Not complete,
+// and nothing counts, where a row's score cannot be bounded or a stretch has more than its share of
+// `most_near` open pairs.
+template <typename Add>
+py::tuple add_stretches(const ContestArrays& arrays, int64_t rows, int64_t most_near,
+                        int64_t threads, const Add& add) {
+  const int64_t num_queries = arrays.raw.size();
   std::vector<r2ec::Target> targets;
   r2ec::Stats empty;
   for (int64_t q = 0; q < num_queries; ++q) {
-    targets.push_back({raw.data()[q], rounded.data()[q], logit.data()[q]});
-    empty.folds.push_back({rounded.data()[q], logit.data()[q], 0.0f, 0.0f, 0.0f, 0.0});
+    const float rounded = arrays.rounded.data()[q], logit = arrays.logit.data()[q];
+    targets.push_back({arrays.raw.data()[q], rounded, logit});
+    empty.folds.push_back({rounded, logit, 0.0f, 0.0f, 0.0f, 0.0});
   }
   empty.ahead.resize(num_queries);
   // Stretches of the table, however many threads there are: sums are added in one order.
@@ -148,22 +35,20 @@ py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array
   std::vector<r2ec::Stats> found(stretches, empty);
   r2ec::Stats total = empty;
   std::vector<char> complete(stretches);
+  const r2ec::Contest contest = {
+      targets, {arrays.left_out.data(), arrays.left_out.size()}, most_near / kStretches};
   {
     py::gil_scoped_release release;
-    const auto operand = arrays.operand(tiles, parts);
-    const auto prepared = arrays.prepared(operand);
-    const r2ec::LeftOut out = {left_out.data(), left_out.size()};
     in_parallel(stretches, threads, [&](int64_t, int64_t stretch) {
+      auto& own = found[stretch];
       complete[stretch] =
-          r2ec::add_stats(arrays.table(), prepared, arrays.similarity, arrays.huge, targets, out,
-                          tiles, stretch * length, std::min(rows, (stretch + 1) * length),
-                          most_near / kStretches, found[stretch]) &&
-          found[stretch].doubtful.empty();
+          add(contest, stretch * length, std::min(rows, (stretch + 1) * length), own) &&
+          own.doubtful.empty();
     });
     for (int64_t q = 0; q < num_queries; ++q) {
       auto& sum = total.folds[q];
       for (const auto& part : found) sum.peak = std::max(sum.peak, part.folds[q].peak);
-      sum.mass = mass.data()[q] * std::exp2(-static_cast<double>(sum.peak));
+      sum.mass = arrays.mass.data()[q] * std::exp2(-static_cast<double>(sum.peak));
       for (const auto& part : found) {
         const auto& fold = part.folds[q];
         sum.mass += fold.mass * std::exp2(static_cast<double>(fold.peak) - sum.peak);
@@ -183,6 +68,37 @@ py::tuple stats(const FloatArrays& arrays, const Array<double>& raw, const Array
   return py::make_tuple(all, peak, sums, to_numpy(total.ahead), to_numpy(total.near));
 }
 
+py::tuple stats(const FloatArrays& arrays, const ContestArrays& contest, int64_t most_near,
+                int64_t threads, const std::string& cpu) {
+  const auto& tiles = tiles_named(cpu);
+  need(contest.raw.size() == arrays.queries.shape(0), "raw: expected one for each query");
+  const auto operand = arrays.operand(tiles, 3);
+  const auto prepared = arrays.prepared(operand);
+  const auto table = arrays.table();
+  return add_stretches(contest, arrays.rows.shape(0), most_near, threads,
+                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
+                         return r2ec::add_stats(table, prepared, arrays.similarity, arrays.huge,
+                                                own, tiles, first, last, found);
+                       });
+}
+
+py::tuple code_stats(const CodeArrays& high, const Array<int8_t>& low, const ContestArrays& contest,
+                     int64_t most_near, int64_t threads, const std::string& cpu) {
+  const auto& tiles = tiles_named(cpu);
+  need(contest.raw.size() == high.queries.shape(0), "raw: expected one for each query");
+  need(low.ndim() == 2 && low.shape(0) >= high.rows && low.shape(1) == high.codes.shape(1),
+       "low: expected as many rows and columns as codes");
+  const auto operand = high.operand(tiles);
+  const r2ec::CodeQueries prepared = {operand, high.step.data()};
+  const r2ec::FineTable table = {high.table(), low.data()};
+  const float* const error = high.error.data();
+  return add_stretches(contest, high.rows, most_near, threads,
+                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
+                         return r2ec::add_code_stats(table, prepared, error, own, tiles, first,
+                                                     last, found);
+                       });
+}
+
 // A Selection with the arrays it reads.
 class Collector {
  public:
@@ -193,25 +109,15 @@ class Collector {
                    excluded_.size()),
         tiles_(&tiles_named(cpu)) {}
 
-  void codes(const Array<int8_t>& codes, int64_t rows, const std::optional<Array<float>>& scale,
-             const std::optional<Array<float>>& half, const std::optional<Array<bool>>& trusted,
-             const Array<int16_t>& queries, const Array<float>& step, const Array<float>& error,
-             float relative) {
-    need(codes.ndim() == 2 && codes.shape(0) >= rows, "codes: expected [rows, columns]");
-    const int64_t columns = codes.shape(1);
-    need(columns % r2ec::kCodeColumns == 0, "codes: columns must be a multiple of 64");
-    need(queries.ndim() == 2 && queries.shape(0) == selection_.queries() &&
-             queries.shape(1) == columns,
-         "queries: expected [queries, columns]");
-    need(step.size() == selection_.queries(), "step: expected one for each query");
-    const r2ec::CodeTable table = {codes.data(), columns, finish_of(scale, half, rows),
-                                   optional_rows(trusted, rows, "trusted: too short")};
-    r2ec::CodeOperand operand = {selection_.queries(), columns, queries.data(), {}};
-    tiles_->prepare_codes(operand);
-    const r2ec::CodeQueries prepared = {operand, step.data()};
-    run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
-      r2ec::scan_codes(table, prepared, first, last, offers);
-    });
+  void codes(const CodeArrays& arrays, float relative) {
+    need(arrays.queries.shape(0) == selection_.queries(), "queries: expected one for each");
+    const auto table = arrays.table();
+    const auto operand = arrays.operand(*tiles_);
+    const r2ec::CodeQueries prepared = {operand, arrays.step.data()};
+    run(arrays.rows, arrays.error, relative,
+        [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
+          r2ec::scan_codes(table, prepared, first, last, offers);
+        });
   }
 
   // Returns the rows whose scores cannot be bounded, in any order.
@@ -284,12 +190,6 @@ class Collector {
   }
 
  private:
-  static r2ec::Finish finish_of(const std::optional<Array<float>>& scale,
-                             const std::optional<Array<float>>& half, int64_t rows) {
-    return {optional_rows(scale, rows, "scale: too short"),
-            optional_rows(half, rows, "half: too short")};
-  }
-
   template <typename Scan>
   void run(int64_t rows, const Array<float>& error, float relative, const Scan& scan) {
     need(error.size() == selection_.queries(), "error: expected one for each query");
@@ -303,27 +203,6 @@ class Collector {
   Array<int64_t> excluded_;
   r2ec::Selection selection_;
   const r2ec::Tiles* tiles_;
-};
-
-// float32 rows [n, columns], float64 queries and how they are scored, as canonical.hpp wants them.
-struct ScoringArrays {
-  py::array_t<float> rows;
-  Array<double> queries;
-  r2ec::Similarity similarity;
-  double temperature;
-
-  ScoringArrays(py::array_t<float> rows, Array<double> queries, const std::string& similarity,
-                double temperature)
-      : rows(rows), queries(queries), similarity(similarity_of(similarity)),
-        temperature(temperature) {
-    need(queries.ndim() == 2 && queries.shape(1) == table_of(rows).columns,
-         "queries: expected [queries, columns]");
-  }
-
-  r2ec::Scoring view() const {
-    return {table_of(rows), queries.data(), queries.shape(0), similarity, temperature};
-  }
-  void check_row(int64_t row) const { need(row < rows.shape(0), "rows: out of range"); }
 };
 
 // Canonical scores float32 [M] of the pairs (query `of`, row `at`).
@@ -443,16 +322,25 @@ PYBIND11_MODULE(_first_pass, module) {
                     const std::string&, double>(),
            py::arg("rows"), py::arg("queries"), py::arg("norm"), py::arg("floor"),
            py::arg("similarity"), py::arg("huge"));
-  module.def("stats", &stats, py::arg("arrays"), py::arg("raw"), py::arg("rounded"),
-             py::arg("logit"), py::arg("mass"), py::arg("left_out"), py::arg("most_near"),
-             py::arg("parts"), py::arg("threads"), py::arg("cpu"));
+  py::class_<CodeArrays>(module, "CodeArrays")
+      .def(py::init<Array<int8_t>, int64_t, std::optional<Array<float>>, std::optional<Array<float>>,
+                    std::optional<Array<bool>>, Array<int16_t>, Array<float>, Array<float>>(),
+           py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
+           py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
+           py::arg("step"), py::arg("error"));
+  py::class_<ContestArrays>(module, "ContestArrays")
+      .def(py::init<Array<double>, Array<float>, Array<float>, Array<double>, Array<int64_t>>(),
+           py::arg("raw"), py::arg("rounded"), py::arg("logit"), py::arg("mass"),
+           py::arg("left_out"));
+  module.def("stats", &stats, py::arg("arrays"), py::arg("contest"), py::arg("most_near"),
+             py::arg("threads"), py::arg("cpu"));
+  module.def("code_stats", &code_stats, py::arg("high"), py::arg("low"), py::arg("contest"),
+             py::arg("most_near"), py::arg("threads"), py::arg("cpu"));
   py::class_<Collector>(module, "Collector")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Array<int64_t>, const std::string&>(),
            py::arg("queries"), py::arg("k"), py::arg("limit"), py::arg("workers"),
            py::arg("excluded"), py::arg("cpu"))
-      .def("codes", &Collector::codes, py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
-           py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
-           py::arg("step"), py::arg("error"), py::arg("relative"))
+      .def("codes", &Collector::codes, py::arg("arrays"), py::arg("relative"))
       .def("floats", &Collector::floats, py::arg("arrays"))
       .def("products", &Collector::products, py::arg("products"), py::arg("start"), py::arg("rows"),
            py::arg("scale").none(true), py::arg("half").none(true), py::arg("error"),

@@ -32,6 +32,14 @@ void offer_group(const Offers& offers, int64_t query, const float* products, int
   }
 }
 
+// Bits of the rows whose codes can be trusted.
+uint32_t trusted_rows(const CodeTable& table, int64_t row, int64_t count) {
+  if (!table.trusted) return ~0u;
+  uint32_t allowed = 0;
+  for (int64_t i = 0; i < count; ++i) allowed |= static_cast<uint32_t>(table.trusted[row + i]) << i;
+  return allowed;
+}
+
 }  // namespace
 
 void scan_codes(const CodeTable& table, const CodeQueries& queries, int64_t first, int64_t last,
@@ -41,10 +49,7 @@ void scan_codes(const CodeTable& table, const CodeQueries& queries, int64_t firs
   float products[kGroup];
   for (int64_t row = first; row < last; row += kGroup) {
     const int64_t count = std::min(kGroup, last - row);
-    uint32_t allowed = ~0u;
-    if (table.trusted)
-      for (int64_t i = 0; i < count; ++i)
-        if (!table.trusted[row + i]) allowed &= ~(1u << i);
+    const uint32_t allowed = trusted_rows(table, row, count);
     offers.tiles.multiply_codes({table.codes + row * table.columns, table.columns, count},
                                 queries.operand, sums.data());
     for (int64_t q = 0; q < num_queries; ++q) {
@@ -139,28 +144,67 @@ class FloatGroup {
   double largest_ = 0.0;
 };
 
-}  // namespace
+// The same of rows as two codes.
+class FineGroup {
+ public:
+  FineGroup(const FineTable& table, const CodeQueries& queries, const float* error,
+            const Tiles& tiles)
+      : table_(table),
+        queries_(queries),
+        error_(error),
+        tiles_(tiles),
+        high_(queries.operand.num_queries * kGroup),
+        low_(high_.size()),
+        products_(high_.size()) {}
 
-void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-                 double huge, int64_t first, int64_t last, const Offers& offers,
-                 std::vector<int64_t>& doubtful) {
-  FloatGroup group(table, queries, similarity, huge, offers.tiles);
-  for (int64_t row = first; row < last; row += kGroup) {
-    const int64_t count = std::min(kGroup, last - row);
-    group.multiply(row, count, doubtful);
-    for (int64_t q = 0; q < offers.selection.queries(); ++q)
-      offer_group(offers, q, group.products(q), count, group.finish(),
-                  static_cast<float>(group.error(q)), row, group.allowed());
+  void multiply(int64_t row, int64_t count, std::vector<int64_t>& doubtful) {
+    const CodeTable& table = table_.high;
+    const int64_t at = row * table.columns;
+    tiles_.multiply_codes({table.codes + at, table.columns, count}, queries_.operand, high_.data());
+    tiles_.multiply_codes({table_.low + at, table.columns, count}, queries_.operand, low_.data());
+    for (int64_t q = 0; q < queries_.operand.num_queries; ++q) {
+      const float step = queries_.step[q] / kLowParts;
+      const int32_t *const high = high_.data() + q * kGroup, *const low = low_.data() + q * kGroup;
+      float* const out = products(q);
+      for (int64_t i = 0; i < kGroup; ++i)
+        out[i] = (static_cast<float>(high[i]) * kLowParts + static_cast<float>(low[i])) * step;
+    }
+    scale_ = table.finish.scale ? table.finish.scale + row : nullptr;
+    allowed_ = trusted_rows(table, row, count);
+    for (int64_t i = 0; i < count; ++i)
+      if (!(allowed_ >> i & 1)) doubtful.push_back(row + i);
+    if (count < kGroup) {  // what lies behind the last row is not read
+      allowed_ &= (1u << count) - 1;
+      for (int64_t i = 0; scale_ && i < count; ++i) last_scale_[i] = scale_[i];
+      if (scale_) scale_ = last_scale_;
+    }
   }
-}
 
-bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-               double huge, const std::vector<Target>& targets, LeftOut left_out,
-               const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats) {
+  float* products(int64_t query) { return products_.data() + query * kGroup; }
+  Finish finish() const { return {scale_, nullptr}; }
+  uint32_t allowed() const { return allowed_; }
+  double error(int64_t query) const { return error_[query]; }
+
+ private:
+  const FineTable& table_;
+  const CodeQueries& queries_;
+  const float* const error_;
+  const Tiles& tiles_;
+  std::vector<int32_t> high_, low_;  // [queries, kGroup]
+  std::vector<float> products_;
+  const float* scale_ = nullptr;
+  float last_scale_[kGroup] = {};
+  uint32_t allowed_ = 0;
+};
+
+// Adds rows first..last-1, multiplied by `group`.
+template <typename Group>
+bool add_groups(Group& group, const Contest& contest, const Tiles& tiles, int64_t first,
+                int64_t last, Stats& stats) {
+  const auto& targets = contest.targets;
   const auto num_queries = static_cast<int64_t>(targets.size());
-  FloatGroup group(table, queries, similarity, huge, tiles);
-  const int64_t* const end = left_out.pairs + left_out.count;
-  const int64_t* pair = std::lower_bound(left_out.pairs, end, first * num_queries);
+  const int64_t* const end = contest.left_out.pairs + contest.left_out.count;
+  const int64_t* pair = std::lower_bound(contest.left_out.pairs, end, first * num_queries);
   std::vector<uint32_t> out(num_queries);  // bits of the group's rows that do not compete
   for (int64_t row = first; row < last; row += kGroup) {
     const int64_t count = std::min(kGroup, last - row);
@@ -181,9 +225,38 @@ bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity 
         stats.near.push_back((row + __builtin_ctz(near)) * num_queries + q);
     }
     for (const int64_t* used = own; used != pair; ++used) out[*used % num_queries] = 0;
-    if (static_cast<int64_t>(stats.near.size()) > most_near) return false;
+    if (static_cast<int64_t>(stats.near.size()) > contest.most_near) return false;
   }
   return true;
+}
+
+}  // namespace
+
+void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+                 double huge, int64_t first, int64_t last, const Offers& offers,
+                 std::vector<int64_t>& doubtful) {
+  FloatGroup group(table, queries, similarity, huge, offers.tiles);
+  for (int64_t row = first; row < last; row += kGroup) {
+    const int64_t count = std::min(kGroup, last - row);
+    group.multiply(row, count, doubtful);
+    for (int64_t q = 0; q < offers.selection.queries(); ++q)
+      offer_group(offers, q, group.products(q), count, group.finish(),
+                  static_cast<float>(group.error(q)), row, group.allowed());
+  }
+}
+
+bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
+               double huge, const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
+               Stats& stats) {
+  FloatGroup group(table, queries, similarity, huge, tiles);
+  return add_groups(group, contest, tiles, first, last, stats);
+}
+
+bool add_code_stats(const FineTable& table, const CodeQueries& queries, const float* error,
+                    const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
+                    Stats& stats) {
+  FineGroup group(table, queries, error, tiles);
+  return add_groups(group, contest, tiles, first, last, stats);
 }
 
 template <typename T>

@@ -59,6 +59,13 @@ void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarit
                  double huge, int64_t first, int64_t last, const Offers& offers,
                  std::vector<int64_t>& doubtful);
 
+// Rows as two int8 codes: row i is scale[i] * (high[i] + low[i] / kLowParts).
+constexpr int kLowParts = 254;
+struct FineTable {
+  CodeTable high;  // scores are not halved: not for l2
+  const int8_t* low;
+};
+
 // What a log-softmax and a rank need of each query's target.
 struct Target {
   double raw;            // its raw score
@@ -78,11 +85,21 @@ struct Stats {
   std::vector<int64_t> doubtful;  // rows whose scores cannot be bounded; they are not counted
 };
 
-// Adds rows first..last-1 to `stats`; not for l2. Returns false, and stops, where more than `most_near`
-// pairs are open.
+// What all rows are compared with, and how many open pairs a call may leave.
+struct Contest {
+  const std::vector<Target>& targets;
+  LeftOut left_out;
+  int64_t most_near;
+};
+
+// Add rows first..last-1 to `stats`; not for l2. Return false, and stop, where more pairs are open than
+// there may be. `error` is the bound of the codes' raw scores, of each query.
 bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-               double huge, const std::vector<Target>& targets, LeftOut left_out,
-               const Tiles& tiles, int64_t first, int64_t last, int64_t most_near, Stats& stats);
+               double huge, const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
+               Stats& stats);
+bool add_code_stats(const FineTable& table, const CodeQueries& queries, const float* error,
+                    const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
+                    Stats& stats);
 
 // Products of rows start.. of a table with all queries, made by a matrix library; `finish` and
 // `first`, `last` count from `start`. [rows, queries] in memory, or [queries, rows].

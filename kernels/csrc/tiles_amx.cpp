@@ -232,27 +232,8 @@ TARGET void multiply_three(const uint16_t* rows, const uint16_t* queries, int64_
   store_sums(sums, 4, out, count);
 }
 
-// Products of 16 rows of codes with up to 16 queries. Tiles: 0 and 1 the sums of the high and low parts
-// of the queries, 2 the rows, 3 and 4 the parts. Fetches the rows after them where asked to.
-template <bool kFetch>
-TARGET void multiply_code_tiles(const int8_t* rows, int64_t stride, const int8_t* queries,
-                                int64_t chunks, int32_t* out, int64_t count) {
-  alignas(64) int32_t high[256], low[256], sums[256];
-  _tile_zero(0);
-  _tile_zero(1);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int8_t* const at = rows + chunk * kCodeColumns;
-    if (kFetch)
-      for (int64_t r = kCodesAhead; r < kCodesAhead + kTileRows; ++r)
-        _mm_prefetch(reinterpret_cast<const char*>(at + r * stride), _MM_HINT_T1);
-    _tile_loadd(2, at, stride);
-    _tile_loadd(3, queries + 2 * chunk * kCodeTile, 64);
-    _tile_loadd(4, queries + (2 * chunk + 1) * kCodeTile, 64);
-    _tile_dpbssd(0, 2, 3);
-    _tile_dpbssd(1, 2, 4);
-  }
-  _tile_stored(0, high, 64);
-  _tile_stored(1, low, 64);
+// The sums 256 high + low of 16 rows with `count` queries.
+TARGET void store_code_sums(const int32_t* high, const int32_t* low, int32_t* out, int64_t count) {
   __m512 lines[16];
   for (int i = 0; i < 16; ++i) {
     const __m512i more = _mm512_slli_epi32(_mm512_load_si512(high + 16 * i), 8);
@@ -262,9 +243,43 @@ TARGET void multiply_code_tiles(const int8_t* rows, int64_t stride, const int8_t
     transpose(lines, reinterpret_cast<float*>(out), kGroup);
     return;
   }
+  alignas(64) int32_t sums[256];
   transpose(lines, reinterpret_cast<float*>(sums), 16);
   for (int64_t q = 0; q < count; ++q)
     _mm512_storeu_si512(out + q * kGroup, _mm512_load_si512(sums + 16 * q));
+}
+
+// Products of kGroup rows of codes with up to 16 queries, whose tiles serve both halves of the rows.
+// Tiles: 0 and 1 the sums of the high and low parts of the queries with the first 16 rows, 2 and 3
+// those of the others, 4 and 5 the rows, 6 and 7 the parts. Fetches the rows after them where asked to.
+template <bool kFetch>
+TARGET void multiply_code_tiles(const int8_t* rows, int64_t stride, const int8_t* queries,
+                                int64_t chunks, int32_t* out, int64_t count) {
+  alignas(64) int32_t high[256], low[256];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int8_t* const at = rows + chunk * kCodeColumns;
+    if (kFetch)
+      for (int64_t r = kCodesAhead; r < kCodesAhead + kGroup; ++r)
+        _mm_prefetch(reinterpret_cast<const char*>(at + r * stride), _MM_HINT_T1);
+    _tile_loadd(6, queries + 2 * chunk * kCodeTile, 64);
+    _tile_loadd(4, at, stride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, queries + (2 * chunk + 1) * kCodeTile, 64);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, at + kTileRows * stride, stride);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  _tile_stored(0, high, 64);
+  _tile_stored(1, low, 64);
+  store_code_sums(high, low, out, count);
+  _tile_stored(2, high, 64);
+  _tile_stored(3, low, 64);
+  store_code_sums(high, low, out + kTileRows, count);
 }
 
 }  // namespace
@@ -305,13 +320,10 @@ TARGET void amx_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operan
   }
   const int64_t chunks = operand.columns / kCodeColumns;
   const TileScope scope;
-  for (int64_t first = 0; first < kGroup; first += kTileRows) {
-    const int8_t* const rows = block.rows + first * block.stride;
-    for (int64_t q = 0; q < operand.num_queries; q += 16) {
-      const auto run = q == 0 ? multiply_code_tiles<true> : multiply_code_tiles<false>;
-      run(rows, block.stride, operand.split.data() + (q / 16) * chunks * 2 * kCodeTile, chunks,
-          out + q * kGroup + first, operand.num_queries - q < 16 ? operand.num_queries - q : 16);
-    }
+  for (int64_t q = 0; q < operand.num_queries; q += 16) {
+    const auto run = q == 0 ? multiply_code_tiles<true> : multiply_code_tiles<false>;
+    run(block.rows, block.stride, operand.split.data() + (q / 16) * chunks * 2 * kCodeTile, chunks,
+        out + q * kGroup, operand.num_queries - q < 16 ? operand.num_queries - q : 16);
   }
 }
 

@@ -19,8 +19,8 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
 
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
 _cpu = ""  # the kind of CPU to run as; "": the best that this one can
-COARSE = 2.0**-18  # typical error of a coarse product's term, relative to the term
 _FLOAT_BATCH, _FLOAT_BATCH_AMX = 8, 1024  # the same of float32 rows
+LOW_PARTS = 254  # of a step of an int8 code: the steps of a second one
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 
@@ -34,6 +34,29 @@ def cpu_kind() -> str | None:
     return None if _first_pass is None else _cpu or _first_pass.cpu_kinds()[0]
 
 
+class Codes(NamedTuple):
+    """Rows as int8 codes and queries for them: raw scores are scale * step * code . query - half.
+
+    codes: int8 [num_rows or more, d], d a multiple of 64; scale, half: float32 [num_rows], or None:
+    1 and 0; trusted: bool [num_rows], or None: rows that are not are left out. queries: int16
+    [B, d], so small that no product leaves int32; step: float32 [B]; error: float32 [B], bound of
+    the raw scores' errors.
+    """
+
+    codes: torch.Tensor
+    num_rows: int
+    scale: torch.Tensor | None
+    half: torch.Tensor | None
+    trusted: torch.Tensor | None
+    queries: torch.Tensor
+    step: torch.Tensor
+    error: torch.Tensor
+
+    def arrays(self):
+        codes, num_rows, *others = self
+        return _first_pass.CodeArrays(_array(codes), num_rows, *map(_array, others))
+
+
 class Collector:
     """The rows that may still be among the k best of each query, filled by passes over a table."""
 
@@ -45,32 +68,9 @@ class Collector:
             batch, k, limit, torch.get_num_threads(), pairs, _cpu
         )
 
-    def add_codes(
-        self,
-        codes: torch.Tensor,
-        num_rows: int,
-        scale: torch.Tensor | None,
-        half: torch.Tensor | None,
-        trusted: torch.Tensor | None,
-        queries: torch.Tensor,
-        step: torch.Tensor,
-        error: torch.Tensor,
-    ) -> None:
-        """Offer the raw scores scale * step * code . query - half of all rows.
-
-        Args:
-            codes: int8 [num_rows or more, d], d a multiple of 64.
-            scale, half: float32 [num_rows], or None: 1 and 0.
-            trusted: bool [num_rows], or None: rows that are not are left out.
-            queries: int16 [B, d], so small that no product leaves int32; step: float32 [B].
-            error: float32 [B], bound of the raw scores' errors.
-        """
-        self._collector.codes(
-            codes.numpy(),
-            num_rows,
-            *map(_array, (scale, half, trusted, queries, step, error)),
-            _ROUNDING,
-        )
+    def add_codes(self, codes: Codes) -> None:
+        """Offer the raw scores of all rows."""
+        self._collector.codes(codes.arrays(), _ROUNDING)
 
     def add_rows(self, rows: torch.Tensor, query: Queries) -> torch.Tensor:
         """Offer the raw scores (``bounds``) of rows [N, d] that ``fits``.
@@ -120,10 +120,34 @@ def multiplies_codes(device: torch.device, batch: int) -> bool:
     return available(device) and batch <= (_CODE_BATCH_AMX if cpu_kind() == "amx" else _CODE_BATCH)
 
 
+def has_matrix_units() -> bool:
+    """Whether int8 codes are multiplied faster than memory brings them, however many queries."""
+    return cpu_kind() == "amx"
+
+
 def fits(rows: torch.Tensor, batch: int) -> bool:
     """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
     library: float32 with columns side by side, and few queries unless there are matrix units."""
     return reads(rows) and batch <= (_FLOAT_BATCH_AMX if cpu_kind() == "amx" else _FLOAT_BATCH)
+
+
+class Contest(NamedTuple):
+    """What a pass compares scores with.
+
+    raw: float64 [B], the targets' raw scores; rounded: the same in float32; logit: float32 [B],
+    of a unit of raw score, in units of log 2; mass: float64 [B], the targets' own terms; left_out:
+    int64 [E], row * B + query of pairs that do not compete, the targets' among them.
+    """
+
+    raw: torch.Tensor
+    rounded: torch.Tensor
+    logit: torch.Tensor
+    mass: torch.Tensor
+    left_out: torch.Tensor
+
+    def arrays(self):
+        ordered = self._replace(left_out=self.left_out.sort().values)
+        return _first_pass.ContestArrays(*map(_array, ordered))
 
 
 class Stats(NamedTuple):
@@ -131,7 +155,7 @@ class Stats(NamedTuple):
     2, at least 0), float32 [B]; the sum of 2^(logit - that), float64 [B]; rows certainly ahead of
     the target, int64 [B]. ``near``: int64 [M], row * B + query of pairs to be settled.
     ``complete``: False where some row's score could not be bounded, or too many pairs are to be
-    settled; nothing counts then."""
+    settled; nothing counts then. It does not depend on the number of threads."""
 
     complete: bool
     peak: torch.Tensor
@@ -140,42 +164,26 @@ class Stats(NamedTuple):
     near: torch.Tensor
 
 
-def stats(
-    rows: torch.Tensor,
-    query: Queries,
-    raw: torch.Tensor,
-    rounded: torch.Tensor,
-    logit: torch.Tensor,
-    mass: torch.Tensor,
-    left_out: torch.Tensor,
-    most_near: int,
-    coarse: bool,
-) -> Stats:
+def stats(rows: torch.Tensor, query: Queries, contest: Contest, most_near: int) -> Stats:
     """One pass over rows [N, d] that ``fits``, for dot and cosine.
 
-    The result does not depend on the number of threads.
-
-    Args:
-        raw: float64 [B], the targets' raw scores; rounded: the same in float32; logit: float32 [B],
-            of a unit of raw score, in units of log 2.
-        mass: float64 [B], the targets' own terms.
-        left_out: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
-        most_near: pairs to be settled beyond which it stops, a share of which each part of the
-            table has.
-        coarse: matrix units may leave out up to 12 ``COARSE`` of |query| |row| in a score; else
-            they make twice the products and leave out as little as float32 does.
+    most_near: pairs to be settled beyond which it stops, a share of which each part of the table
+    has.
     """
-    pairs = left_out.sort().values
-    arrays = map(_array, (raw, rounded, logit, mass, pairs))
-    complete, *found = _first_pass.stats(
-        _float_arrays(rows, query),
-        *arrays,
-        most_near,
-        2 if coarse else 3,
-        torch.get_num_threads(),
-        _cpu,
-    )
-    return Stats(complete, *map(torch.from_numpy, found))
+    arrays = _float_arrays(rows, query), contest.arrays()
+    return _stats(_first_pass.stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+
+
+def code_stats(codes: Codes, low: torch.Tensor, contest: Contest, most_near: int) -> Stats:
+    """The same over rows as two codes, scale * (code + low / ``LOW_PARTS``); low: int8, shaped as
+    the codes."""
+    arrays = codes.arrays(), _array(low), contest.arrays()
+    return _stats(_first_pass.code_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+
+
+def _stats(found: tuple) -> Stats:
+    complete, *arrays = found
+    return Stats(complete, *map(torch.from_numpy, arrays))
 
 
 def multiply_codes(

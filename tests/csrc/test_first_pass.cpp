@@ -228,9 +228,9 @@ TEST(stats_count_and_sum_what_competes) {
     for (const auto& target : targets)
       stats.folds.push_back({target.rounded, target.logit, 0.0f, 0.0f, 0.0f, 0.0});
     stats.ahead.resize(kQueries);
-    add_stats({rows.data(), kColumns, kColumns}, {operand, norms.data(), floor.data()},
-              Similarity::kDot, 0x1p50, targets, {left_out.data(), kQueries}, *tiles, 0, kRows, 1000,
-              stats);
+    const Contest contest = {targets, {left_out.data(), kQueries}, 1000};
+    CHECK(add_stats({rows.data(), kColumns, kColumns}, {operand, norms.data(), floor.data()},
+                    Similarity::kDot, 0x1p50, contest, *tiles, 0, kRows, stats));
     CHECK(stats.doubtful == std::vector<int64_t>{5});
     std::vector<int64_t> open(kQueries);
     for (int64_t pair : stats.near) ++open[pair % kQueries];
@@ -247,6 +247,57 @@ TEST(stats_count_and_sum_what_competes) {
       CHECK(stats.ahead[q] <= ahead && ahead <= stats.ahead[q] + open[q] && open[q] < 5);
       const auto& fold = stats.folds[q];
       CHECK(std::fabs(fold.mass * std::exp2(static_cast<double>(fold.peak)) / mass - 1) < 1e-5);
+    }
+  }
+}
+
+TEST(stats_of_two_codes_are_those_of_the_rows_they_stand_for) {
+  Random random;
+  constexpr int64_t kRows = 75, kColumns = 128, kQueries = 19;
+  const auto high = random.integers<int8_t>(kRows * kColumns, -127, 127);
+  const auto low = random.integers<int8_t>(kRows * kColumns, -127, 127);
+  const auto values = random.integers<int16_t>(kQueries * kColumns, -10000, 10000);
+  auto scale = random.integers<float>(kRows, 1, 9), step = random.integers<float>(kQueries, 1, 9);
+  const std::vector<float> error(kQueries, 1e-5f);
+  for (auto& s : scale) s *= 1e-3f;
+  for (auto& s : step) s *= 1e-6f;
+  bool trusted[kRows];
+  for (bool& row : trusted) row = true;
+  trusted[3] = false;
+  const auto score = [&](int64_t row, int64_t q) {
+    double sum = 0.0;
+    for (int64_t c = 0; c < kColumns; ++c)
+      sum += (high[row * kColumns + c] + low[row * kColumns + c] / 254.0) * values[q * kColumns + c];
+    return sum * scale[row] * step[q];
+  };
+  std::vector<Target> targets;
+  for (int64_t q = 0; q < kQueries; ++q)
+    targets.push_back({score(q, q), static_cast<float>(score(q, q)), 0.5f});
+  for (const Tiles* tiles : kinds()) {
+    CodeOperand operand = {kQueries, kColumns, values.data(), {}};
+    tiles->prepare_codes(operand);
+    Stats stats;
+    for (const auto& target : targets)
+      stats.folds.push_back({target.rounded, target.logit, 0.0f, 0.0f, 0.0f, 0.0});
+    stats.ahead.resize(kQueries);
+    const FineTable table = {{high.data(), kColumns, {scale.data(), nullptr}, trusted}, low.data()};
+    CHECK(add_code_stats(table, {operand, step.data()}, error.data(), {targets, {nullptr, 0}, 1000},
+                         *tiles, 0, kRows, stats));
+    CHECK(stats.doubtful == std::vector<int64_t>{3});
+    std::vector<int64_t> open(kQueries);
+    for (int64_t pair : stats.near) ++open[pair % kQueries];
+    for (int64_t q = 0; q < kQueries; ++q) {
+      int64_t ahead = 0;
+      double mass = 0.0;
+      for (int64_t row = 0; row < kRows; ++row) {
+        if (row == 3) continue;
+        ahead += score(row, q) > targets[q].raw;
+        mass += std::exp2(0.5 * (score(row, q) - targets[q].raw));
+      }
+      if (q != 3) CHECK(open[q] >= 1);  // its own row
+      CHECK(stats.ahead[q] <= ahead && ahead <= stats.ahead[q] + open[q] && open[q] < 4);
+      const auto& fold = stats.folds[q];
+      CHECK(std::fabs(fold.mass * std::exp2(static_cast<double>(fold.peak)) / mass - 1) < 1e-4);
     }
   }
 }

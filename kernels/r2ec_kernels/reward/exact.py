@@ -72,6 +72,11 @@ class Origin(NamedTuple):
         raw = raw - offset
         return cls(raw, raw.float(), logit.float(), (raw - raw.float().double()) * logit)
 
+    def log_prob(self, peak: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """The targets' log-probabilities, float32 [B], of a pass's largest logits and its sums
+        (``compiled.Stats``)."""
+        return ((self.moved - peak.double() - mass.log2()) / LOG2_E).float()
+
 
 def raw_per_score(query: Queries) -> torch.Tensor:
     """float64 [B]: raw scores (``search.bounds``) that make one score, for dot and cosine."""

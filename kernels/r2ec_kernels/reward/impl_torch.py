@@ -5,7 +5,9 @@ settles what lies within the bound by canonical scores, so that ranks are exact.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -17,7 +19,7 @@ from ..search.engine import FirstPass, Table, entries_from, group_best
 from ..search.impl_torch import Float32Pass
 from ..search.plain import PlainTable
 from . import exact
-from .exact import LOG2_E, Origin, Pairs, count_settled, dense_stats
+from .exact import Origin, Pairs, count_settled, dense_stats
 
 # Share of the scores within the error bound of the target from which settling them costs more than
 # a narrower bound, for many queries and for one.
@@ -66,11 +68,42 @@ def target_stats(
     """(rank int64 [B], log_prob float32 [B]) over a plain table."""
     query = prepare_queries(queries, similarity, temperature)
     of = exclude_rows(exclude_offsets, exclude_values.numel())
-    passes = [partial(float32_pass, items, None)]
+    passes = row_passes(items, None, queries.shape[0])
     return certified_stats(PlainTable(items), passes, query, targets, of, exclude_values)
 
 
-def float32_pass(rows: torch.Tensor, norms: torch.Tensor | None, query: Queries) -> Float32Pass:
+class FusedPass(Protocol):
+    """A pass that ranks and sums while it makes the scores. ``offset``: what the raw scores leave
+    out, float64 [B] or 0."""
+
+    @property
+    def offset(self) -> torch.Tensor | float: ...
+
+    def stats(self, contest: compiled.Contest, most_near: int) -> compiled.Stats: ...
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """The compiled pass over the rows themselves."""
+
+    rows: torch.Tensor
+    query: Queries
+    offset: float = 0.0
+
+    def stats(self, contest: compiled.Contest, most_near: int) -> compiled.Stats:
+        return compiled.stats(self.rows, self.query, contest, most_near)
+
+
+StatsPass = Callable[[Queries], FirstPass | FusedPass]
+
+
+def row_passes(rows: torch.Tensor, norms: torch.Tensor | None, batch: int) -> list[StatsPass]:
+    """The passes over rows [N, d] themselves; norms: [N], or None: not known."""
+    fused: list[StatsPass] = [partial(FusedRows, rows)] if compiled.fits(rows, batch) else []
+    return [*fused, partial(_float32_pass, rows, norms)]
+
+
+def _float32_pass(rows: torch.Tensor, norms: torch.Tensor | None, query: Queries) -> Float32Pass:
     """The rows' own products, in two parts for many queries: what lies within the error bound of a
     target costs more there than the second part."""
     parts = 2 if query.scaled.shape[0] >= SPLIT_BATCH and rows.shape[1] > 1 else 1
@@ -79,12 +112,11 @@ def float32_pass(rows: torch.Tensor, norms: torch.Tensor | None, query: Queries)
 
 def certified_stats(
     table: Table,
-    passes: Sequence[Callable[[Queries], FirstPass]],
+    passes: Sequence[StatsPass],
     query: Queries,
     targets: torch.Tensor,
     exclude_of: torch.Tensor,
     exclude_rows: torch.Tensor,
-    coarse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) of targets among the rows of a table.
 
@@ -95,7 +127,6 @@ def certified_stats(
         query: the prepared batch.
         targets: int64 [B], row positions; a target competes even where it is excluded.
         exclude_of, exclude_rows: int64 [E], queries and row positions that do not compete.
-        coarse: as for ``compiled.stats``.
     """
     batch, device = query.original.shape[0], query.original.device
     left_out = Pairs.sort(exclude_of, exclude_rows).without(targets)
@@ -110,16 +141,14 @@ def certified_stats(
     scanned = ~dense
     if bool(scanned.any()):
         part, own = query[scanned], (target[scanned], targets[scanned])
-        found = None
-        for position, first_pass in enumerate(passes, start=1):
-            last = position == len(passes)
-            if last:  # the rows themselves
-                found = _fused_stats(table, part, *own, left_out.pick(scanned), coarse)
+        for position, make in enumerate(passes, start=1):
+            first_pass = make(part)
+            if hasattr(first_pass, "stats"):
+                found = _fused_stats(table, first_pass, part, *own, left_out.pick(scanned))
+            else:
+                scan = _Scan(table, first_pass, part, *own, patient=position == len(passes))
+                found = scan.run(left_out.pick(scanned))
             if found is not None:
-                break
-            scan = _Scan(table, first_pass(part), part, *own, patient=last)
-            if scan.run(left_out.pick(scanned)):
-                found = scan.rank, scan.log_prob()
                 break
         if found is not None:
             rank[scanned], log_prob[scanned] = found
@@ -133,36 +162,31 @@ def certified_stats(
 
 def _fused_stats(
     table: Table,
+    fused: FusedPass,
     query: Queries,
     target: torch.Tensor,
     targets: torch.Tensor,
     left_out: Pairs,
-    coarse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Ranks and log-probabilities by a compiled pass over the rows; None where none serves."""
+    """Ranks and log-probabilities; None where some row's score cannot be bounded, or too many lie
+    within the bound."""
     batch = targets.shape[0]
-    if not compiled.fits(table.rows, batch):
-        return None
-    origin = Origin.of(query, table.rows[targets])
+    origin = Origin.of(query, table.rows[targets], fused.offset)
     out = left_out.adding(targets)
-    found = compiled.stats(
-        table.rows,
-        query,
+    contest = compiled.Contest(
         origin.raw,
         origin.rounded,
         origin.logit,
         origin.moved.exp2(),
         out.rows * batch + out.of,
-        _MOST_NEAR,
-        coarse,
     )
+    found = fused.stats(contest, _MOST_NEAR)
     if not found.complete:
         return None
     rank = 1 + found.ahead
     near = found.near % batch, found.near // batch
     rank += count_settled(table.rows, table.ids, query, target, targets, *near)
-    log_prob = (origin.moved - found.peak.double() - found.mass.log2()) / LOG2_E
-    return rank, log_prob.float()
+    return rank, origin.log_prob(found.peak, found.mass)
 
 
 class _Scan:
@@ -191,23 +215,23 @@ class _Scan:
         share = 1.0 if patient else max(NEAR_SHARE, NEAR_SHARE_ONE / targets.shape[0])
         self.most_near = share * targets.shape[0]  # of a row
 
-    def run(self, left_out: Pairs) -> bool:
-        """Scan all rows but the targets; False where some row's score cannot be bounded, or too
-        many lie within the bound."""
+    def run(self, left_out: Pairs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scan all rows but the targets. Returns ranks and log-probabilities; None where some row's
+        score cannot be bounded, or too many lie within the bound."""
         left_out = left_out.adding(self.targets)
         height = self.first_pass.height
         for start in range(0, self.table.rows.shape[0], height):
             stop = min(start + height, self.table.rows.shape[0])
             scores, error, doubtful = self.first_pass.score(start, stop)
             if doubtful is not None:
-                return False
+                return None
             left_out.mask(start, stop, scores, -torch.inf)
             best = group_best(scores)
             if self._count(scores, best, error, start) > self.most_near * (stop - start):
-                return False
+                return None
             self._add(scores, best)
         self._settle()
-        return True
+        return self.rank, self.origin.log_prob(self.peak, self.mass)
 
     def _count(
         self, scores: torch.Tensor, best: torch.Tensor, error: torch.Tensor, start: int
@@ -257,10 +281,6 @@ class _Scan:
         e = torch.addcmul(-peak, scores, self.origin.logit, out=scores).exp2_()
         self.mass += _sum_rows(e)
         self.peak = peak
-
-    def log_prob(self) -> torch.Tensor:
-        """float32 [B]."""
-        return ((self.origin.moved - self.peak.double() - self.mass.log2()) / LOG2_E).float()
 
 
 def _fold(scores: torch.Tensor) -> torch.Tensor:

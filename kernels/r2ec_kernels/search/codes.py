@@ -27,7 +27,7 @@ DIM_MULTIPLE = 64  # columns of a code, beside GROUP rows; padded with zeros
 _BF16_UNIT = 2.0**-9
 _TILE = 16  # columns of an AMX tile
 _TINY = 2.0**-100  # relative to size: products that leave float32's normal range
-_UP = 1.0 + 2.0**-20  # a float64 bound stays one after rounding to float32
+UP = 1.0 + 2.0**-20  # a float64 bound stays one after rounding to float32
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def encode(
     (|y - m|^2 / 2, for l2); trusted bool [n]: False where float32 cannot hold the numbers (the code
     of such a row is 0).
     """
-    exact, trusted = _centre(rows, similarity, mean)
+    exact, trusted = centre(rows, similarity, mean)
     if kind == "bf16":
         code = exact.bfloat16()
         scale = torch.ones(rows.shape[0], device=rows.device)
@@ -247,8 +247,8 @@ def encode(
     return {
         "code": padded(code),
         "scale": scale,
-        "residual": (torch.linalg.vector_norm(exact - held, dim=1) * _UP).float(),
-        "size": (torch.linalg.vector_norm(held, dim=1) * _UP).float(),
+        "residual": (torch.linalg.vector_norm(exact - held, dim=1) * UP).float(),
+        "size": (torch.linalg.vector_norm(held, dim=1) * UP).float(),
         "half": (0.5 * exact.square().sum(1)).float(),
         "trusted": trusted,
     }
@@ -271,13 +271,14 @@ def mean_row(rows: torch.Tensor, similarity: str) -> torch.Tensor:
     """The mean of y over trusted rows, float64 [d], by blocks."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     for block in rows.split(4096):
-        total += _centre(block, similarity, torch.zeros_like(total))[0].sum(0)
+        total += centre(block, similarity, torch.zeros_like(total))[0].sum(0)
     return total / max(1, rows.shape[0])
 
 
-def _centre(
+def centre(
     rows: torch.Tensor, similarity: str, mean: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What codes of rows [n, d] stand for: y - m float64 [n, d]; trusted bool [n]."""
     exact = rows.double()
     norms = torch.linalg.vector_norm(exact, dim=1)
     trusted = norms <= HUGE
@@ -346,28 +347,21 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
     return torch.maximum(grouped.amax(0).amax(0), -grouped.amin(0).amin(0))
 
 
-class CodePass:
-    """First pass over the codes in ``fields`` (see ``encode``) by one product."""
+class CodeBounds:
+    """Queries as a product multiplies them with codes, and how far the raw scores may be off.
+
+    Attributes:
+        operand: the queries.
+        error: float32 [B], bound of a raw score's error, beyond that of the product's rounding.
+    """
 
     def __init__(
-        self,
-        fields: dict[str, Codes],
-        limits: Limits,
-        mean: torch.Tensor,
-        product: Product,
-        query: Queries,
-        height: int,
+        self, limits: Limits, mean: torch.Tensor, product: Product, query: Queries
     ) -> None:
-        """``fields``: live rows, the code padded to whole groups; ``height``: about so many rows
-        at once."""
-        self.fields, self.limits, self.product, self.query = fields, limits, product, query
-        self.height = -(-height // product.block) * product.block
-        self.buffer = Buffer(query.scaled.device)
-        self.mean = mean
+        self.limits, self.mean, self.product, self.query = limits, mean, product, query
         exact = scaled_queries(query)
         if query.similarity == "l2":
             exact = exact - mean
-        self.name = product.name
         self.operand = product.prepare(padded(exact))
         norm = self._norm = torch.linalg.vector_norm(exact, dim=1)
         used = norm + self.operand.missed
@@ -376,7 +370,7 @@ class CodePass:
         error = norm * residual + (self.operand.missed + unit * used) * size
         if query.similarity == "l2":
             error = error + 2.0**-21 * (norm + size + residual) ** 2
-        self.error = (error * _UP).float() + query.rounding_error(limits.norm * 1.001)
+        self.error = (error * UP).float() + query.rounding_error(limits.norm * 1.001)
 
     @cached_property
     def offset(self) -> torch.Tensor:
@@ -393,6 +387,26 @@ class CodePass:
         results = (product.unit + product.rounding) * (self._norm + missed) * limits.size
         return spread / self.query.scaled.shape[1] ** 0.5 + results
 
+
+class CodePass(CodeBounds):
+    """First pass over the codes in ``fields`` (see ``encode``) by one product."""
+
+    def __init__(
+        self,
+        fields: dict[str, Codes],
+        limits: Limits,
+        mean: torch.Tensor,
+        product: Product,
+        query: Queries,
+        height: int,
+    ) -> None:
+        """``fields``: live rows, the code padded to whole groups; ``height``: about so many rows
+        at once."""
+        super().__init__(limits, mean, product, query)
+        self.fields, self.name = fields, product.name
+        self.height = -(-height // product.block) * product.block
+        self.buffer = Buffer(query.scaled.device)
+
     def score(self, start: int, stop: int) -> Scores:
         size = stop - start
         values = self._multiply(start, size)
@@ -404,7 +418,7 @@ class CodePass:
         error = self.error
         if self.product.rounding:
             values[size:] = 0.0
-            error = error + self.product.rounding * _UP * _largest(values)
+            error = error + self.product.rounding * UP * _largest(values)
         values[size:] = float("-inf")
         if self.query.similarity == "l2":
             values[:size].sub_(field["half"][:, None])
@@ -423,15 +437,8 @@ class CodePass:
         doubtful = None if self.limits.trusted else (~trusted).nonzero()[:, 0]
         if self.product.fused:
             allowed = None if self.limits.trusted else trusted
-            collector.add_codes(
-                self.fields["code"],
-                len(trusted),
-                scale,
-                half,
-                allowed,
-                *self.operand.value,
-                self.error,
-            )
+            codes = self.fields["code"], len(trusted), scale, half, allowed
+            collector.add_codes(compiled.Codes(*codes, *self.operand.value, self.error))
             return doubtful
         for start, stop in blocks:
             values = self._multiply(start, stop - start)
@@ -444,7 +451,7 @@ class CodePass:
                 stop - start,
                 *(None if field is None else field[start:stop] for field in (scale, half)),
                 self.error,
-                self.product.rounding * _UP,
+                self.product.rounding * UP,
             )
         return doubtful
 

@@ -12,8 +12,8 @@ from ..dispatch import checks_enabled
 from ..exclude import Exclude, normalize_exclude
 from ..reward.api import TargetStats
 from ..reward.exact import raw_per_score
-from ..reward.impl_torch import certified_stats, float32_pass
-from . import files, packed
+from ..reward.impl_torch import StatsPass, certified_stats, row_passes
+from . import files, fine, packed
 from .api import TopK, check_scoring, check_search, check_vectors
 from .bounds import Queries, prepare_queries
 from .choose import batch_class, fastest
@@ -150,8 +150,10 @@ class ItemIndex:
     ) -> TargetStats:
         """Exact rank (from 1) and log-probability of each query's target among the live items.
 
-        An fp16 copy serves where its rounding errors are expected to move a log-probability by less
-        than 1e-3, the rows themselves elsewhere; ranks are exact always.
+        An fp16 copy, or, where matrix units multiply int8, one of two int8 numbers a column, serves
+        where its rounding errors are expected to move a log-probability by less than 1e-3, the rows
+        themselves elsewhere; ranks are exact always. The first call builds the second kind of copy
+        (``scan="auto"``, a quarter of a float32 table's size).
 
         Args:
             queries: [B, d].
@@ -165,6 +167,8 @@ class ItemIndex:
             raise ValueError(
                 f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}"
             )
+        if use_scan:
+            self._keep_fine()
         with self._lock.shared():
             rows = self._storage.place[self._live_ids("targets", targets)]
             query = prepare_queries(queries, self.similarity, self.temperature)
@@ -176,7 +180,6 @@ class ItemIndex:
                 rows,
                 excluded.of,
                 excluded.rows,
-                coarse=use_scan and self._may_be_coarse(query),
             )
         return TargetStats(rank, log_prob)
 
@@ -301,29 +304,34 @@ class ItemIndex:
             storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
         )
 
-    def _stats_passes(self, query: Queries, use_scan: bool) -> list[Callable[[Queries], FirstPass]]:
+    def _stats_passes(self, query: Queries, use_scan: bool) -> list[StatsPass]:
         """First passes for log-probabilities: chosen by the numbers, never by a measured time, so
         that one input gives one result."""
-        passes = [partial(float32_pass, self._storage.live("rows"), self._storage.live("norm"))]
-        if not use_scan or "fp16" not in self._kinds or not len(self) or not len(query.scaled):
+        storage = self._storage
+        passes = row_passes(storage.live("rows"), storage.live("norm"), len(query.scaled))
+        if not use_scan or not len(self) or not len(query.scaled):
             return passes
-        [product] = PRODUCTS["fp16"]
-
-        def scan(part: Queries) -> CodePass:
-            return self._code_pass(part, "fp16", product, _PACKED_ROWS // 4)
-
+        if fine.KIND in storage.kinds:
+            copy, limits = storage.copy(fine.KIND), storage.limits(fine.KIND)
+            scan = partial(fine.FinePass, copy, limits, storage.mean)
+        elif "fp16" in self._kinds:
+            [product] = PRODUCTS["fp16"]
+            rows = _PACKED_ROWS // 4
+            scan = partial(self._code_pass, kind="fp16", product=product, packed_rows=rows)
+        else:
+            return passes
         # A log-probability is off by a mean of the scores' errors; the target's own has none.
         if bool((scan(query).typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()):
             passes.insert(0, scan)
         return passes
 
-    def _may_be_coarse(self, query: Queries) -> bool:
-        """Whether a coarse compiled pass gives log-probabilities as good as a scan's have to be."""
-        if self.similarity == "l2" or not len(self):
-            return False
-        norm = 1.0 if self.similarity == "cosine" else self._storage.live("norm").max()
-        typical = compiled.COARSE * query.norm.double() * norm / self.dim**0.5
-        return bool((typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all())
+    def _keep_fine(self) -> None:
+        """Keep what ranks are read from where matrix units multiply int8."""
+        serves = self.device.type == "cpu" and compiled.has_matrix_units()
+        serves = serves and self.similarity != "l2" and "int8" in self._kinds
+        if serves and self.scan == "auto" and fine.KIND not in self._storage.kinds:
+            with self._lock.alone():
+                self._storage.keep_fine()
 
     def _search_triton(
         self, query: Queries, k: int, excluded: Excluded

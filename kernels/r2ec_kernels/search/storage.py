@@ -3,6 +3,7 @@
 import torch
 
 from ..canonical import MAX_ITEMS
+from . import fine
 from .codes import Codes, Limits, encode, mean_row
 from .engine import whole_groups
 from .packed import BLOCK, PackedCodes
@@ -14,9 +15,10 @@ class Storage:
     """Rows in a random order, their ids, norms and codes.
 
     ``fields`` holds tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d],
-    ids, norm and those of ``codes.encode``, prefixed by the copy's kind ("int8.code"). A random
-    order makes every block alike, whatever order the items came in. ``place[id]`` is the row of an
-    id, -1 once removed. The codes of an "fp16" copy are no tensor: they are in ``packed``.
+    ids, norm and those of ``codes.encode`` and ``fine.refine``, prefixed by the copy's kind
+    ("int8.code"). A random order makes every block alike, whatever order the items came in.
+    ``place[id]`` is the row of an id, -1 once removed. The codes of an "fp16" copy are no tensor:
+    they are in ``packed``.
     """
 
     def __init__(self, similarity: str, kinds: tuple[str, ...]) -> None:
@@ -95,6 +97,23 @@ class Storage:
         live = self.live("ids")
         live.copy_(ids[live])
 
+    def keep_fine(self) -> None:
+        """Keep a "fine" copy from now on, beside the int8 copy."""
+        if fine.KIND in self.kinds:
+            return
+        self.kinds = (*self.kinds, fine.KIND)
+        capacity = self.fields["ids"].shape[0]
+        for name, tensor in self._encode(self.live("rows")[:0], self.live("ids")[:0]).items():
+            if name.startswith(fine.KIND + "."):
+                self.fields[name] = tensor.new_empty(capacity, *tensor.shape[1:])
+        for start in range(0, self.size, BLOCK):
+            part = slice(start, min(start + BLOCK, self.size))
+            names = ("code", "scale")
+            coarse = {name: self.fields[f"{fine.COARSE_KIND}.{name}"][part] for name in names}
+            made = fine.refine(self.fields["rows"][part], coarse, self.similarity, self.mean)
+            for name, tensor in made.items():
+                self.fields[f"{fine.KIND}.{name}"][part] = tensor
+
     def live(self, name: str) -> torch.Tensor:
         """The live part of a field."""
         return self.fields[name][: self.size]
@@ -106,7 +125,10 @@ class Storage:
         return self.fields[f"{kind}.code"][: whole_groups(self.size)]
 
     def copy(self, kind: str) -> dict[str, Codes]:
-        """The live fields of a copy, named as ``codes.CodePass`` wants them."""
+        """The live fields of a copy, named as ``codes.CodePass`` (``fine.FinePass``) wants them."""
+        if kind == fine.KIND:
+            own = {name: self.live(f"{kind}.{name}") for name in ("residual", "size")}
+            return {**self.copy(fine.COARSE_KIND), **own, "low": self.codes(kind)}
         prefix = kind + "."
         names = [name for name in self.fields if name.startswith(prefix)]
         picked = {name.removeprefix(prefix): self.live(name) for name in names}
@@ -141,7 +163,11 @@ class Storage:
     def _encode(self, rows: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         norm = torch.linalg.vector_norm(rows.double(), dim=1).float()
         fields = {"rows": rows, "ids": ids, "norm": norm}
+        made: dict[str, dict[str, torch.Tensor]] = {}
         for kind in self.kinds:
-            for name, tensor in encode(rows, kind, self.similarity, self.mean).items():
-                fields[f"{kind}.{name}"] = tensor
+            if kind == fine.KIND:  # after the int8 copy
+                made[kind] = fine.refine(rows, made[fine.COARSE_KIND], self.similarity, self.mean)
+            else:
+                made[kind] = encode(rows, kind, self.similarity, self.mean)
+            fields |= {f"{kind}.{name}": tensor for name, tensor in made[kind].items()}
         return fields

@@ -106,13 +106,92 @@ def test_ranks_and_log_probabilities(kind, similarity, batch):
     torch.testing.assert_close(scanned.log_prob, found.log_prob, rtol=0, atol=1e-3)
 
 
-def stats_of(queries, items, targets, most_near=1 << 20, coarse=False):
+def stable_ranks(queries, items, targets, similarity, alive=None):
+    scores = canonical_scores(queries, items, similarity, 0.02)
+    own = scores.gather(1, targets[:, None])
+    ahead = (scores > own) | ((scores == own) & (torch.arange(len(items)) < targets[:, None]))
+    return 1 + (ahead if alive is None else ahead & alive).sum(1)
+
+
+@pytest.fixture
+def fine(passes, monkeypatch):
+    """Codes of two numbers, whatever the CPU."""
+    monkeypatch.setattr(compiled, "has_matrix_units", lambda: True)
+    used = []
+    one_pass = compiled.code_stats
+    monkeypatch.setattr(
+        compiled, "code_stats", lambda *given: used.append(one_pass(*given)) or used[-1]
+    )
+    return used
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("problem_kind", KINDS)
+def test_fine_codes_rank_exactly(fine, similarity, problem_kind):
+    for number, (batch, count, dim) in enumerate([(1, 700, 64), (5, 333, 33), (19, 1003, 70)]):
+        problem = make(problem_kind, batch, count, dim, 60 + number, torch.float32)
+        targets = torch.arange(batch) * 17 % count
+        index = ItemIndex(problem.items, similarity=similarity, temperature=0.02)
+        found = index.target_stats(problem.queries, targets)
+        want = stable_ranks(problem.queries, problem.items, targets, similarity)
+        assert torch.equal(found.rank, want)
+        scores = canonical_scores(problem.queries, problem.items, similarity, 0.02).double()
+        want = scores.log_softmax(1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(found.log_prob.double(), want, rtol=1e-5, atol=1e-3)
+
+
+def test_fine_codes_follow_every_change(fine):
+    generator = torch.Generator().manual_seed(2)
+    items = torch.randn(500, 48, generator=generator) + 3 * torch.randn(48, generator=generator)
+    queries = torch.randn(9, 48, generator=generator)
+    index = ItemIndex(items[:400], similarity="cosine", temperature=0.5)
+    index.target_stats(queries, torch.arange(9))  # from here on they are kept
+    index.append(items[400:])
+    items[20:60] = items[100:140]  # ties
+    index.write(torch.arange(20, 60), items[20:60])
+    index.remove(torch.arange(200, 300))
+    alive = torch.ones(9, 500, dtype=torch.bool)
+    alive[:, 200:300] = False
+    alive[torch.arange(9), torch.arange(400, 409)] = False
+    targets = torch.tensor([0, 20, 100, 139, 399, 400, 499, 59, 3])
+    found = index.target_stats(queries, targets, exclude=torch.arange(400, 409)[:, None])
+    alive[torch.arange(9), targets] = True
+    assert torch.equal(found.rank, stable_ranks(queries, items, targets, "cosine", alive))
+    scores = canonical_scores(queries, items, "cosine", 0.5).double()
+    want = scores.masked_fill(~alive, -INFINITY).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found.log_prob.double(), want, rtol=0, atol=1e-5)
+    assert len(fine) == 2 and all(stats.complete for stats in fine)
+
+
+def test_fine_codes_leave_few_pairs_open(fine):
+    generator = torch.Generator().manual_seed(3)
+    items = torch.randn(6000, 64, generator=generator)
+    queries = items[:16] + 3 * torch.randn(16, 64, generator=generator)
+    index = ItemIndex(items, similarity="cosine", temperature=0.02)
+    index.target_stats(queries, torch.arange(16))
+    assert fine[0].complete and fine[0].near.numel() < 16  # of 96,000
+
+
+def test_rows_that_codes_cannot_hold_are_ranked_by_themselves(fine):
+    items = torch.randn(300, 32)
+    items[7] = 1e30
+    queries, targets = torch.randn(4, 32), torch.tensor([7, 8, 9, 10])
+    index = ItemIndex(items)
+    scores = canonical_scores(queries, items, "dot", 1.0)
+    own = scores.gather(1, targets[:, None])
+    ahead = (scores > own) | ((scores == own) & (torch.arange(300) < targets[:, None]))
+    assert torch.equal(index.target_stats(queries, targets).rank, 1 + ahead.sum(1))
+    assert len(fine) == 1 and not fine[0].complete
+
+
+def stats_of(queries, items, targets, most_near=1 << 20):
     query = prepare_queries(queries, "dot", 1.0)
     raw = (queries.double() * query.scale[:, None] * items[targets].double()).sum(1)
     logit = (1 / query.scale).float() * 1.442695
     own = targets * len(queries) + torch.arange(len(queries))
     one = torch.ones(len(queries), dtype=torch.float64)
-    return compiled.stats(items, query, raw, raw.float(), logit, one, own, most_near, coarse)
+    contest = compiled.Contest(raw, raw.float(), logit, one, own)
+    return compiled.stats(items, query, contest, most_near)
 
 
 @pytest.mark.parametrize("batch", [2, 33])
@@ -210,14 +289,20 @@ def test_bad_arrays_are_refused():
     collector = compiled.Collector(2, 3, 500, NO_PAIRS)
     codes, error = torch.zeros(40, 64, dtype=torch.int8), torch.zeros(2)
     queries = torch.zeros(2, 64, dtype=torch.int16)
+
+    def sized(codes, num_rows=40):
+        return compiled.Codes(codes, num_rows, None, None, None, queries, error, error)
+
     with pytest.raises(ValueError, match="codes: expected"):
-        collector.add_codes(codes, 41, None, None, None, queries, error, error)
+        collector.add_codes(sized(codes, 41))
     with pytest.raises(ValueError, match="multiple of 64"):
-        collector.add_codes(codes[:, :60].clone(), 40, None, None, None, queries, error, error)
+        collector.add_codes(sized(codes[:, :60].clone()))
     with pytest.raises(ValueError, match="queries: expected"):
-        collector.add_codes(codes, 40, None, None, None, queries[:1], error, error)
+        collector.add_codes(sized(codes)._replace(queries=queries[:, :32].clone()))
+    with pytest.raises(ValueError, match="step, error: expected"):
+        collector.add_codes(sized(codes)._replace(queries=queries[:1]))
     with pytest.raises(ValueError, match="scale: too short"):
-        collector.add_codes(codes, 40, torch.ones(39), None, None, queries, error, error)
+        collector.add_codes(sized(codes)._replace(scale=torch.ones(39)))
     with pytest.raises(ValueError, match="products: expected"):
         collector.add_products(torch.zeros(5, 3), 0, 5, None, None, error, 0.0)
     with pytest.raises(ValueError, match="out of range"):
