@@ -1,15 +1,17 @@
 // AMX: products by matrix units. An int16 query is 256 high + low with int8 parts, so that products
 // with int8 codes are exact sums of two integer products.
 //
-// For float32 rows the units take bfloat16: a number is split into parts, x = h + m (+ l), which miss
-// at most 2^-16 (2^-24) of it. Two parts: h h + (h m + m h), within 3 * 2^-16; three:
-// h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a tile of sums;
-// h h has its own, so that the sum of the large terms has the error of any float32 sum.
+// For float32 rows the units take bfloat16: a number is split into parts, x = h + m (+ l). Two parts
+// miss at most 2^-16 of it; three nothing, or, of a query, 2^-24. Two parts: h h + (h m + m h), within
+// 3 * 2^-16; three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a
+// tile of sums; h h has its own, so that the sum of the large terms has the error of any float32 sum.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <atomic>
 
 #include "tiles.hpp"
 
@@ -35,6 +37,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
+// Compilers do not know that tile instructions read memory.
+inline void memory_fence() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
 // All tiles 16 rows of 64 bytes; puts back what was configured before, for the library that did it.
 class TileScope {
  public:
@@ -46,6 +51,7 @@ class TileScope {
       own.bytes[tile] = 64;
       own.rows[tile] = kTileRows;
     }
+    memory_fence();
     _tile_loadconfig(&own);
   }
   TARGET ~TileScope() {
@@ -63,19 +69,23 @@ class TileScope {
 
 int64_t chunks_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
-TARGET inline __m512 widen(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// Two times 16 floats as P times 32 parts, `kTile` apart.
-template <int P>
+// Two times 16 floats as P times 32 parts, `kTile` apart: one of the first, one of the second and so on,
+// an order that rows and queries share. Parts are rounded, or cut off, so that three are the number itself.
+template <int P, bool kRounds>
 TARGET inline void split(__m512 first, __m512 second, uint16_t* out) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffff0000)));
   for (int part = 0; part < P; ++part) {
-    const auto bits = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    _mm512_storeu_si512(out + part * kTile, bits);
+    __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+    if (kRounds) {
+      a = _mm512_add_epi32(a, half);
+      b = _mm512_add_epi32(b, half);
+    }
+    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+    _mm512_storeu_si512(out + part * kTile, both);
     if (part + 1 == P) break;
-    first = _mm512_sub_ps(first, widen(_mm512_castsi512_si256(bits)));
-    second = _mm512_sub_ps(second, widen(_mm512_extracti64x4_epi64(bits, 1)));
+    first = _mm512_sub_ps(first, _mm512_and_ps(_mm512_castsi512_ps(a), upper));
+    second = _mm512_sub_ps(second, _mm512_and_ps(_mm512_castsi512_ps(b), upper));
   }
 }
 
@@ -104,7 +114,7 @@ TARGET void split_rows(const RowBlock<float>& block, int64_t first, int64_t colu
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride), _MM_HINT_T1);
         _mm_prefetch(reinterpret_cast<const char*>(at + kAhead * block.stride + 16), _MM_HINT_T1);
         square[r] = _mm512_fmadd_ps(a, a, _mm512_fmadd_ps(b, b, square[r]));
-        split<P>(a, b, out + r * kTileColumns);
+        split<P, P == 2>(a, b, out + r * kTileColumns);
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -335,15 +345,16 @@ TARGET void amx_prepare_floats(FloatOperand& operand) {
   const int64_t parts = operand.parts, chunks = chunks_of(operand.columns);
   const int64_t groups = (operand.num_queries + 15) / 16;
   operand.split.assign(groups * chunks * parts * kTile, 0);
-  // The sum of h h; the small sums; what the parts leave out, 3 * 2^-16 or 4 * 2^-24.
+  // The sum of h h; the small sums; what the parts leave out, 3 * 2^-16 or, with parts of rows up to
+  // 2^-7 and 2^-14 and of queries up to 2^-8 and 2^-16, m l + l m + l l and 2^-24: below 8 * 2^-24.
   const auto columns = static_cast<double>(operand.columns);
-  operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 768.0 : 4.0);
+  operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 768.0 : 8.0);
   std::vector<uint16_t> split_query(3 * kTile);
   for (int64_t q = 0; q < operand.num_queries; ++q)
     for (int64_t c = 0; c < operand.columns; c += kTileColumns) {
       const float* const from = operand.values.data() + q * operand.stride + c;
       const bool whole = c + 16 < operand.stride;
-      split<3>(_mm512_loadu_ps(from), whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(),
+      split<3, true>(_mm512_loadu_ps(from), whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(),
                split_query.data());
       uint16_t* const tile =
           operand.split.data() + ((q / 16) * chunks + c / kTileColumns) * parts * kTile;
@@ -371,6 +382,7 @@ TARGET void amx_multiply_floats(RowBlock<float> block, const FloatOperand& opera
       split_rows<2>(block, first, operand.columns, tiles, squares);
     else
       split_rows<3>(block, first, operand.columns, tiles, squares);
+    memory_fence();
     const int64_t step = parts == 2 ? 32 : 16;
     for (int64_t q = 0; q < operand.num_queries; q += step) {
       const uint16_t* const queries = operand.split.data() + (q / 16) * chunks * parts * kTile;
