@@ -5,11 +5,11 @@
     python benchmarks/losses.py --only catalog,stats
 
 Every implementation computes the clipped GRPO loss of T tokens at temperature 1.5 (METHOD's
-setting) and the gradient of the hidden states (and of the head, where it trains). "units" is the
-time divided by that of one bare product hidden @ weight.T, 2 T d V operations, timed in the same
-process. Bytes: the head is read twice, 2 V d; logits, where they are stored, are written and read
-at least three times, 3 T V. Errors are relative to float64, on the first 64 tokens. Peak memory is
-above the inputs. A peer that cannot run is a row with its reason.
+setting) and the gradient of the hidden states (and of the head, where it trains). All take turns,
+with one bare product hidden @ weight.T, 2 T d V operations: "units" is the time divided by its.
+Bytes: the head is read twice, 2 V d; logits, where they are stored, are written and read at least
+three times, 3 T V. Errors are relative to float64, on the first 64 tokens. Peak memory is above the
+inputs. A peer that cannot run is a row with its reason.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from machine import synchronize, with_peak
 
 from r2ec_kernels import ItemIndex, linear_logprob, target_stats
 
+_PRODUCT = "one bare product"
 COLUMNS = (
     "kind", "peer", "T", "V", "d", "head", "softcap", "zero_share", "device", "median_ms",
     "p20_ms", "p80_ms", "units", "peak_MiB", "loss_error", "hidden_error", "weight_error",
@@ -56,17 +58,29 @@ GPU_SHAPES = [
 ] + [Shape(8192, 152_064, 1024, zero_share=share) for share in (0.25, 0.75)]
 
 
-def timed(run: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """Milliseconds of each of ``repeats`` runs, after one to warm up."""
-    run()
-    times = []
+def in_turns(
+    runs: dict[str, Callable[[], object]], device: str, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every run, sorted: each once in every round, so that all meet one machine.
+    Runs are warm."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append((time.perf_counter() - started) * 1e3)
-    return times
+        for name, run in runs.items():
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: sorted(taken) for name, taken in times.items()}
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """The columns of sorted times."""
+    return {
+        "median_ms": statistics.median(times),
+        "p20_ms": times[len(times) // 5],
+        "p80_ms": times[-1 - len(times) // 5],
+    }
 
 
 def peak_mib(run: Callable[[], object], device: str) -> float:
@@ -77,13 +91,26 @@ def peak_mib(run: Callable[[], object], device: str) -> float:
 def measure(shape: Shape, device: str, repeats: int, peers: list[str]) -> list[dict]:
     """One row a peer."""
     data = Data(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    out = data.hidden.new_empty(shape.tokens, shape.vocab)
-    unit = statistics.median(
-        timed(lambda: torch.mm(data.hidden, data.weight.T, out=out), device, repeats)
-    )
-    out = None
-    rows = []
     right = exact(data, 64)
+    rows = {name: _checked(data, name, right) for name in peers}
+    runs = {
+        name: partial(step, data, PEERS[name]) for name, row in rows.items() if "reason" not in row
+    }
+    out = data.hidden.new_empty(shape.tokens, shape.vocab)
+    product = partial(torch.mm, data.hidden, data.weight.T, out=out)
+    product()
+    times = in_turns({**runs, _PRODUCT: product}, device, repeats)
+    unit = statistics.median(times[_PRODUCT])
+    out = product = None
+    for name, run in runs.items():
+        rows[name] |= spread(times[name])
+        rows[name] |= {
+            "units": statistics.median(times[name]) / unit,
+            "times_ours": statistics.median(times[name])
+            / statistics.median(times[next(iter(runs))]),
+            "peak_MiB": peak_mib(run, device),
+        }
+        gc.collect()
     base = {
         "kind": "loss",
         "T": shape.tokens,
@@ -94,30 +121,21 @@ def measure(shape: Shape, device: str, repeats: int, peers: list[str]) -> list[d
         "zero_share": shape.zero_share,
         "device": device,
     }
-    for name in peers:
-        row = base | {"peer": name}
-        try:
-            result = step(data, PEERS[name])
-            times = sorted(timed(lambda name=name: step(data, PEERS[name]), device, repeats))
-            row |= {
-                "median_ms": statistics.median(times),
-                "p20_ms": times[len(times) // 5],
-                "p80_ms": times[-1 - len(times) // 5],
-                "units": statistics.median(times) / unit,
-                "peak_MiB": peak_mib(lambda name=name: step(data, PEERS[name]), device),
-            }
-            if "CE" not in name:  # another loss
-                row["loss_error"] = abs(float(result[0]) - right[0]) / abs(right[0])
-                row["hidden_error"] = relative_error(result[1][:64], right[1])
-        except (ImportError, RuntimeError, ValueError, TypeError, AssertionError) as error:
-            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        rows.append(row)
-        gc.collect()
-    ours_ms = rows[0].get("median_ms")
-    for row in rows:
-        if ours_ms and "median_ms" in row:
-            row["times_ours"] = row["median_ms"] / ours_ms
-    return rows
+    return [base | {"peer": name} | row for name, row in rows.items()]
+
+
+def _checked(data: Data, name: str, right: tuple) -> dict:
+    """The errors of a peer's first run, or why there is none."""
+    try:
+        result = step(data, PEERS[name])
+        if "CE" in name:  # another loss
+            return {}
+        return {
+            "loss_error": abs(float(result[0]) - right[0]) / abs(right[0]),
+            "hidden_error": relative_error(result[1][:64], right[1]),
+        }
+    except (ImportError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        return {"reason": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
 
 
 def measure_shares(device: str, repeats: int) -> list[dict]:
@@ -130,29 +148,23 @@ def measure_shares(device: str, repeats: int) -> list[dict]:
         data.rewards = rewards[share]
         step(data, ours)
 
-    times: list[list[float]] = [[] for _ in shapes]
-    for _ in range(repeats):
-        for share in range(len(shapes)):
-            times[share] += timed(lambda share=share: run(share), device, 1)
-    rows = []
-    for shape, taken in zip(shapes, times, strict=True):
-        taken.sort()
-        rows.append(
-            {
-                "kind": "shares",
-                "peer": "recpo_loss",
-                "T": shape.tokens,
-                "V": shape.vocab,
-                "d": shape.width,
-                "zero_share": shape.zero_share,
-                "device": device,
-                "median_ms": statistics.median(taken),
-                "p20_ms": taken[len(taken) // 5],
-                "p80_ms": taken[-1 - len(taken) // 5],
-                "times_ours": statistics.median(taken) / statistics.median(times[0]),
-            }
-        )
-    return rows
+    run(0)
+    runs = {str(shape.zero_share): partial(run, i) for i, shape in enumerate(shapes)}
+    times = list(in_turns(runs, device, repeats).values())
+    return [
+        {
+            "kind": "shares",
+            "peer": "recpo_loss",
+            "T": shape.tokens,
+            "V": shape.vocab,
+            "d": shape.width,
+            "zero_share": shape.zero_share,
+            "device": device,
+            **spread(taken),
+            "times_ours": statistics.median(taken) / statistics.median(times[0]),
+        }
+        for shape, taken in zip(shapes, times, strict=True)
+    ]
 
 
 def measure_stats(device: str, repeats: int) -> list[dict]:
@@ -226,26 +238,24 @@ def _rows(
     device: str,
     repeats: int,
 ) -> list[dict]:
-    rows = []
-    for name, run in named.items():
-        times = sorted(timed(run, device, repeats))
-        rows.append(
-            {
-                "kind": kind,
-                "peer": name,
-                "T": batch,
-                "V": count,
-                "d": width,
-                "device": device,
-                "median_ms": statistics.median(times),
-                "p20_ms": times[len(times) // 5],
-                "p80_ms": times[-1 - len(times) // 5],
-                "peak_MiB": peak_mib(run, device),
-            }
-        )
-    for row in rows:
-        row["times_ours"] = row["median_ms"] / rows[0]["median_ms"]
-    return rows
+    for run in named.values():
+        run()
+    times = in_turns(named, device, repeats)
+    first = statistics.median(next(iter(times.values())))
+    return [
+        {
+            "kind": kind,
+            "peer": name,
+            "T": batch,
+            "V": count,
+            "d": width,
+            "device": device,
+            **spread(times[name]),
+            "peak_MiB": peak_mib(run, device),
+            "times_ours": statistics.median(times[name]) / first,
+        }
+        for name, run in named.items()
+    ]
 
 
 def show(row: dict) -> str:
@@ -305,7 +315,7 @@ def main() -> None:
     parser.add_argument("--only", default="loss,shares,stats,catalog", help="kinds, by commas")
     parser.add_argument("--peers", default=",".join(PEERS), help="peers of the loss, by commas")
     parser.add_argument("--shapes", default="", help="numbers of the set's shapes, by commas")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = "cuda" if args.set == "gpu" else "cpu"
     kinds, rows = args.only.split(","), []
