@@ -36,6 +36,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", default="", help="only methods with one of these, by ;")
     parser.add_argument("--list", action="store_true", help="print the entries and stop")
     parser.add_argument("--model", default=os.environ.get("R2EC_TEST_MODEL"), help="model folder")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="of models; default: by device"
+    )
     parser.add_argument("--titles", type=Path, help="text file, a title a line; default: generated")
     parser.add_argument("--repeats", type=int, default=0, help="runs a row; 0: by time")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds (default 560)")
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(chosen.threads)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     device = pick_device()
-    options = Options(device, chosen.model, chosen.titles, tiny=interpreted)
+    options = Options(device, chosen.model, chosen.titles, tiny=interpreted, dtype=chosen.dtype)
     names = chosen.suite.split(",") if chosen.suite else _defaults(device)
     if names == ["gpu"]:
         if not chosen.serve and not chosen.list:

@@ -28,12 +28,18 @@ K = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about the work. ``tiny``: sizes for a smoke test."""
+    """What the command line says about the work. ``tiny``: sizes for a smoke test; ``dtype``: of
+    language models, "" for the device's (``machine.compute_dtype``)."""
 
     device: str = "cpu"
     model: str | None = None
     titles: Path | None = None
     tiny: bool = False
+    dtype: str = ""
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype) if self.dtype else compute_dtype(self.device)
 
     @property
     def size(self) -> str:
@@ -103,18 +109,17 @@ def end_to_end_entries(options: Options) -> Iterator[Entry]:
 
 @functools.lru_cache(maxsize=1)
 def _bench(options: Options) -> end_to_end.Bench:
-    half = options.device == "cuda"
     work = make_workload(
         options.model,
         options.size,
         device=options.device,
-        dtype=compute_dtype(options.device),
-        items=300 if options.tiny else 100_000 if half else 10_000,
+        dtype=options.model_dtype,
+        items=300 if options.tiny else 100_000 if options.device == "cuda" else 10_000,
         users=4 if options.tiny else max(end_to_end.BATCHES),
         prompt_tokens=280 if options.tiny else 600,
         titles=options.titles,
     )
-    if half:  # a sum over thirty layers in bfloat16
+    if options.model_dtype == torch.bfloat16:  # a sum over thirty layers
         return end_to_end.Bench(work, state_limit=5e-2, score_limit=5e-2)
     return end_to_end.Bench(work)
 
@@ -309,7 +314,7 @@ def _packing_cases(count: int) -> list[Case]:
 
 @functools.lru_cache(maxsize=1)
 def _language_model(options: Options):
-    dtype = compute_dtype(options.device)
+    dtype = options.model_dtype
     if options.model is None:
         texts = ["Analyze in depth and recommend the next product."]
         return random_model(options.size, dtype).to(options.device).eval(), small_tokenizer(texts)
