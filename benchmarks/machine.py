@@ -58,6 +58,13 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+def model_dtype(device: str) -> torch.dtype:
+    """Of language models: bfloat16 on GPUs and on CPUs with matrix units for it (AMX), else
+    float32."""
+    has_units = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if device == "cuda" or has_units else torch.float32
+
+
 def describe(device: str, *, rates: bool = True) -> Machine:
     """The header of a run on ``device``; without ``rates`` nothing is measured (they are nan)."""
     import r2ec_kernels

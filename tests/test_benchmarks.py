@@ -283,6 +283,13 @@ def test_lists_of_titles_differ_only_in_near_ties():
             end_to_end.same_titles(wrong, right_list, 1e-3, "x")
 
 
+def test_lists_of_titles_may_share_most_in_16_bits():
+    right_list = [Title(item, -float(item)) for item in range(10)]
+    end_to_end.mostly_same_titles([*right_list[2:], Title(30, -9.0)], right_list, 0.2, "two strays")
+    with pytest.raises(Wrong, match="7 titles in common of 10"):
+        end_to_end.mostly_same_titles(right_list[3:], right_list, 0.2, "three")
+
+
 # ---- end to end ----------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
 """Weights in oneDNN's blocked layout for the few-row products of decoding on CPU.
 
-A product of a few rows is bound by reading the weight, but the general float32 GEMM first copies
-the weight into its own layout, in every call. One reordering per rollout removes that copy. A LoRA
-adapter is added to its weight on the way, so that decoding does not run it beside every layer. The
-model's own weights are not touched.
+A product of a few rows is bound by reading the weight, but the general GEMM first copies the weight
+into its own layout, in every call. One reordering per rollout removes that copy. A LoRA adapter is
+added to its float32 weight on the way, so that decoding does not run it beside every layer; bfloat16
+would round most of it away. The model's own weights are not touched.
 """
 
 import sys
@@ -31,15 +31,22 @@ def packing_available() -> bool:
     )
 
 
+def _packable_types() -> tuple[torch.dtype, ...]:
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
+
+
 def _packable(module: nn.Module) -> bool:
-    """A plain float32 CPU `nn.Linear` of some size, whose forward nobody has replaced."""
+    """A plain CPU `nn.Linear` of some size and a type that oneDNN multiplies, whose forward nobody
+    has replaced."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight = module.weight
     return (
         type(weight.data) is Tensor
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype in _packable_types()
         and weight.numel() >= MIN_NUMEL
     )
 
@@ -54,6 +61,7 @@ def _foldable(module: nn.Module) -> bool:
         type(module) is LoraLinear
         and "forward" not in module.__dict__
         and _packable(module.base_layer)
+        and module.base_layer.weight.dtype == torch.float32
         and not module.merged
         and not module.disable_adapters
         and not module.lora_variant
@@ -107,7 +115,7 @@ class PackedLinears:
 
     @contextmanager
     def installed(self, steps: int) -> Iterator[int]:
-        """Run the large float32 CPU linear layers on reordered weights; yields how many.
+        """Run the large CPU linear layers on reordered weights; yields how many.
 
         The weights must not change inside.
 

@@ -1,5 +1,6 @@
 """The shared-prompt cache, the choice of decoder, and packed weights."""
 
+import copy
 import logging
 
 import numpy as np
@@ -193,6 +194,24 @@ def test_packed_layers_give_the_same_logits_and_are_removed(wide_model, kind, mo
     assert not any("forward" in m.__dict__ for m in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU"
+)
+@pytest.mark.parametrize("lora", [False, True])
+def test_bfloat16_layers_are_packed_and_their_adapters_run_beside(wide_model, lora):
+    torch.manual_seed(2)
+    model = wide_model.bfloat16()
+    if lora:
+        model = adapt(model).bfloat16()
+    ids = torch.randint(0, 17, (3, 6))
+    with torch.no_grad(), eval_mode(model):
+        exact = copy.deepcopy(model).float()(input_ids=ids).logits
+        error = (model(input_ids=ids).logits - exact).norm()
+        with packed_linears(model, steps=64) as count:
+            assert count == 14 and not any(packed._foldable(m) for m in model.modules())
+            assert (model(input_ids=ids).logits - exact).norm() < 1.2 * error
 
 
 def test_a_folded_adapter_is_the_current_one(wide_model):
