@@ -100,17 +100,18 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def series(rows: Sequence[Row], size: str) -> dict[tuple, list[Row]]:
-    """Timed rows that differ in ``size`` alone: (op, other sizes, method) -> rows by size, at
-    least three."""
+    """Timed rows that differ in ``size`` alone: (suite, op, other sizes, method) -> rows by size,
+    where some method of the operation has at least three."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.median_ms is not None and isinstance(row.shape.get(size), int):
             others = tuple((k, v) for k, v in row.shape.items() if k != size)
             found.setdefault((row.suite, row.op, others, row.method), []).append(row)
+    lines = {key[:3] for key, group in found.items() if len({r.shape[size] for r in group}) >= 3}
     return {
         key: sorted(group, key=lambda r: r.shape[size])
         for key, group in found.items()
-        if len({r.shape[size] for r in group}) >= 3
+        if key[:3] in lines
     }
 
 

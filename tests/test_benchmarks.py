@@ -185,6 +185,9 @@ def test_series_differ_in_one_size_alone():
     found = table.series(rows, "N")
     assert [[r.shape["N"] for r in group] for group in found.values()] == [[10, 20, 30]] * 2
     assert not table.series(rows, "B")  # two points are no line
+    peer = [Row("s", "op", {"N": n, "B": 1}, "peer", median_ms=1.0) for n in (10, 20)]
+    found = table.series([*rows, *peer], "N")  # beside one of three they stay
+    assert [len(group) for key, group in found.items() if key[3] == "peer"] == [2]
 
 
 def test_plots_are_written(tmp_path):

@@ -2,7 +2,7 @@
 
 A product of a few rows is bound by reading the weight, but the general GEMM first copies the weight
 into its own layout, in every call. One reordering per rollout removes that copy. A LoRA adapter is
-added to its float32 weight on the way, so that decoding does not run it beside every layer; bfloat16
+added to a float32 weight on the way, so that decoding does not run it beside every layer; bfloat16
 would round most of it away. The model's own weights are not touched.
 """
 
