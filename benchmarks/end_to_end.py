@@ -383,7 +383,7 @@ def cases(make: Callable[[], Bench], batch: int, reasoning: Sequence[int]) -> li
     device = bench.work.device
     made = []
 
-    def add(name: str, call: Callable[[Stages], Served], check: Callable) -> None:
+    def add(name: str, call: Callable[[Stages], Served], check: Callable, **more: object) -> None:
         stages = Stages(device)
         made.append(
             Case(
@@ -394,6 +394,7 @@ def cases(make: Callable[[], Bench], batch: int, reasoning: Sequence[int]) -> li
                 unit="users",
                 stages=stages,
                 cost=(f"{SUITE} {name}", batch),
+                **more,
             )
         )
 
@@ -435,5 +436,6 @@ def cases(make: Callable[[], Bench], batch: int, reasoning: Sequence[int]) -> li
         names[-1],
         lambda stages: on_vllm(bench, batch, reasoning[0], stages),
         lambda served: check_states(bench, served, 0),
+        prepare=lambda: bench.vllm,
     )
     return made

@@ -132,7 +132,7 @@ class Case:
     ``moved``, ``flops``: bytes and operations one call needs at least. ``work``: how many ``unit``s
     one call serves. ``own_memory``: everything is allocated through torch, so count that exactly.
     ``cost``: (name of a family, size) of calls whose time grows with the size, to foresee a call
-    that will not fit the budget.
+    that will not fit the budget. ``prepare``: makes what a server makes once, before the first run.
     """
 
     method: str
@@ -145,6 +145,7 @@ class Case:
     stages: Stages | None = None
     own_memory: bool = False
     cost: tuple[str, float] | None = None
+    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ def open_entry(entry: Entry, settings: Settings) -> tuple[list[Case], list[Row],
             row.status, row.note = "skipped", f"budget: {need}"
             continue
         try:
+            case.prepare()
             result, seconds, row.peak_mib = with_peak(case.run, settings.device)
             row.error = case.check(result)
             del result

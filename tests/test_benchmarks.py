@@ -78,6 +78,31 @@ def test_failures_and_missing_peers_are_rows_and_the_table_goes_on():
     assert "no such kernel" in rows[0].note and rows[2].note == "out of memory"
 
 
+def test_what_a_server_makes_once_is_no_part_of_a_time():
+    made: list[int] = []
+
+    def run() -> int:
+        assert made == [1]
+        return 1
+
+    def start() -> None:
+        made.append(1)
+        time.sleep(0.3)
+
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'server'")
+
+    rows = measure(
+        entry_of(
+            Case("served", run, right, prepare=start),
+            Case("absent", run, right, prepare=missing),
+        ),
+        Settings(repeats=2),
+    )
+    assert [row.status for row in rows] == ["ok", "not installed"]
+    assert rows[0].median_ms < 200
+
+
 def test_an_entry_that_cannot_be_built_is_a_row_a_method():
     def build():
         raise ValueError("bad shape")
