@@ -20,7 +20,7 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
 _cpu = ""  # the kind of CPU to run as; "": the best that this one can
 _FLOAT_BATCH, _FLOAT_BATCH_AMX = 8, 1024  # the same of float32 rows
-LOW_PARTS = 254  # of a step of an int8 code: the steps of a second one
+LOW_PARTS = 254  # of a step of an int8 code: the steps of a second one (kLowParts in C++)
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 

@@ -206,6 +206,22 @@ TEST(fewer_rows_than_asked_for_all_stay) {
   CHECK(selection.finish().rows[0].size() == 40);
 }
 
+Stats nothing_found(const std::vector<Target>& targets) {
+  Stats stats;
+  for (const auto& target : targets)
+    stats.folds.push_back({target.rounded, target.logit, 0.0f, 0.0f, 0.0f, 0.0});
+  stats.ahead.resize(targets.size());
+  return stats;
+}
+
+// How many pairs of each query are still open.
+std::vector<int64_t> open_pairs(const Stats& stats) {
+  const auto queries = static_cast<int64_t>(stats.folds.size());
+  std::vector<int64_t> open(queries);
+  for (int64_t pair : stats.near) ++open[pair % queries];
+  return open;
+}
+
 TEST(stats_count_and_sum_what_competes) {
   Random random;
   constexpr int64_t kRows = 777, kColumns = 20, kQueries = 6;
@@ -224,16 +240,12 @@ TEST(stats_count_and_sum_what_competes) {
   for (const Tiles* tiles : kinds()) {
     FloatOperand operand(values.data(), kQueries, kColumns, 3);
     tiles->prepare_floats(operand);
-    Stats stats;
-    for (const auto& target : targets)
-      stats.folds.push_back({target.rounded, target.logit, 0.0f, 0.0f, 0.0f, 0.0});
-    stats.ahead.resize(kQueries);
+    Stats stats = nothing_found(targets);
     const Contest contest = {targets, {left_out.data(), kQueries}, 1000};
     CHECK(add_stats({rows.data(), kColumns, kColumns}, {operand, norms.data(), floor.data()},
                     Similarity::kDot, 0x1p50, contest, *tiles, 0, kRows, stats));
     CHECK(stats.doubtful == std::vector<int64_t>{5});
-    std::vector<int64_t> open(kQueries);
-    for (int64_t pair : stats.near) ++open[pair % kQueries];
+    const auto open = open_pairs(stats);
     for (int64_t q = 0; q < kQueries; ++q) {
       int64_t ahead = 0;
       double mass = 0.0;
@@ -276,16 +288,12 @@ TEST(stats_of_two_codes_are_those_of_the_rows_they_stand_for) {
   for (const Tiles* tiles : kinds()) {
     CodeOperand operand = {kQueries, kColumns, values.data(), {}};
     tiles->prepare_codes(operand);
-    Stats stats;
-    for (const auto& target : targets)
-      stats.folds.push_back({target.rounded, target.logit, 0.0f, 0.0f, 0.0f, 0.0});
-    stats.ahead.resize(kQueries);
+    Stats stats = nothing_found(targets);
     const FineTable table = {{high.data(), kColumns, {scale.data(), nullptr}, trusted}, low.data()};
     CHECK(add_code_stats(table, {operand, step.data()}, error.data(), {targets, {nullptr, 0}, 1000},
                          *tiles, 0, kRows, stats));
     CHECK(stats.doubtful == std::vector<int64_t>{3});
-    std::vector<int64_t> open(kQueries);
-    for (int64_t pair : stats.near) ++open[pair % kQueries];
+    const auto open = open_pairs(stats);
     for (int64_t q = 0; q < kQueries; ++q) {
       int64_t ahead = 0;
       double mass = 0.0;

@@ -15,7 +15,7 @@ from .bounds import Queries
 from .codes import PRODUCTS, UP, CodeBounds, Codes, Limits, centre, padded
 
 KIND, COARSE_KIND = "fine", "int8"
-# exact sums, four roundings and a second-order term
+# exact sums, and six roundings: of each sum, their weighted sum, the step, and times step and scale
 _PRODUCT = replace(PRODUCTS[COARSE_KIND][0], name="2 int8 x int16", unit=2.0**-21)
 
 
