@@ -59,7 +59,7 @@ void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarit
                  double huge, int64_t first, int64_t last, const Offers& offers,
                  std::vector<int64_t>& doubtful);
 
-// Rows as two int8 codes: row i is scale[i] * (high[i] + low[i] / kLowParts).
+// Rows as two int8 codes: row i is scale[i] * (high[i] + low[i] / kLowParts), LOW_PARTS in Python.
 constexpr int kLowParts = 254;
 struct FineTable {
   CodeTable high;  // scores are not halved: not for l2
