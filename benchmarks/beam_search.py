@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r2ec_fast.modes import attention_implementation, eval_mode, model_device
-from r2ec_fast.prefix import KnownPrefix
-from r2ec_fast.rollout.packed import MIN_STEPS, packed_linears
-from r2ec_fast.rollout.shared import SharedPromptDecoder
+from r2ec_fast.model.hf_compat import attention_implementation, eval_mode, model_device
+from r2ec_fast.model.prefix_cache import KnownPrefix
+from r2ec_fast.rollout.onednn_linear import MIN_STEPS, packed_linears
+from r2ec_fast.rollout.shared_prompt.decoder import SharedPromptDecoder
 
 NONE = -torch.inf
 LOWEST = -1e8  # transformers marks beams that do not exist by about -1e9

@@ -30,10 +30,10 @@ from harness import Case, Entry, Stages, Unavailable, Wrong, relative_error, req
 from sasrec import SASRec
 from workload import Workload
 
-from r2ec_fast.modes import attention_implementation
-from r2ec_fast.prefix import KnownPrefix
+from r2ec_fast.model.hf_compat import attention_implementation
+from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.rollout import RolloutEngine, Rollouts, TransformersEngine
-from r2ec_fast.rollout import engine as engine_module
+from r2ec_fast.rollout import transformers_engine as engine_module
 from r2ec_kernels import ItemIndex, item_topk
 
 SUITE = "end_to_end"
@@ -108,7 +108,7 @@ class Bench:
         importlib.import_module("vllm")  # a missing vLLM is said before anything else
         if self.work.folder is None:
             raise Unavailable("vLLM loads a folder: name one with --model")
-        from r2ec_fast.rollout.vllm_engine import VLLMEngine
+        from r2ec_fast.rollout.vllm.engine import VLLMEngine
 
         llm = VLLMEngine.launch(self.work.folder, max_model_length=4096)
         marker_ids = self.work.builder.marker_ids

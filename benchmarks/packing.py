@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
 
 BUDGET = 8192
 PYTHON_ROWS = 100_000  # packers that loop over rows or tokens in Python are not run on more
@@ -194,7 +194,7 @@ def bench_pack(row_counts: Sequence[int]) -> Iterator[dict[str, object]]:
 def load_model(path: str | None):
     import transformers
 
-    from r2ec_fast.model import R2ecModel
+    from r2ec_fast.model.r2ec import R2ecModel
 
     torch.manual_seed(0)
     if path is not None:
@@ -316,9 +316,9 @@ def bench_assemble(arguments: argparse.Namespace) -> Iterator[dict[str, object]]
     import polars as pl
     from transformers import AutoTokenizer
 
-    from r2ec_fast.assembler import PromptAssembler
     from r2ec_fast.data import Catalog, History, IdMap
-    from r2ec_fast.prompts import PromptBuilder
+    from r2ec_fast.prompts.builder import PromptBuilder
+    from r2ec_fast.prompts.segments import PromptAssembler
 
     titles = Path(arguments.titles).read_text(encoding="utf-8").splitlines()
     titles = [title for title in titles if title.strip()]

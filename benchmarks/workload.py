@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from r2ec_fast.model import R2ecModel
-from r2ec_fast.prompts import PromptBuilder, PromptConfig
+from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.prompts.builder import PromptBuilder, PromptConfig
 
 MAX_TITLE = 24  # tokens
 WINDOW = 64  # events shown at most: the prompt's length is set by the number of events
@@ -189,7 +189,7 @@ def small_tokenizer(texts: Sequence[str]):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from r2ec_fast.prompts import ITEM_TEMPLATE, USER_TEMPLATE
+    from r2ec_fast.prompts.builder import ITEM_TEMPLATE, USER_TEMPLATE
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from r2ec_fast.model import R2ecModel
     from r2ec_fast.packing import PackedBatch, pack_histories
     from r2ec_fast.prompts import PromptBuilder, PromptConfig
-    from r2ec_fast.recommender import Recommendation, Recommender
-    from r2ec_fast.trainer import RecPOTrainer
+    from r2ec_fast.serve.recommender import Recommendation, Recommender
+    from r2ec_fast.train.trainer import RecPOTrainer
 
 __version__ = "0.1.0"
 
@@ -27,9 +27,9 @@ _HOME = {
     "R2ecModel": "model",
     "RecDataset": "data",
     "RecPOConfig": "config",
-    "RecPOTrainer": "trainer",
-    "Recommendation": "recommender",
-    "Recommender": "recommender",
+    "RecPOTrainer": "train.trainer",
+    "Recommendation": "serve.recommender",
+    "Recommender": "serve.recommender",
     "load_interactions": "data",
     "make_splits": "data",
     "pack_histories": "packing",

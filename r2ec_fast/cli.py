@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from r2ec_fast.display import show_recommendations
-from r2ec_fast.files import check_writable, replaced_file
+from r2ec_fast.serve.display import show_recommendations
+from r2ec_fast.utils.atomic_files import check_writable, replaced_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from r2ec_fast.config import ModelConfig, RecPOConfig
     from r2ec_fast.data import RecDataset
-    from r2ec_fast.model import R2ecModel
+    from r2ec_fast.model.r2ec import R2ecModel
 
 PROG = "r2ec-fast"
 TRACEBACK_VARIABLE = "R2EC_TRACEBACK"
@@ -63,7 +63,7 @@ def prepare(source: str, **settings: object) -> None:
 def train(data: str, model: ModelConfig, config: RecPOConfig) -> dict[str, float]:
     """Train a model on a prepared data set; returns and prints its validation metrics."""
     from r2ec_fast.data import RecDataset
-    from r2ec_fast.trainer import RecPOTrainer
+    from r2ec_fast.train.trainer import RecPOTrainer
 
     dataset = RecDataset.load(data)
     trainer = RecPOTrainer(_model_to_train(model, dataset), dataset, config)
@@ -115,12 +115,12 @@ def evaluate(
         compare_with: ranks_file of another evaluation of the same examples; prints how much better
             each method is now, by the examples' own differences.
     """
-    from r2ec_fast.assembler import PromptAssembler
-    from r2ec_fast.baselines import counting_baselines
     from r2ec_fast.data import RecDataset
-    from r2ec_fast.example_ranks import check_examples, load_ranks, ranks_table
-    from r2ec_fast.inference import rank_examples, transformers_engine
-    from r2ec_fast.trainer import sample_examples
+    from r2ec_fast.data.splits import sample_examples
+    from r2ec_fast.eval.baselines import counting_baselines
+    from r2ec_fast.eval.comparison import check_examples, load_ranks, ranks_table
+    from r2ec_fast.eval.ranking import rank_examples, transformers_engine
+    from r2ec_fast.prompts.segments import PromptAssembler
 
     for mode in modes:
         if mode not in MODES:
@@ -167,8 +167,8 @@ def _report_ranks(
     output_file: str | None,
     ranks_file: str | None,
 ) -> dict[str, dict[str, float]]:
-    from r2ec_fast.evaluation import metrics_table, ranking_metrics
-    from r2ec_fast.example_ranks import differences, methods_of, save_ranks
+    from r2ec_fast.eval.comparison import differences, methods_of, save_ranks
+    from r2ec_fast.eval.metrics import metrics_table, ranking_metrics
 
     users = table["user_id"].to_numpy()
     rows = {m: ranking_metrics(table[m].to_numpy(), users=users) for m in methods_of(table)}
@@ -203,7 +203,7 @@ def recommend(
         reasoning: write a reasoning first.
         max_completion_length: longest reasoning (tokens).
     """
-    from r2ec_fast.recommender import Recommender
+    from r2ec_fast.serve.recommender import Recommender
 
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
@@ -260,7 +260,7 @@ def report(run_dir: str) -> None:
     Args:
         run_dir: output directory of the run; gets report.html.
     """
-    from r2ec_fast.report import write_report
+    from r2ec_fast.report.html import write_report
 
     _say(f"wrote {write_report(run_dir)}")
 
@@ -272,7 +272,7 @@ def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
         output_dir: where models, metrics and the picture are written.
         seed: of the catalog, the model and the training.
     """
-    from r2ec_fast.quickstart import run
+    from r2ec_fast.quickstart.pipeline import run
 
     run(output_dir, seed=seed)
 
@@ -283,7 +283,7 @@ def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
 def _load_model(name_or_path: str, *, dtype: str, gguf_file: str | None) -> R2ecModel:
     import torch
 
-    from r2ec_fast.model import R2ecModel
+    from r2ec_fast.model.r2ec import R2ecModel
 
     names = {"dtype": dtype} | ({} if gguf_file is None else {"gguf_file": gguf_file})
     try:
@@ -392,7 +392,7 @@ def build_parser() -> ArgumentParser:
 def run_command(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; errors are exceptions."""
     from r2ec_fast.config import ModelConfig, RecPOConfig
-    from r2ec_fast.prompts import PromptConfig
+    from r2ec_fast.prompts.builder import PromptConfig
 
     parser = build_parser()
     settings = parser.parse_args(arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from r2ec_fast.prompts import PromptConfig
+from r2ec_fast.prompts.builder import PromptConfig
 from r2ec_kernels import RecPOLossConfig
 
 OBJECTIVES = ("recpo", "contrastive")

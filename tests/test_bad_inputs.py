@@ -7,12 +7,12 @@ import os
 import numpy as np
 import pytest
 import torch
+from _support.toy import toy_dataset, toy_model
 from test_cli import error_line, run
-from toy import toy_dataset, toy_model
 
 from r2ec_fast.data import History, load_interactions
-from r2ec_fast.packing import pack_histories
-from r2ec_fast.prompts import PromptBuilder
+from r2ec_fast.packing.packer import pack_histories
+from r2ec_fast.prompts.builder import PromptBuilder
 from r2ec_kernels import ItemIndex, grouped_advantage, item_topk, recpo_loss
 
 LOG = "user_id,item_id,timestamp\nu1,a,1\nu1,b,2\nu2,b,3\nu2,a,4\n"

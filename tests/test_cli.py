@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from toy import toy_dataset, toy_model
+from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.cli import build_parser, main, run_command
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import RecDataset
-from r2ec_fast.prompts import PromptConfig
+from r2ec_fast.prompts.builder import PromptConfig
 
 COMMANDS = ("quickstart", "prepare", "train", "evaluate", "recommend", "index")
 

@@ -1,9 +1,9 @@
 """Interaction files -> id map, splits, next-item examples; a generated catalog."""
 
-from r2ec_fast.data.load import load_interactions
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
+from r2ec_fast.data.sources.generic import load_interactions
+from r2ec_fast.data.sources.synthetic import generate_interactions
 from r2ec_fast.data.splits import make_splits
-from r2ec_fast.data.synthetic import generate_interactions
 from r2ec_fast.data.types import (
     Catalog,
     Examples,

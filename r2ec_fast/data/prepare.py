@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r2ec_fast.data.amazon import AMAZON_URL, AmazonRules, amazon_urls, load_amazon
 from r2ec_fast.data.categories import category_words
-from r2ec_fast.data.download import download
-from r2ec_fast.data.load import load_interactions
-from r2ec_fast.data.movielens import find_movielens
+from r2ec_fast.data.sources.amazon import AMAZON_URL, AmazonRules, amazon_urls, load_amazon
+from r2ec_fast.data.sources.download import download
+from r2ec_fast.data.sources.generic import load_interactions
+from r2ec_fast.data.sources.movielens import find_movielens
 from r2ec_fast.data.splits import make_splits
 from r2ec_fast.data.store import (
     file_sha256,

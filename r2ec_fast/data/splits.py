@@ -104,3 +104,19 @@ def _time_bounds(valid_from: int | str | None, test_from: int | str | None) -> t
             f"valid_from: expected a time not after test_from, got {valid_from!r} > {test_from!r}"
         )
     return bounds
+
+
+def sample_examples(data: RecDataset, split: str, samples: int, seed: int) -> Examples:
+    """A seeded sample of a split in its own order, or all of it (``samples`` 0).
+
+    Raises ValueError for an unknown split.
+    """
+    if split not in ("train", "valid", "test"):
+        raise ValueError(f"split: expected train, valid or test, got {split!r}")
+    examples = getattr(data, split)
+    if not samples or samples >= len(examples):
+        return examples
+    drawn = np.random.default_rng([seed, len(examples)]).choice(
+        len(examples), samples, replace=False
+    )
+    return examples[np.sort(drawn)]

@@ -17,7 +17,7 @@ import polars as pl
 
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.types import Catalog, Examples, IdMap, InteractionData, RecDataset
-from r2ec_fast.files import replaced_directory
+from r2ec_fast.utils.atomic_files import replaced_directory
 
 FORMAT = "r2ec-fast dataset"
 FORMAT_VERSION = 1

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from r2ec_fast.modes import eval_mode
-from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.model.hf_compat import eval_mode
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
 from r2ec_fast.rollout.base import Rollouts
 from r2ec_kernels import linear_logprob
 

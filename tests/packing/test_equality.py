@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from toy import CONFIGS, SIZES, toy_model
+from _support.toy import CONFIGS, SIZES, toy_model
 
-from r2ec_fast import attention
-from r2ec_fast.model import R2ecModel
-from r2ec_fast.packing import PackedBatch, pack_histories
+from r2ec_fast.model import attention
+from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
 
 GENERATIONS = 3
 WINDOW = 8

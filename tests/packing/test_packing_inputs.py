@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from r2ec_fast.packing import pack_histories, to_rows
+from r2ec_fast.packing.packer import pack_histories, to_rows
 
 VALUES = [5, 6, 7, 8, 9, 10]
 OFFSETS = [0, 2, 3, 6]

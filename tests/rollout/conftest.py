@@ -1,7 +1,7 @@
 import pytest
 import torch
+from _support.rollout_toys import COMMON, CONFIGS, EOS, PIECES, random_prompts
 from peft import LoraConfig, get_peft_model
-from rollout_toys import COMMON, CONFIGS, EOS, PIECES, random_prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from interpreted import run_interpreted
+from _support.interpreted import run_interpreted
 
 
 def test_interpreted_kernels_equal_the_reference():

@@ -7,7 +7,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from search_cases import SIMILARITIES, make, make_exclude
+from _support.search_cases import SIMILARITIES, make, make_exclude
 
 from r2ec_kernels import item_topk, sharded_topk
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from search_cases import KINDS, SIMILARITIES, make
+from _support.search_cases import KINDS, SIMILARITIES, make
 
 from r2ec_kernels import canonical
 from r2ec_kernels.canonical import PADDING_KEY, canonical_scores, from_order_keys, order_keys

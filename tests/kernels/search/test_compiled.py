@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from search_cases import KINDS, SIMILARITIES, assert_same, canonical, make, sorted_topk
+from _support.search_cases import KINDS, SIMILARITIES, assert_same, canonical, make, sorted_topk
 
 from r2ec_kernels import ItemIndex, compiled, item_topk, target_stats
 from r2ec_kernels.canonical import canonical_scores, pair_scores

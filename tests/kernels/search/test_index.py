@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from search_cases import KINDS, SIMILARITIES, make, make_exclude
+from _support.search_cases import KINDS, SIMILARITIES, make, make_exclude
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
 

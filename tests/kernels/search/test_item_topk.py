@@ -4,9 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from search_cases import (
+from _support.search_cases import (
     KINDS,
     SIMILARITIES,
     as_sets,
@@ -16,6 +14,8 @@ from search_cases import (
     make_exclude,
     sorted_topk,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import library
 
 from r2ec_kernels import ItemIndex, item_topk

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from search_cases import SIMILARITIES
+from _support.search_cases import SIMILARITIES
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
 from r2ec_kernels.search import packed

@@ -1,6 +1,5 @@
 """sharded_topk over gloo processes."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _support.processes import environment
 
 from r2ec_kernels import sharded_topk
 
@@ -25,7 +25,7 @@ def run(ranks, store, dying=-1):
                 store,
                 str(dying),
             ],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment(OMP_NUM_THREADS="1"),
             cwd=HERE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

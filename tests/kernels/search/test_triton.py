@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from interpreted import run_interpreted
+from _support.interpreted import run_interpreted
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine", "l2"])

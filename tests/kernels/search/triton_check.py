@@ -5,7 +5,7 @@ import itertools
 import sys
 
 import torch
-from search_cases import KINDS, SIMILARITIES, make, make_exclude
+from _support.search_cases import KINDS, SIMILARITIES, make, make_exclude
 
 from r2ec_kernels import ItemIndex, item_topk
 

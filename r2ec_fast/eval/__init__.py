@@ -1,0 +1,1 @@
+"""Full-catalog ranking, its metrics, counting baselines, and paired comparisons."""

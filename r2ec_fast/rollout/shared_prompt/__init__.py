@@ -1,0 +1,1 @@
+"""Decoding that computes and stores the prompt of G samples once."""

@@ -1,0 +1,1 @@
+"""Rollouts sampled by vLLM, inside this process or on a server."""

@@ -1,0 +1,141 @@
+"""Rollouts on a running vLLM server (its OpenAI-compatible HTTP interface)."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from r2ec_fast.rollout.sampling import SamplingParams
+from r2ec_fast.rollout.vllm.common import Completion, Scorer, VLLMBase
+
+COMMAND = "vllm serve MODEL --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
+
+
+class RolloutServerError(ConnectionError):
+    """The vLLM server cannot be reached, died, or refused a request."""
+
+
+class VLLMServerEngine(VLLMBase):
+    """Samples from a vLLM server; the protocol and the log-probabilities are `VLLMEngine`'s.
+
+    Start it as `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --logprobs-mode
+    processed_logprobs --enable-lora --max-lora-rank 8`. The server reads the adapter from
+    `adapter_dir`, which it must see under the same path.
+
+    Args:
+        url: such as "http://localhost:8000".
+        model: name the server serves the base model under; None: the one that it lists.
+        tokenizer, marker, marker_ids, eos_token_ids, policy, scorer: as in `VLLMEngine`.
+        adapter_dir: folder for the adapters; default: the system's temporary folder.
+        timeout: seconds one request may take.
+        concurrency: requests (prompts) under way at once.
+
+    Raises:
+        RolloutServerError: no server at `url`.
+        ValueError: the server was started with another `--logprobs-mode`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        marker: str = "<answer>",
+        marker_ids: Sequence[int] | None = None,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
+        policy: nn.Module | None = None,
+        scorer: Scorer | None = None,
+        adapter_dir: str | None = None,
+        timeout: float = 600.0,
+        concurrency: int = 64,
+    ) -> None:
+        super().__init__(tokenizer, marker, marker_ids, eos_token_ids, policy, scorer, adapter_dir)
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self.concurrency = concurrency
+        self.model = self._served = model or self._base_model()
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        # the one token that top_k=1 keeps has probability 1 only where truncation is counted
+        params = SamplingParams(temperature=2.0, top_k=1)
+        ((_, log_probs),) = self._complete([[self.marker_ids[0]]], [0], 1, 1, params)
+        if log_probs[0] < -1e-3:
+            raise ValueError(
+                f"the server at {self.url} must run with --logprobs-mode processed_logprobs"
+            )
+
+    def _base_model(self) -> str:
+        listed = json.loads(self._ask("/v1/models"))["data"]
+        return next(one["id"] for one in listed if one.get("parent") is None)
+
+    def _post(self, path: str, body: dict[str, Any]) -> bytes:
+        return self._ask(path, json.dumps(body).encode())
+
+    def _ask(self, path: str, body: bytes | None = None) -> bytes:
+        """The answer to a GET, or to a POST of ``body``."""
+        request = urllib.request.Request(
+            self.url + path, data=body, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")[:500]
+            raise RolloutServerError(
+                f"vLLM server {self.url}{path} answered {error.code}: {text}"
+            ) from error
+        except (OSError, HTTPException) as error:
+            raise RolloutServerError(
+                f"vLLM server {self.url} does not answer ({error}); start it again with "
+                f"`{COMMAND}` and resume from the last checkpoint"
+            ) from error
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        num_generations: int,
+        max_completion_length: int,
+        params: SamplingParams,
+    ) -> list[Completion]:
+        def ask(prompt: Sequence[int], seed: int) -> list[Completion]:
+            body = {
+                "model": self._served,
+                "prompt": [int(token) for token in prompt],
+                "n": num_generations,
+                "temperature": 0.0 if params.greedy else params.temperature,
+                "top_k": 0 if params.greedy else params.top_k,
+                "top_p": 1.0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": max_completion_length,
+                "seed": None if params.greedy else seed,
+                "logprobs": 0,
+                "stop": [self.stop.marker],
+                "include_stop_str_in_output": True,
+                "stop_token_ids": sorted(self.eos_token_ids),
+                "skip_special_tokens": False,
+                "return_token_ids": True,
+            }
+            choices = json.loads(self._post("/v1/completions", body))["choices"]
+            choices.sort(key=lambda choice: choice["index"])
+            return [(one["token_ids"], one["logprobs"]["token_logprobs"]) for one in choices]
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return [row for rows in pool.map(ask, prompts, seeds) for row in rows]
+
+    def _install_adapter(self, version: int, folder: Path) -> None:
+        name = f"policy-{version}"
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        previous, self._served = self._served, name
+        if previous != self.model:
+            self._post("/v1/unload_lora_adapter", {"lora_name": previous})

@@ -1,0 +1,256 @@
+"""Serving: histories -> (reasoning) -> the best unseen items, with their titles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
+from r2ec_fast.eval.ranking import transformers_engine, user_states
+
+if TYPE_CHECKING:
+    from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_fast.rollout import RolloutEngine
+
+UserHistory = Hashable | Sequence[Hashable] | History
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Args:
+        item_id: external id.
+        title: its title in the catalog.
+        score: the item head's score (similarity / temperature); comparable within one user only.
+        rank: place from 1.
+    """
+
+    item_id: Hashable
+    title: str
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Recommendations(Sequence[Recommendation]):
+    """The items recommended to one user, best first: a sequence of `Recommendation`.
+
+    Args:
+        items: the recommendations, at most k.
+        reasoning: the text written before the answer; None in direct mode.
+        history: titles of the events shown to the model, oldest first.
+    """
+
+    items: tuple[Recommendation, ...]
+    reasoning: str | None
+    history: tuple[str, ...]
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Recommendation]:
+        return iter(self.items)
+
+
+class Recommender:
+    """Recommends items of a catalog with a trained model, whose weights stay as they are here: the
+    item table, and what all prompts begin with, are computed once.
+
+    Args:
+        model: a model; without an item table the whole catalog is encoded here, once.
+        catalog: the items, in the order of the model's item table.
+        data: the prepared data set whose users can be asked for by id; None: none can.
+        engine: writes the reasoning; default: transformers, on the model itself.
+
+    Raises:
+        ValueError: the item table has another number of rows than the catalog.
+    """
+
+    def __init__(
+        self,
+        model: R2ecModel,
+        catalog: Catalog,
+        *,
+        data: RecDataset | None = None,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        self.model, self.catalog, self.data = model, catalog, data
+        self.builder = model.prompt_builder(catalog)
+        if model.index is None:
+            model.set_items(model.encode_items(catalog))
+        if len(model.index) != len(catalog):
+            raise ValueError(
+                f"catalog: expected the {len(model.index)} items of the model's item table, "
+                f"got {len(catalog)}; re-encode the catalog (r2ec-fast index)"
+            )
+        if data is not None and data.data.catalog.ids != catalog.ids:
+            raise ValueError("data: its items are not those of the model's catalog")
+        self.prefix = model.known_prefix(self.builder)
+        self.engine = engine or transformers_engine(
+            model, self.builder, prefix=self.prefix, keep_packed=True
+        )
+        self._titles: dict[str, list[int]] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        data: RecDataset | str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> Recommender:
+        """Load what a training run exported (`output_dir/model`).
+
+        Args:
+            directory: a directory with model, tokenizer, item table and catalog.
+            data: a prepared data set (or its directory), to recommend to its users by id.
+            device: where to run; default: CUDA where there is one, else the CPU.
+
+        Raises:
+            FileNotFoundError: the directory or its catalog does not exist.
+            OSError, ValueError: a file cannot be read or is damaged.
+        """
+        from r2ec_fast.data.store import load_catalog
+        from r2ec_fast.model.r2ec import CATALOG_FILE, R2ecModel
+
+        if data is not None and not isinstance(data, RecDataset):
+            data = RecDataset.load(data)
+        if not os.path.isdir(directory):
+            raise FileNotFoundError(f"no model directory at {os.fspath(directory)!r}")
+        path = os.path.join(directory, CATALOG_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{os.fspath(directory)!r} holds no {CATALOG_FILE}: not a trained recommender "
+                "(r2ec-fast train, or r2ec-fast index for a bare model)"
+            )
+        catalog = load_catalog(path)
+        model = R2ecModel.from_pretrained(directory)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.eval()
+        return cls(model, catalog, data=data)
+
+    def recommend(
+        self,
+        histories: Sequence[UserHistory],
+        k: int = 10,
+        reasoning: bool = True,
+        *,
+        max_completion_length: int = 512,
+        batch_size: int = 64,
+        now: int | None = None,
+    ) -> list[Recommendations]:
+        """The k best items for each history that are not in it.
+
+        Args:
+            histories: one entry a user: the id of a user of the data set (everything known of that
+                user is the history), or a list of item ids or titles, oldest first, or a `History`.
+            k: items a user.
+            reasoning: write a greedy reasoning first; False reads the state right after the prompt.
+            max_completion_length: longest reasoning (tokens).
+            batch_size: users computed together.
+            now: unix seconds that the ages in the prompt are counted from; default: the time of
+                each user's last event.
+
+        Returns:
+            One `Recommendations` a history, in their order; fewer than k items where the catalog
+            has no more unseen ones.
+
+        Raises:
+            ValueError: k or batch_size below 1, an empty history, a title that several items have.
+            UnknownIdError: an unknown user or item. TypeError: `histories` is a single text.
+        """
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence):
+            raise TypeError(
+                f"histories: expected a list of user ids or of item lists, got {histories!r}"
+            )
+        resolved = [self._history(entry, now) for entry in histories]
+        out: list[Recommendations] = []
+        for start in range(0, len(resolved), batch_size):
+            part = resolved[start : start + batch_size]
+            out += self._recommend_batch(part, k, reasoning, max_completion_length)
+        return out
+
+    def _recommend_batch(
+        self, histories: Sequence[History], k: int, reasoning: bool, max_completion_length: int
+    ) -> list[Recommendations]:
+        users = user_states(
+            self.model,
+            self.builder,
+            [self.builder.user_ids(history) for history in histories],
+            engine=self.engine if reasoning else None,
+            max_completion_length=max_completion_length,
+            prefix=self.prefix,
+        )
+        seen = [torch.from_numpy(np.unique(history.items)) for history in histories]
+        offsets = torch.tensor([0, *np.cumsum([len(items) for items in seen])])
+        best = self.model.top_items(users.states, k, exclude=(torch.cat(seen), offsets))
+        titles = self.catalog.titles
+        out = []
+        for row, history in enumerate(histories):
+            pairs = zip(best.indices[row].tolist(), best.scores[row].tolist(), strict=True)
+            items = tuple(
+                Recommendation(self.catalog.ids.ids[item], titles[item], score, rank)
+                for rank, (item, score) in enumerate(pairs, start=1)
+                if item >= 0
+            )
+            text = self._reasoning_text(users.reasoning[row]) if reasoning else None
+            shown = history.items[-self.model.prompts.window :]
+            out.append(Recommendations(items, text, tuple(titles[i] for i in shown)))
+        return out
+
+    def _reasoning_text(self, tokens: Sequence[int]) -> str:
+        text = self.model.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.split(self.model.prompts.emb_token)[0].strip()
+
+    def _history(self, entry: UserHistory, now: int | None) -> History:
+        if isinstance(entry, History):
+            history = entry
+        elif isinstance(entry, list | tuple):
+            items = [self._item(item) for item in entry]
+            history = History(items=np.asarray(items, dtype=np.int64))
+        else:
+            history = self._history_of_user(entry)
+        if len(history) == 0:
+            raise ValueError("histories: every history needs at least one item, got an empty one")
+        if history.timestamps is None or (history.target_time is not None and now is None):
+            return history
+        return replace(history, target_time=int(history.timestamps[-1]) if now is None else now)
+
+    def _history_of_user(self, user: Hashable) -> History:
+        if self.data is None:
+            raise ValueError(
+                f"histories: got the user id {user!r}, but no data set to look it up in; "
+                "pass data=..., or a list of items"
+            )
+        data = self.data.data
+        internal = int(data.users.encode([user])[0])
+        events = int(data.offsets[internal + 1] - data.offsets[internal])
+        return self.data.history(internal, events)
+
+    def _item(self, item: Hashable) -> int:
+        """Internal id of an item given by external id, or else by title (case is ignored)."""
+        if item in self.catalog.ids:
+            return int(self.catalog.ids.encode([item])[0])
+        if self._titles is None:
+            self._titles = {}
+            for i, title in enumerate(self.catalog.titles):
+                self._titles.setdefault(title.casefold(), []).append(i)
+        found = self._titles.get(str(item).casefold(), [])
+        if not found:
+            raise UnknownIdError(f"unknown item {item!r}: neither an item id nor a title")
+        if len(found) > 1:
+            ids = self.catalog.ids.decode(found[:5])
+            raise ValueError(f"histories: the title {item!r} belongs to several items: {ids}")
+        return found[0]

@@ -1,0 +1,1 @@
+"""RecPO and contrastive training: the loop, one update, the item table, checkpoints, processes."""

@@ -1,0 +1,456 @@
+"""The training loop: examples -> rollouts -> rewards -> advantages -> loss -> step -> evaluate.
+
+Departures from the paper and its code, each with a test (METHOD section 5):
+- one advantage a trajectory; only the best reasoning(s) of a group train the item action;
+- log-probabilities are stored when sampled, at the sampling temperature; token ids travel;
+- equal targets of a batch are one candidate, never each other's negatives;
+- the batch's target rows enter the table before the rewards are computed, as in the paper;
+- rewards come from the update's own forward pass, so that a step runs the policy once, not twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from r2ec_fast.config import RecPOConfig
+from r2ec_fast.data import Examples, RecDataset
+from r2ec_fast.data.splits import sample_examples
+from r2ec_fast.eval.metrics import BEST_METRIC, ranking_metrics
+from r2ec_fast.eval.ranking import rank_examples, server_engine, transformers_engine
+from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.prompts.segments import PromptAssembler
+from r2ec_fast.rollout import RolloutEngine, Rollouts
+from r2ec_fast.train import distributed
+from r2ec_fast.train.checkpoint import (
+    checkpoint_tensors,
+    clear_interrupted,
+    generator_states,
+    keep_best,
+    load_checkpoint,
+    load_wanted,
+    prune_checkpoints,
+    restore_generators,
+    save_checkpoint,
+    trainable_parameters,
+)
+from r2ec_fast.train.dynamic_sampling import ResamplingCost, resample_ties, round_key
+from r2ec_fast.train.fault_tolerance import together
+from r2ec_fast.train.fsdp import gathered, saveable, shard, whole
+from r2ec_fast.train.fsdp import wanted as sharding_wanted
+from r2ec_fast.train.item_table import CatalogTable
+from r2ec_fast.train.logger import RunLog
+from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
+from r2ec_fast.train.update import Experience, PolicyUpdate, UserBatch
+from r2ec_fast.utils.atomic_files import check_directory
+
+log = logging.getLogger(__name__)
+
+
+class RecPOTrainer:
+    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
+
+    ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
+    transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
+    at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
+
+    Raises ValueError for an empty training split, OSError where output_dir cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: R2ecModel,
+        data: RecDataset,
+        config: RecPOConfig,
+        *,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+        if len(data.train) == 0:
+            raise ValueError("data: the training split holds no example")
+        self.output_dir = Path(config.output_dir)
+        check_directory(self.output_dir, "output_dir")
+        tracker = None if config.report_to == "none" else config.report_to
+        self._sharded = sharding_wanted(config, engine)
+        timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
+        self.accelerator = Accelerator(
+            log_with=tracker, project_dir=str(self.output_dir), kwargs_handlers=[timeout]
+        )
+        set_seed(config.seed)
+        self.config, self.data, self.model = config, data, model
+        self._prepare_model()
+        self.builder = model.prompt_builder(data.data.catalog)
+        self.assembler = PromptAssembler(self.builder)
+        self.engine = engine or self._default_engine()
+        self.update = PolicyUpdate(model, config)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = _optimizer(config, list(self.parameters.values()))
+        self.scheduler = _scheduler(config, self.optimizer, self.max_steps)
+        self.table = CatalogTable(
+            model, self.builder, config, len(data.data.catalog), self.update.budget
+        )
+        self.run_log = RunLog(config, self.accelerator)
+        self.step, self.validated_at = 0, -1
+        self.best: dict[str, float] = {}
+        self.bad_evaluations = 0
+        self._stop_signal = self.stopped = False
+
+    def _prepare_model(self) -> None:
+        model, config = self.model, self.config
+        if config.use_lora and not hasattr(model.backbone, "get_base_model"):
+            model.add_lora(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        if not config.use_lora:
+            # the token table stays: the loss then needs no gradient of [V, d]
+            model.language_model.get_input_embeddings().requires_grad_(False)
+            model.language_model.get_output_embeddings().requires_grad_(False)
+        if config.gradient_checkpointing:
+            model.checkpoint_activations()
+        model.to(self.accelerator.device)
+        if self._sharded:
+            shard(model)
+
+    def _default_engine(self) -> RolloutEngine:
+        model, config = self.model, self.config
+        if config.rollout_server is not None:
+            budget = config.max_tokens_per_microbatch
+            return server_engine(model, self.builder, config.rollout_server, max_tokens=budget)
+        limit = config.max_tokens_in_flight
+        return transformers_engine(model, self.builder, max_tokens_in_flight=limit)
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    @property
+    def users_per_step(self) -> int:
+        """Users of all processes in one optimiser step."""
+        config = self.config
+        users = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return users * distributed.world()[1]
+
+    @property
+    def max_steps(self) -> int:
+        """Rollout batches of the whole run."""
+        if self.config.max_steps >= 0:
+            return self.config.max_steps
+        return math.ceil(self.config.num_train_epochs * len(self.data.train) / self.users_per_step)
+
+    def train(self) -> dict[str, float]:
+        """Run to the end (or the early stop); returns the final validation metrics.
+
+        Continues where ``config.resume_from_checkpoint`` says. SIGTERM ends the run after the
+        current step with a checkpoint.
+
+        Raises StepOutOfMemory, CheckpointError, RolloutServerError, and PeerError for another
+        process of the run; docs/distributed.md says what each leaves behind.
+        """
+        self._resume()
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
+        try:
+            if self.model.index is None:
+                self.table.refresh(self.step)
+            with self._progress() as bar:
+                while not self._stops() and self.step < self.max_steps:
+                    if self._loop_body():
+                        break
+                    bar.update()
+            return self._finish()
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+            self.accelerator.end_training()
+
+    def _loop_body(self) -> bool:
+        """One step with all that is due after it; True = stop early."""
+        config = self.config
+        self.step += 1
+        record = {**self._train_step(self.step), "step": self.step}
+        if self.step % config.logging_steps == 0:
+            self.run_log.write(record)
+        self.table.after_step(self.step)
+        stop = False
+        if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
+            stop = self._validate()
+        if config.save_steps and self.step % config.save_steps == 0:
+            self._save()
+        return stop
+
+    def _train_step(self, step: int) -> dict[str, float]:
+        meter = StepMeter()
+        users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
+        rows = self.table.candidate_rows(users, step)
+        self.table.wrote(rows, step - 1)
+        self.model.train()
+        if self.config.objective == "contrastive":
+            record = self.update.contrastive(users, rows, self.builder.marker_ids)
+            return record | self._optimizer_step() | meter.read(users, [])
+        started = time.perf_counter()
+        experiences, cost = self._rollouts(users, rows, step)
+        record = {"rollout_time": time.perf_counter() - started} | cost
+        for _ in range(self.config.num_iterations):
+            record |= self.update.recpo(experiences, rows)
+            record |= self._optimizer_step()
+        every = self.config.log_completions_steps
+        if every and step % every == 0:
+            titles = self.data.data.catalog.titles
+            self.run_log.write_samples(
+                reasoning_samples(experiences[0], step, self.model.tokenizer, titles)
+            )
+        record |= completion_stats(experiences) | self.table.staleness(step)
+        return record | meter.read(users, experiences)
+
+    def _rollouts(self, users: Sequence[UserBatch], rows: Sequence[int], step: int):
+        """The step's experiences, and what dynamic sampling cost."""
+        rounds, cost = self.config.dynamic_sampling_rounds, ResamplingCost()
+        if rounds:  # its scores need the fresh rows before the update writes them
+            self.table.write(list(rows), step - 1)
+        experiences = []
+        with gathered(self.model), together("rollouts"):
+            for batch in users:
+                rollouts = self._generate(batch, step)
+                if rounds:
+                    rollouts = resample_ties(
+                        batch,
+                        rollouts,
+                        update=self.update,
+                        generate=lambda part, n: self._generate(part, round_key(step, n)),
+                        rounds=rounds,
+                        cost=cost,
+                    )
+                experiences.append(Experience.of(batch, rollouts, self.accelerator.device))
+        return experiences, cost.totals() if rounds else {}
+
+    def _generate(self, users: UserBatch, step: int) -> Rollouts:
+        config = self.config
+        return self.engine.generate(
+            users.prompts,
+            user_keys=users.keys,
+            num_generations=config.num_generations,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=config.seed,
+            step=step,
+        )
+
+    def _optimizer_step(self) -> dict[str, float]:
+        parameters = list(self.parameters.values())
+        distributed.sum_gradients(parameters)
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": float(whole(norm)), "learning_rate": learning_rate}
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def _examples(self, step: int, accumulation: int) -> tuple[Examples, np.ndarray]:
+        """This process's examples of one accumulation step, and their numbers in the split.
+
+        The order is a permutation for each epoch, drawn from (seed, epoch): a function of the step
+        alone, so that a resumed run needs no state.
+        """
+        size, total = self.config.per_device_train_batch_size, len(self.data.train)
+        rank, processes = distributed.world()
+        first = (step - 1) * self.users_per_step + accumulation * size * processes + rank * size
+        at = np.arange(first, first + size)
+        index = np.empty(size, np.int64)
+        for epoch in np.unique(at // total):
+            order = np.random.default_rng([self.config.seed, int(epoch)]).permutation(total)
+            own = at // total == epoch
+            index[own] = order[at[own] % total]
+        return self.data.train[index], index
+
+    def _user_batch(self, step: int, accumulation: int) -> UserBatch:
+        examples, index = self._examples(step, accumulation)
+        return UserBatch(
+            prompts=self.assembler.example_ids(self.data, examples),
+            targets=self.data.target(examples),
+            exclude=self.data.exclude(examples),
+            keys=index.tolist(),
+        )
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def evaluate(
+        self, split: str = "valid", *, reasoning: bool | None = None, samples: int | None = None
+    ) -> dict[str, float]:
+        """Full-catalog ranking of a split: hit_rate, ndcg and mrr at 5, 10, 20.
+
+        Re-encodes the catalog first, so that the table is the model's own. ``reasoning`` defaults
+        to the run's ``eval_reasoning``; ``samples`` to ``eval_samples`` (0 = all). Keys are
+        ``eval_{split}_ndcg@10`` and so on, ``.../se`` the standard errors.
+        """
+        reasoning = self.config.reasons if reasoning is None else reasoning
+        if self.table.refreshed_at != self.step:
+            self.table.refresh(self.step)
+        examples = sample_examples(
+            self.data, split, self.config.eval_samples if samples is None else samples,
+            self.config.seed,
+        )  # fmt: skip
+        own = distributed.shard(np.arange(len(examples)))
+        with gathered(self.model), together("evaluation") as section:
+            section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
+            ranks, _ = rank_examples(
+                self.model,
+                self.assembler,
+                self.data,
+                examples[own],
+                engine=self.engine if reasoning else None,
+                max_completion_length=self.config.max_completion_length,
+                max_tokens=self.update.budget.tokens,
+            )
+        ranks = np.concatenate(distributed.gather_objects(ranks))
+        return ranking_metrics(ranks, users=examples.user, prefix=f"eval_{split}_")
+
+    def _validate(self) -> bool:
+        """Evaluate, keep the best checkpoint; True = patience is over."""
+        metrics = self.evaluate("valid")
+        self.run_log.write({"step": self.step, **metrics})
+        self.validated_at = self.step
+        if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
+            self.best, self.bad_evaluations = metrics, 0
+            self._save("best")
+        else:
+            self.bad_evaluations += 1
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.bad_evaluations >= patience
+
+    def _finish(self) -> dict[str, float]:
+        if self.stopped:
+            self._save()
+            log.info("stopped by SIGTERM after step %d; the run can be resumed", self.step)
+            return {}
+        if self.validated_at != self.step:
+            self._validate()
+        self._save()
+        metrics = self.best
+        self.accelerator.wait_for_everyone()
+        if self.config.load_best_model_at_end:
+            load_checkpoint(self.output_dir / "best", self.model)
+            self.table.refreshed_at = self.step
+        else:
+            metrics = self.evaluate("valid")
+        with saveable(self.model), together("export"):
+            if self.accelerator.is_main_process:
+                self.model.save_pretrained(self.output_dir / "model", self.data.data.catalog)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    # ---- checkpoints and logs -------------------------------------------------------------------
+
+    def _state(self) -> dict:
+        budget = self.update.budget
+        return {
+            "step": self.step,
+            "best": self.best,
+            "bad_evaluations": self.bad_evaluations,
+            "refreshed_at": self.table.refreshed_at,
+            "written_at": torch.from_numpy(self.table.written_at),
+            "validated_at": self.validated_at,
+            "scheduler": self.scheduler.state_dict(),
+            "token_budget": budget.tokens if budget.lowered else None,
+            "config": self.config.to_dict(),
+            **generator_states(),
+        }
+
+    def _save(self, name: str | None = None) -> None:
+        state, tensors = self._state(), checkpoint_tensors(self.model, self.optimizer)
+        with together("checkpoint"):
+            if self.accelerator.is_main_process:
+                target = self.output_dir / (name or f"checkpoint-{self.step}")
+                save_checkpoint(target, tensors, self.model.index, state)
+                prune_checkpoints(self.output_dir, self.config.save_total_limit)
+
+    def _resume(self) -> None:
+        wanted = self.config.resume_from_checkpoint
+        if self.accelerator.is_main_process:
+            clear_interrupted(self.output_dir)
+        if wanted is None:
+            self.run_log.open(None)
+            return
+        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer)
+        restore_generators(state)
+        self.scheduler.load_state_dict(state["scheduler"])
+        # a scheduler counts on the optimiser to remember the rate it last set
+        for group, rate in zip(
+            self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        self.step, self.best = state["step"], state["best"]
+        self.bad_evaluations = state["bad_evaluations"]
+        if state["token_budget"] is not None:
+            self.update.budget.lower(state["token_budget"])
+        self.table.written_at = state["written_at"].numpy()
+        self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
+        self._resume_best(wanted)
+        self.run_log.open(self.step)
+        log.info("resumed after step %d", self.step)
+
+    def _resume_best(self, wanted: str) -> None:
+        kept = False
+        with together("best checkpoint"):
+            if self.best and self.accelerator.is_main_process:
+                kept = keep_best(self.best, wanted, self.output_dir)
+        if self.best and not distributed.any_(kept):
+            log.warning(
+                "the best checkpoint so far (%s %.4g) is no longer there: the best is chosen anew "
+                "from here on", BEST_METRIC, self.best[BEST_METRIC],
+            )  # fmt: skip
+            self.best = {}
+
+    def _progress(self) -> tqdm:
+        # disable=None: shown on a terminal only
+        hidden = None if self.accelerator.is_main_process else True
+        title = f"train ({self.config.objective})"
+        return tqdm(total=self.max_steps, initial=self.step, desc=title, disable=hidden)
+
+    def _stops(self) -> bool:
+        """Whether any process was told to end, the same answer on all."""
+        self.stopped = distributed.any_(self._stop_signal)
+        return self.stopped
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._stop_signal = True
+
+
+def _optimizer(config: RecPOConfig, parameters: list[torch.nn.Parameter]):
+    if config.optim == "paged_adamw_8bit":
+        try:
+            from bitsandbytes.optim import PagedAdamW8bit
+        except ImportError as error:
+            raise ImportError(
+                "optim='paged_adamw_8bit' needs `pip install bitsandbytes`"
+            ) from error
+        kind = PagedAdamW8bit
+    else:
+        kind = torch.optim.AdamW
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _scheduler(config: RecPOConfig, optimizer: torch.optim.Optimizer, steps: int):
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=steps * config.num_iterations,
+    )
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,454 @@
+"""RecPO: rollouts -> rewards -> advantages -> loss -> gradient (METHOD section 2).
+
+No equation is written here: ranks, rewards, advantages and the loss are r2ec_kernels' functions.
+What this module adds is the flow of a step over packed micro-batches:
+
+1. the step's target items are encoded with gradient, and their rows written into the table;
+2. every micro-batch is run forward once; h_T is scored against the table for the reward, and the
+   same pass carries the gradient of tokens and item action;
+3. the gradient that the micro-batches leave on the candidates goes through their encoding once.
+
+The counts that the loss divides by are those of the whole step and all processes, so micro-batches,
+accumulation and processes change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from r2ec_fast.model.hf_compat import eval_mode
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.train import distributed
+from r2ec_fast.train.fault_tolerance import TokenBudget, together
+from r2ec_fast.train.fsdp import is_sharded
+from r2ec_kernels import (
+    RecPOLoss,
+    RecPOLossConfig,
+    linear_logprob,
+    recpo_loss,
+    recpo_reward,
+)
+
+if TYPE_CHECKING:
+    from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_fast.rollout import Rollouts
+
+FEWER_ITEMS = (
+    "the step's target items do not fit, each encoded alone; lower per_device_train_batch_size or "
+    "gradient_accumulation_steps, or set gradient_checkpointing"
+)
+SMALLER_GROUP = (
+    "a group of {tokens} tokens does not fit alone; lower num_generations, max_completion_length "
+    "or the prompts' window, or set gradient_checkpointing"
+)
+
+
+@dataclass(frozen=True)
+class UserBatch:
+    """B users: ``prompts`` (token ids), ``targets`` int64 [B] (internal item ids), ``exclude``
+    (values, offsets) of their earlier items, ``keys`` that name the examples for the sampler."""
+
+    prompts: list[list[int]]
+    targets: np.ndarray
+    exclude: tuple[torch.Tensor, torch.Tensor]
+    keys: list[int]
+
+
+class Candidates:
+    """The step's target items, encoded with gradient: the in-batch softmax's candidates.
+
+    ``ids`` int64 [M] are the distinct targets of all processes, ascending; ``leaf`` [M, d] their
+    states. Gradients collect on ``leaf``; :meth:`backward` sends them through the encoder. Each
+    process encodes a part of the items; with sharded weights, whose passes need every process, all
+    encode all.
+    """
+
+    def __init__(self, model: R2ecModel, item_rows: dict[int, list[int]], max_tokens: int) -> None:
+        ids = sorted(item_rows)
+        self.sharded = is_sharded(model)
+        self.own = slice(None) if self.sharded else slice(*_shard_bounds(len(ids)))
+        rows = [item_rows[i] for i in ids[self.own]]
+        self.divisible = max_tokens > max(map(len, rows), default=0)
+        with together("target items", linked=self.sharded) as section:
+            section.smallest = None if self.divisible else FEWER_ITEMS
+            self.states = model.read_out(rows, max_tokens=max_tokens)
+        self.ids = torch.tensor(ids, device=model.device)
+        every = self.states.detach() if self.sharded else distributed.gather_rows(self.states)
+        self.leaf = every.requires_grad_()
+
+    def rows_of(self, targets: np.ndarray) -> torch.Tensor:
+        """The row of each target, int64 [B]."""
+        return torch.searchsorted(self.ids, torch.from_numpy(targets).to(self.ids.device))
+
+    def backward(self) -> None:
+        """Push the collected gradient through the item encoder."""
+        gradient = self.leaf.grad
+        if gradient is None:
+            gradient = torch.zeros_like(self.leaf)
+        if not self.sharded:  # else the backward pass sums it, with that of the weights
+            gradient = distributed.sum_(gradient)
+        with together("gradient of the target items", linked=self.sharded) as section:
+            section.smallest = None if self.divisible else FEWER_ITEMS
+            if self.states.requires_grad and len(self.states):
+                self.states.backward(gradient[self.own])
+
+
+def _shard_bounds(count: int) -> tuple[int, int]:
+    rank, size = distributed.world()
+    return count * rank // size, count * (rank + 1) // size
+
+
+@dataclass
+class Experience:
+    """One accumulation step's rollouts and what is known of them; B users of G reasonings.
+
+    ``rewards`` and ``rank`` [B, G], and ``old_item_log_prob`` [B, G], are filled by the first
+    update and reused by later iterations on the same rollouts.
+    """
+
+    users: UserBatch
+    rollouts: Rollouts
+    rewards: torch.Tensor
+    rank: torch.Tensor
+    old_item_log_prob: torch.Tensor
+    scored: bool = False
+
+    @classmethod
+    def of(cls, users: UserBatch, rollouts: Rollouts, device: torch.device) -> Experience:
+        shape = (len(users.targets), len(rollouts) // max(len(users.targets), 1))
+        return cls(
+            users,
+            rollouts,
+            rewards=torch.zeros(shape, device=device),
+            rank=torch.zeros(shape, dtype=torch.int64, device=device),
+            old_item_log_prob=torch.zeros(shape, device=device),
+        )
+
+
+@dataclass
+class UpdateStats:
+    """Statistics of a step, summed on the device over micro-batches and moved once at the end."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(
+        self, name: str, value: torch.Tensor, weight: torch.Tensor | float | None = None
+    ) -> None:
+        """Add ``value`` to the weighted mean ``name``; without a weight, to a plain sum."""
+        value = value.detach().double()
+        if weight is not None:
+            weight = torch.as_tensor(weight, dtype=torch.float64, device=value.device)
+            self.weights[name] = self.weights.get(name, 0) + weight
+            value = value * weight
+        self.sums[name] = self.sums.get(name, 0) + value
+
+    def totals(self) -> dict[str, float]:
+        """Means and sums over all processes."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        one = torch.ones_like(self.sums[names[0]])
+        both = torch.stack([torch.stack([self.sums[n], self.weights.get(n, one)]) for n in names])
+        both = distributed.sum_(both).tolist()
+        return {
+            n: (s if n not in self.weights else s / w if w else 0.0)
+            for n, (s, w) in zip(names, both, strict=True)
+        }
+
+
+class PolicyUpdate:
+    """Gradients of one optimiser step, for both objectives."""
+
+    def __init__(self, model: R2ecModel, config: RecPOConfig) -> None:
+        self.model = model
+        self.config = config
+        self.budget = TokenBudget(config.max_tokens_per_microbatch)
+        self.sharded = is_sharded(model)
+        self.loss_config: RecPOLossConfig = config.loss_config(
+            similarity=model.similarity,
+            item_temperature=model.temperature,
+            softcap=model.softcap,
+            logit_scale=model.logit_scale,
+        )
+
+    def recpo(self, experiences: Sequence[Experience], item_rows: dict[int, list[int]]) -> dict:
+        """Accumulate the gradient of one optimiser step of RecPO; returns its statistics.
+
+        ``experiences``: one an accumulation step; ``item_rows``: the tokens of every distinct
+        target of the step, of all processes. Writes the targets' fresh rows into the table. Where
+        memory runs out on any process, the call is done again with smaller micro-batches on all.
+
+        Raises StepOutOfMemory where a group does not fit alone.
+        """
+        scored = [experience.scored for experience in experiences]
+
+        def reset() -> None:
+            self.model.zero_grad(set_to_none=True)
+            for experience, before in zip(experiences, scored, strict=True):
+                experience.scored = before
+
+        return self._within_memory(lambda: self._recpo(experiences, item_rows), reset)
+
+    def _recpo(self, experiences: Sequence[Experience], item_rows: dict[int, list[int]]) -> dict:
+        candidates = self._candidates(item_rows)
+        targets = [np.int64((e.rollouts.targets != -100).sum()) for e in experiences]
+        users = sum(len(e.users.targets) for e in experiences)
+        counts = distributed.sum_(
+            torch.tensor([int(sum(targets)), users], device=self.model.device)
+        )
+        num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
+        stats = UpdateStats()
+        batches = [(e, batch) for e in experiences for batch in self._pack(e)]
+        idle = self._idle_passes(len(batches))
+        with together("micro-batches", linked=self.sharded) as section:
+            for experience, batch in batches:
+                section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
+                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
+            for _ in range(idle):
+                self._idle_pass(reference=self.config.kl_weight > 0)
+        for experience in experiences:
+            experience.scored = True
+        candidates.backward()
+        return stats.totals()
+
+    def contrastive(self, users: Sequence[UserBatch], item_rows, marker: list[int]) -> dict:
+        """Accumulate the gradient of one step of the direct objective: -log p(target in batch).
+
+        It is recpo_loss of one trajectory a group, without tokens: its advantage is 1 and its
+        ratio 1, so that the item action's gradient is that of the softmax cross-entropy. Where
+        memory runs out it acts as :meth:`recpo` does.
+        """
+        return self._within_memory(
+            lambda: self._contrastive(users, item_rows, marker),
+            lambda: self.model.zero_grad(set_to_none=True),
+        )
+
+    def _contrastive(self, users: Sequence[UserBatch], item_rows, marker: list[int]) -> dict:
+        candidates = self._candidates(item_rows)
+        total = distributed.sum_(
+            torch.tensor(sum(len(u.targets) for u in users), device=self.model.device)
+        )
+        stats = UpdateStats()
+        rows = [[[*prompt, *marker] for prompt in batch.prompts] for batch in users]
+        parts = [
+            ([own[i] for i in part], batch.targets[part])
+            for own, batch in zip(rows, users, strict=True)
+            for part in _by_tokens(own, self.budget.tokens)
+        ]
+        idle = self._idle_passes(len(parts))
+        with together("micro-batches", linked=self.sharded) as section:
+            for own, targets in parts:
+                section.smallest = _smallest(len(own), len(own[0]))
+                self._contrastive_part(own, targets, candidates, total, stats)
+            for _ in range(idle):
+                self._idle_pass(reference=False)
+        candidates.backward()
+        return stats.totals()
+
+    def _contrastive_part(self, rows, targets, candidates, total, stats) -> None:
+        states = self.model.read_out(rows, max_tokens=self.budget.tokens)
+        out = self._item_loss(states, candidates, targets, total)
+        out.loss.backward()
+        log_prob = out.item_log_prob[:, 0]
+        stats.add("loss", -log_prob.mean(), float(len(rows)))
+        stats.add("in_batch_probability", log_prob.exp().mean(), float(len(rows)))
+
+    @torch.no_grad()
+    def score(self, experience: Experience) -> None:
+        """Fill the rewards and ranks of ``experience`` by a pass without gradient or dropout."""
+        with eval_mode(self.model):
+            for batch in self._pack(experience):
+                states = self.model(batch)[batch.readout.to(self.model.device)]
+                self._score(experience, batch.groups.numpy(), states)
+
+    # ---- parts of a step ------------------------------------------------------------------------
+
+    def _within_memory(self, attempt: Callable[[], dict], reset: Callable[[], None]) -> dict:
+        stats, retries = self.budget.spend(attempt, reset)
+        return stats | {"memory/token_budget": self.budget.tokens, "memory/oom_retries": retries}
+
+    def _idle_passes(self, own: int) -> int:
+        """Passes this process must add, so that with sharded weights all do as many."""
+        return distributed.most(own) - own if self.sharded else 0
+
+    def _idle_pass(self, *, reference: bool) -> None:
+        """Take part in another process's pass, and add nothing to the gradient."""
+        state = self.model.read_out([[0]])
+        if reference:
+            with torch.no_grad():
+                self.model.read_out([[0]])
+        (state.sum() * 0).backward()
+
+    def _candidates(self, item_rows: dict[int, list[int]]) -> Candidates:
+        candidates = Candidates(self.model, item_rows, self.budget.tokens)
+        if self.model.index is not None:
+            self.model.write_items(candidates.ids, candidates.leaf.detach())
+        return candidates
+
+    def _pack(self, experience: Experience) -> list[PackedBatch]:
+        rollouts = experience.rollouts
+        return pack_histories(
+            experience.users.prompts,
+            (rollouts.values, rollouts.offsets),
+            num_generations=experience.rewards.shape[1],
+            max_tokens=self.budget.tokens,
+            completion_targets=rollouts.targets,
+            oversize="alone",
+        )
+
+    def _micro_batch(self, experience, batch, candidates, num_tokens, num_selected, stats) -> None:
+        model, groups = self.model, batch.groups.numpy()
+        hidden = model(batch)
+        batch = batch.to(model.device)
+        states = hidden[batch.readout]
+        if not experience.scored:
+            self._score(experience, groups, states.detach())
+        rows = batch.groups
+        kl_weight, source = self.config.kl_weight, batch.source.cpu()
+        rollouts = experience.rollouts
+        old = torch.from_numpy(rollouts.log_prob)[source].to(model.device)
+        sampler = rollouts.sampler_log_prob
+        if sampler is not None:
+            sampler = torch.from_numpy(sampler)[source].to(model.device)
+        out = recpo_loss(
+            # not hidden[...]: its gradient adds a repeated row's parts in any order
+            hidden.index_select(0, batch.predict_from),
+            model.lm_head_weight,
+            batch.targets,
+            batch.trajectory,
+            experience.rewards[rows],
+            states,
+            candidates.leaf,
+            candidates.ids,
+            item_targets=candidates.rows_of(experience.users.targets[groups]),
+            bias=model.lm_head_bias,
+            old_log_prob=old,
+            old_item_log_prob=experience.old_item_log_prob[rows] if experience.scored else None,
+            sampler_log_prob=sampler,
+            ref_log_prob=self._reference_log_prob(batch) if kl_weight else None,
+            item_table=model.index.items if self.config.item_negatives == "catalog" else None,
+            num_tokens=num_tokens,
+            num_selected=num_selected,
+            config=self.loss_config,
+        )
+        out.loss.backward()
+        if not experience.scored:
+            experience.old_item_log_prob[rows] = out.item_log_prob.detach().float()
+        self._record(out, experience, rows, batch, old, stats)
+
+    def _score(self, experience: Experience, groups: np.ndarray, states: torch.Tensor) -> None:
+        """Rank, probability and reward of each reasoning against the whole table."""
+        generations = experience.rewards.shape[1]
+        targets = torch.from_numpy(experience.users.targets[groups]).repeat_interleave(generations)
+        found = self.model.target_stats(
+            states,
+            targets.to(states.device),
+            exclude=select_rows(experience.users.exclude, np.repeat(groups, generations)),
+        )
+        rewards = recpo_reward(
+            found.rank,
+            found.log_prob,
+            softmax_weight=self.config.reward_softmax_weight,
+            ndcg_k=self.config.reward_ndcg_k,
+        )
+        rows = torch.from_numpy(groups).to(states.device)
+        experience.rewards[rows] = rewards.view(-1, generations).to(experience.rewards.dtype)
+        experience.rank[rows] = found.rank.view(-1, generations)
+
+    @torch.no_grad()
+    def _reference_log_prob(self, batch: PackedBatch) -> torch.Tensor:
+        model = self.model
+        disabled = getattr(model.backbone, "disable_adapter", None)
+        if disabled is None:
+            raise ValueError("kl_weight: the reference is the backbone without adapters; use_lora")
+        with disabled() if disabled is not None else nullcontext():
+            hidden = model(batch)
+        return linear_logprob(
+            hidden.index_select(0, batch.predict_from),
+            model.lm_head_weight,
+            batch.targets,
+            bias=model.lm_head_bias,
+            softcap=model.softcap,
+            temperature=self.loss_config.temperature,
+        ).log_prob
+
+    def _item_loss(self, states, candidates, targets, total) -> RecPOLoss:
+        device = states.device
+        return recpo_loss(
+            states.new_zeros((0, states.shape[1])),
+            self.model.lm_head_weight,
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.ones((len(targets), 1), device=device),
+            states,
+            candidates.leaf,
+            candidates.ids,
+            item_targets=candidates.rows_of(targets),
+            item_table=self.model.index.items if self.config.item_negatives == "catalog" else None,
+            num_tokens=torch.ones((), dtype=torch.int64, device=device),
+            num_selected=total,
+            config=self.loss_config,
+        )
+
+    def _record(self, out: RecPOLoss, experience, rows, batch, old, stats: UpdateStats) -> None:
+        rewards, users = experience.rewards[rows], float(len(rows))
+        tokens = out.num_tokens.double()
+        counted = batch.targets != -100
+        spread = rewards.amax(1) - rewards.amin(1)
+        stats.add("token_loss", out.token_loss)
+        stats.add("item_loss", out.item_loss)
+        stats.add("reward", rewards.mean(), users)
+        stats.add(
+            "reward_std", rewards.std(1).mean() if rewards.shape[1] > 1 else spread.mean(), users
+        )
+        stats.add("frac_reward_zero_std", (spread == 0).double().mean(), users)
+        stats.add("rank", experience.rank[rows].double().mean(), users)
+        stats.add("item_log_prob", out.item_log_prob.mean(), users)
+        stats.add("clip_ratio/low_mean", out.clip_fraction_low, tokens)
+        stats.add("clip_ratio/high_mean", out.clip_fraction_high, tokens)
+        stats.add("clip_ratio/region_mean", out.clip_fraction, tokens)
+        stats.add("clip_ratio/item_mean", out.item_clip_fraction, users)
+        gap = ((out.log_prob - old) * counted).abs()
+        stats.add("sampling/log_prob_difference", gap.sum() / tokens.clamp(min=1), tokens)
+        stats.add("log_prob", (out.log_prob * counted).sum() / tokens.clamp(min=1), tokens)
+        for name in ("kl", "entropy", "importance_ratio"):
+            value = getattr(out, name)
+            if value is not None:
+                stats.add(name, value, tokens)
+
+
+def _smallest(groups: int, tokens: int) -> str | None:
+    return SMALLER_GROUP.format(tokens=tokens) if groups == 1 else None
+
+
+def select_rows(
+    ragged: tuple[torch.Tensor, torch.Tensor], rows: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The given rows of a (values, offsets) pair, repeats allowed, as a new pair."""
+    values, offsets = ragged
+    index = torch.from_numpy(np.asarray(rows, np.int64))
+    lengths = offsets.diff()[index]
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    shift = torch.repeat_interleave(offsets[:-1][index] - bounds[:-1], lengths)
+    return values[torch.arange(int(bounds[-1])) + shift], bounds
+
+
+def _by_tokens(rows: Sequence[Sequence[int]], max_tokens: int) -> list[np.ndarray]:
+    """Consecutive row indices whose tokens fit ``max_tokens``, at least one row a part."""
+    parts: list[list[int]] = [[]]
+    tokens = 0
+    for i, row in enumerate(rows):
+        if parts[-1] and tokens + len(row) > max_tokens:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(i)
+        tokens += len(row)
+    return [np.asarray(part) for part in parts if part]

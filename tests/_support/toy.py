@@ -1,0 +1,86 @@
+"""A toy data set and toy language models, small enough for float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import torch
+import transformers
+from _support.tiny_tokenizer import tiny_tokenizer
+
+from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, LoadReport, RecDataset
+from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.prompts.builder import PromptConfig
+
+COLOURS = ("red", "blue", "green", "white")
+THINGS = ("kettle", "mug", "bowl", "lamp")
+SHORT = PromptConfig(
+    category="goods",
+    category_singular="good",
+    window=3,
+    user_template="Next {category_singular} in {emb_token}:",
+    item_template="{category_singular}:",
+)
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 3,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, sliding_window=8, query_pre_attn_scalar=8, layer_types=None
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SIZES, sliding_window=8, query_pre_attn_scalar=8
+    ),
+}
+
+
+def toy_dataset(users: int = 12, events: int = 5, seed: int = 0) -> RecDataset:
+    """`users` histories over 16 items; the last event of each is for the test, the one before
+    for the validation."""
+    rng = np.random.default_rng(seed)
+    titles = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+    catalog = Catalog(IdMap([f"i{i}" for i in range(16)]), pl.DataFrame({"title": titles}))
+    item = np.concatenate([rng.permutation(16)[:events] for _ in range(users)]).astype(np.int64)
+    data = InteractionData(
+        users=IdMap([f"u{u}" for u in range(users)]),
+        catalog=catalog,
+        offsets=np.arange(users + 1, dtype=np.int64) * events,
+        item=item,
+        timestamp=np.tile(np.arange(events, dtype=np.int64) * 86_400, users),
+        rating=rng.integers(1, 6, users * events).astype(np.float32),
+        report=LoadReport(),
+    )
+    every = np.arange(users, dtype=np.int64)
+    position = np.tile(np.arange(1, events - 2, dtype=np.int64), users)
+    return RecDataset(
+        data,
+        train=Examples(np.repeat(every, events - 3), position),
+        valid=Examples(every, np.full(users, events - 2)),
+        test=Examples(every, np.full(users, events - 1)),
+    )
+
+
+def toy_model(
+    kind: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0
+) -> R2ecModel:
+    """A random toy model; `scale` spreads its weights so that its samples and states differ."""
+    torch.manual_seed(seed)
+    backbone = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(scale)
+    return R2ecModel(backbone.to(dtype), tiny_tokenizer(), temperature=0.1, prompts=SHORT)

@@ -1,0 +1,142 @@
+"""Counting baselines: scores against loops over the events, ranks against a dense stable sort."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+
+from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, RecDataset
+from r2ec_fast.eval import baselines
+from r2ec_fast.eval.baselines import ItemKNN, Markov, Popularity, counting_baselines
+
+
+def examples(pairs) -> Examples:
+    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return Examples(user=table[:, 0], position=table[:, 1])
+
+
+def dataset(histories, num_items, train, test) -> RecDataset:
+    fields = pl.DataFrame({"title": [f"item {i}" for i in range(num_items)]})
+    data = InteractionData(
+        users=IdMap(range(len(histories))),
+        catalog=Catalog(ids=IdMap(range(num_items)), fields=fields),
+        offsets=np.cumsum([0] + [len(h) for h in histories]),
+        item=np.concatenate(histories).astype(np.int64),
+        timestamp=None,
+        rating=None,
+        report=None,
+    )
+    return RecDataset(data, examples(train), examples([]), examples(test), settings={})
+
+
+def random_dataset(seed, num_users=40, num_items=30, longest=12) -> RecDataset:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest, num_users)
+    # squared: few popular items, so that counts differ, and many ties among the rest
+    histories = [(generator.random(n) ** 2 * num_items).astype(int) for n in lengths]
+    train = [(u, p) for u, h in enumerate(histories) for p in range(1, len(h) - 1)]
+    test = [(u, len(h) - 1) for u, h in enumerate(histories)]
+    return dataset(histories, num_items, train, test)
+
+
+def training_sequences(data: RecDataset) -> dict[int, list[int]]:
+    last = {}
+    for user, position in zip(data.train.user, data.train.position, strict=True):
+        last[user] = max(last.get(user, -1), position)
+    start = data.data.offsets
+    return {u: data.data.item[start[u] : start[u] + p + 1].tolist() for u, p in last.items()}
+
+
+def expected_scores(name: str, data: RecDataset, history: list[int]) -> np.ndarray:
+    sequences, out = training_sequences(data), np.zeros(data.data.num_items)
+    if name == "markov-1":
+        for sequence in sequences.values():
+            for a, b in zip(sequence, sequence[1:], strict=False):
+                out[b] += a == history[-1]
+    if name == "item-knn":
+        users = [{u for u, s in sequences.items() if i in s} for i in range(len(out))]
+        for j in set(history):
+            for i in range(len(out)):
+                if i != j and users[i] & users[j]:
+                    out[i] += len(users[i] & users[j]) / np.sqrt(len(users[i]) * len(users[j]))
+    return out
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov, ItemKNN])
+@pytest.mark.parametrize("block", [7, 1024])
+def test_scores_are_the_counts(kind, block, monkeypatch):
+    monkeypatch.setattr(baselines, "ITEMS_PER_BLOCK", block)
+    data = random_dataset(1)
+    baseline = kind(data)
+    scores = baseline.scores(data.test).toarray()
+    assert scores.shape == (len(data.test), 30)
+    for i, (user, position) in enumerate(zip(data.test.user, data.test.position, strict=True)):
+        history = data.data.item[data.data.offsets[user] :][:position].tolist()
+        np.testing.assert_allclose(scores[i], expected_scores(kind.name, data, history), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov, ItemKNN])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("block", [3, 1024])
+def test_ranks_are_those_of_a_stable_sort(kind, window, block, monkeypatch):
+    monkeypatch.setattr(baselines, "EXAMPLES_PER_BLOCK", block)
+    data = random_dataset(2)
+    baseline = kind(data)
+    ranks = baseline.ranks(data.test, window=window)
+    scores = baseline.scores(data.test).toarray()
+    popularity = np.bincount(np.concatenate(list(training_sequences(data).values())), minlength=30)
+    targets, repeats = data.target(data.test), 0
+    for i, (user, position) in enumerate(zip(data.test.user, data.test.position, strict=True)):
+        history = data.data.item[data.data.offsets[user] :][:position]
+        seen = set((history if window is None else history[-window:]).tolist())
+        repeats += targets[i] in seen
+        order = [
+            v
+            for v in sorted(range(30), key=lambda v: (-scores[i, v], -popularity[v], v))
+            if v not in seen or v == targets[i]
+        ]
+        assert ranks[i] == 1 + order.index(targets[i])
+    assert repeats > 0  # targets inside their own history are among the cases
+
+
+def test_nothing_of_the_test_events_is_learnt():
+    shared = [[0, 1, 2], [0, 1, 3], [0, 1, 2]]
+    before = dataset(shared, 6, [(u, 1) for u in range(3)], [(u, 2) for u in range(3)])
+    changed = [[0, 1, 5], [0, 1, 5], [0, 1, 5]]
+    after = dataset(changed, 6, [(u, 1) for u in range(3)], [(u, 2) for u in range(3)])
+    for kind in (Popularity, Markov, ItemKNN):
+        one, two = kind(before), kind(after)
+        np.testing.assert_array_equal(one.place, two.place)
+        np.testing.assert_array_equal(
+            one.scores(before.test).toarray(), two.scores(after.test).toarray()
+        )
+
+
+def test_a_user_without_training_examples_teaches_nothing():
+    data = dataset([[0, 1, 2], [3, 4, 3]], 5, [(0, 1), (0, 2)], [(1, 1), (1, 2)])
+    assert Popularity(data).place.tolist() == [0, 1, 2, 3, 4]
+    assert Markov(data).scores(data.test).nnz == 0
+
+
+def test_transitions_do_not_cross_users():
+    data = dataset([[0, 1], [2, 3]], 4, [(0, 1), (1, 1)], [])
+    dense = Markov(data).transitions.toarray()
+    assert dense[0, 1] == dense[2, 3] == 1 and dense.sum() == 2
+
+
+def test_knn_keeps_the_nearest_neighbours():
+    histories = [[0, 1], [0, 1], [0, 2], [0, 3, 3]]
+    data = dataset(histories, 4, [(0, 1), (1, 1), (2, 1), (3, 2)], [])
+    kept = ItemKNN(data, neighbours=1).similarity.toarray()
+    assert kept[0].tolist() == [0, 2 / np.sqrt(4 * 2), 0, 0]
+    assert (np.count_nonzero(kept, axis=1) <= 1).all()
+    with pytest.raises(ValueError, match="neighbours must be at least 1, got 0"):
+        ItemKNN(data, neighbours=0)
+
+
+def test_all_three_and_no_examples():
+    data = random_dataset(3)
+    names = [b.name for b in counting_baselines(data)]
+    assert names == ["popularity", "markov-1", "item-knn"]
+    assert Popularity(data).ranks(examples([])).shape == (0,)
