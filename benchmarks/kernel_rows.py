@@ -15,8 +15,7 @@ from unittest import mock
 import torch
 from harness import Case, Entry, Wrong, rotating
 
-from r2ec_kernels import ItemIndex, item_topk, linear_logprob, target_stats
-from r2ec_kernels.reward.api import reward_and_advantage
+from r2ec_kernels import ItemIndex, item_topk, linear_logprob, reward_and_advantage, target_stats
 
 SUITE = "kernels"
 CHECKED = 64  # rows compared with float64
@@ -197,7 +196,7 @@ def _head(
     moved = float(products * vocab * dim * dtype.itemsize)
 
     def build() -> list[Case]:
-        from r2ec_kernels.policy import impl_triton
+        from r2ec_kernels.logprob.impl import triton as logprob_triton
 
         generator = torch.Generator(device).manual_seed(3)
         hidden = torch.randn(tokens, dim, generator=generator, device=device).to(dtype)
@@ -215,8 +214,8 @@ def _head(
 
         def triton(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             # the kernel of narrow heads takes 16-bit types, which the interpreter gets as float32
-            types = (torch.float32,) if _interpreted() else impl_triton.FUSED_TYPES
-            with mock.patch.object(impl_triton, "FUSED_TYPES", types):
+            types = (torch.float32,) if _interpreted() else logprob_triton.FUSED_TYPES
+            with mock.patch.object(logprob_triton, "FUSED_TYPES", types):
                 return linear_logprob(h, w, y, softcap=softcap, impl="triton").log_prob
 
         def plain(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

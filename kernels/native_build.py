@@ -24,12 +24,12 @@ def wanted() -> bool:
 
 
 def first_pass(folder: str):
-    """r2ec_kernels._first_pass from the sources in ``folder``."""
+    """r2ec_kernels._cpu._native from the sources in ``folder``."""
     from pybind11.setup_helpers import Pybind11Extension
 
     parallel = ["-fopenmp"] if sys.platform == "linux" else []
     return Pybind11Extension(
-        "r2ec_kernels._first_pass",
+        "r2ec_kernels._cpu._native",
         sorted(glob(f"{folder}/*.cpp")),
         depends=glob(f"{folder}/*.hpp"),
         cxx_std=17,

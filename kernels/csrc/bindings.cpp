@@ -300,7 +300,7 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
 
 }  // namespace
 
-PYBIND11_MODULE(_first_pass, module) {
+PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ side of r2ec_kernels.compiled";
   module.def("cpu_kinds", [] {  // that this one can run, the best first
     std::vector<std::string> kinds;

@@ -1,20 +1,21 @@
 """Exact item search, RecPO rewards and policy losses on torch, with Triton kernels on GPUs."""
 
 from . import ops as ops  # registers the ops with torch
-from .policy.api import LogProb, RecPOLoss, linear_logprob, recpo_loss
-from .policy.config import RecPOLossConfig
-from .reward.api import (
+from .advantage.api import (
     Advantages,
     RewardedGroups,
-    TargetStats,
     grouped_advantage,
     recpo_reward,
     reward_and_advantage,
-    target_stats,
 )
-from .search.api import TopK, item_topk, sharded_topk
-from .search.engine import SearchStats
-from .search.index import ItemIndex
+from .index.index import ItemIndex
+from .logprob.api import linear_logprob
+from .logprob.impl.common import LogProb
+from .loss.api import recpo_loss
+from .loss.config import RecPOLoss, RecPOLossConfig
+from .rank.api import TargetStats, target_stats
+from .topk.api import TopK, item_topk, sharded_topk
+from .topk.impl.common import SearchStats
 
 __all__ = [
     "Advantages",

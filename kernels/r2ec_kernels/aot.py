@@ -15,13 +15,13 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
-# Rooms whose ``impl_triton`` module has ``aot_configs()``, a list of dictionaries:
-#   name: "room.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
+# Op packages whose ``impl.triton`` module has ``aot_configs()``, a list of dictionaries:
+#   name: "op.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
 #   constexprs: compile-time values; num_warps; num_stages;
 #   uses_tensor_cores: whether it must contain tensor-core instructions;
 #   aligned (optional): names of integer arguments that are multiples of 16;
 #   backend (optional): "cuda" or "hip", where it ships; both if absent.
-ROOMS = ("search", "reward", "policy")
+OPS = ("topk", "rank", "advantage", "logprob")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Result:
 
 
 def configurations() -> list[dict[str, Any]]:
-    """Every shipped configuration of every kernel of every room."""
+    """Every shipped configuration of every kernel of every op."""
     found = []
-    for room in ROOMS:
-        name = f"{__package__}.{room}.impl_triton"
+    for op in OPS:
+        name = f"{__package__}.{op}.impl.triton"
         if importlib.util.find_spec(name) is not None:
             found += importlib.import_module(name).aot_configs()
     return found

@@ -5,7 +5,7 @@ from torch import library
 
 OPS = library.Library("r2ec_kernels", "DEF")
 
-# ---- search ------------------------------------------------------------------------------------
+# ---- topk --------------------------------------------------------------------------------------
 
 OPS.define(
     "item_topk(Tensor queries, Tensor items, SymInt k, str similarity, float temperature, "
@@ -15,10 +15,10 @@ OPS.define(
 
 @library.impl(OPS, "item_topk", "CompositeExplicitAutograd")
 def _item_topk(queries, items, k, similarity, temperature, exclude, exclude_offsets, impl):
-    from .search.run import item_topk
+    from .topk.api import run_item_topk
 
     pair = exclude if exclude_offsets is None else (exclude, exclude_offsets)
-    return item_topk(queries, items, k, similarity, temperature, pair, impl)
+    return run_item_topk(queries, items, k, similarity, temperature, pair, impl)
 
 
 @library.register_fake("r2ec_kernels::item_topk", lib=OPS)
@@ -29,7 +29,7 @@ def _item_topk_fake(queries, items, k, similarity, temperature, exclude, exclude
     )
 
 
-# ---- reward and policy -------------------------------------------------------------------------
+# ---- rank, logprob, loss -----------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
 _SETTINGS = "float? softcap, float temperature, bool entropy, ScalarType compute, str impl"
@@ -54,8 +54,8 @@ OPS.define(
 
 @library.impl(OPS, "linear_logprob_forward", "CompositeExplicitAutograd")
 def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
-    from .policy.config import HeadSettings
-    from .policy.function import implementation
+    from .logprob.function import implementation
+    from .logprob.impl.common import HeadSettings
 
     settings = HeadSettings(*settings)
     run = implementation(settings.impl).head_forward
@@ -64,8 +64,7 @@ def _logprob(hidden, weight, targets, bias, differentiated, mode, *settings):
 
 @library.register_fake("r2ec_kernels::linear_logprob_forward", lib=OPS)
 def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings):
-    from .policy.config import HeadSettings
-    from .policy.head import empty_forward
+    from .logprob.impl.common import HeadSettings, empty_forward
 
     return tuple(empty_forward(hidden, weight, mode, HeadSettings(*settings)))
 
@@ -74,9 +73,8 @@ def _logprob_fake(hidden, weight, targets, bias, differentiated, mode, *settings
 def _logprob_backward(
     hidden, weight, targets, bias, forward, grad_log_prob, grad_entropy, needed, *settings
 ):
-    from .policy.config import HeadSettings
-    from .policy.function import implementation
-    from .policy.head import HeadForward
+    from .logprob.function import implementation
+    from .logprob.impl.common import HeadForward, HeadSettings
 
     settings = HeadSettings(*settings)
     grads = implementation(settings.impl).head_backward(
@@ -103,7 +101,7 @@ def _logprob_backward_fake(
 
 @library.impl(OPS, "catalog_lse", "CompositeExplicitAutograd")
 def _catalog_lse(queries, table, left_out, similarity, temperature, jacobian):
-    from .policy.items import catalog_lse
+    from .loss.impl.item_action import catalog_lse
 
     return catalog_lse(queries, table, left_out, similarity, temperature, jacobian)
 
@@ -116,10 +114,10 @@ def _catalog_lse_fake(queries, table, left_out, similarity, temperature, jacobia
 
 @library.impl(OPS, "target_stats", "CompositeExplicitAutograd")
 def _target_stats(queries, items, targets, similarity, temperature, exclude, offsets, impl):
-    from .reward.run import target_stats
+    from .rank.api import run_target_stats
 
     pair = exclude if offsets is None else (exclude, offsets)
-    return target_stats(queries, items, targets, similarity, temperature, pair, impl)
+    return run_target_stats(queries, items, targets, similarity, temperature, pair, impl)
 
 
 @library.register_fake("r2ec_kernels::target_stats", lib=OPS)

@@ -1,0 +1,1 @@
+"""What "exact" means here: canonical scores, their error bounds, excluded pairs, tables."""

@@ -1,0 +1,7 @@
+"""Numbers of floating-point arithmetic that several ops need."""
+
+import math
+
+UNIT = 2.0**-24  # rounding unit of float32
+HUGE = 2.0**50  # norms outside [1/HUGE, HUGE] are not left to float32
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(LOG2_E x): exp2 is half the cost of exp

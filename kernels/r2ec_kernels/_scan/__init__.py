@@ -1,0 +1,1 @@
+"""The coarse scan of a table in blocks, and the exact re-scoring of what it leaves."""

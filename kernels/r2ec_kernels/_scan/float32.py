@@ -1,0 +1,120 @@
+"""The coarse scan of a table's own rows: float32 products in blocks, any device."""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from .._cpu import extension
+from .._exact.bounds import Queries
+from .._numbers import HUGE, UNIT
+from .blocks import GROUP, Buffer, Scores, whole_groups
+
+# A first-pass block of rows, in elements: on a CPU enough to hide the bookkeeping of a block. Rows
+# that are read twice are taken in pieces that stay in its cache.
+_BLOCK, _BLOCK_ROWS = 1 << 24, 1 << 14
+_PIECE = 1 << 20
+_DEVICE_BLOCK = 1 << 26
+
+
+def block_rows(dim: int, batch: int, device: torch.device) -> int:
+    """Rows of a first-pass block for ``batch`` queries."""
+    if device.type != "cpu":
+        rows = _DEVICE_BLOCK // (dim + 2 * batch)
+    else:
+        rows = min(_BLOCK // (dim + 2 * batch), _BLOCK_ROWS)
+    return max(256, rows // GROUP * GROUP)
+
+
+class Float32Scan:
+    """Float32 products of a table's rows, widened block by block where they are narrower."""
+
+    name = "float32"
+
+    def __init__(
+        self, rows: torch.Tensor, norms: torch.Tensor | None, query: Queries, parts: int = 1
+    ) -> None:
+        """rows: [N, d]; norms: float32 [N] of the rows, or None to take them on the way; parts: a
+        product is summed in so many parts, which divides its error bound for a few percent of its
+        time."""
+        batch, dim = query.scaled.shape[0], rows.shape[1]
+        self.chunk = -(-dim // parts)
+        # d terms in ``parts`` sums: chunk + parts roundings instead of d
+        saved = max(0, dim - self.chunk - parts) if parts > 1 else 0
+        query = replace(query, unit=query.unit - saved * UNIT)
+        self.rows, self.norms, self.query = rows, norms, query
+        self.offset = torch.zeros(batch, dtype=torch.float64, device=rows.device)
+        self.height = self.piece = block_rows(dim, batch, rows.device)
+        if norms is None and rows.device.type == "cpu":
+            self.piece = min(self.height, max(64, _PIECE // (dim + 2 * batch)))
+        self.operand = query.scaled.T.contiguous()
+        self.buffer = Buffer(rows.device)
+        self.error = None  # of every block, where the stored norms are all trusted
+        if norms is not None and norms.numel():
+            low, high = (float(edge) for edge in torch.aminmax(norms))
+            if high <= HUGE and (low >= 1 / HUGE or query.similarity != "cosine"):
+                self.error = query.product_error(self._norm_bound(high))
+
+    def score(self, start: int, stop: int) -> Scores:
+        values = self.buffer.take(whole_groups(stop - start), self.operand.shape[1])
+        values[stop - start :] = float("-inf")
+        error, doubtful = self._fill(start, stop, values[: stop - start])
+        return Scores(values, error, doubtful)
+
+    def feed(
+        self, collector: extension.Collector, blocks: list[tuple[int, int]]
+    ) -> torch.Tensor | None:
+        if extension.fits(self.rows, self.query.scaled.shape[0]):
+            return collector.add_rows(self.rows, self.query)
+        doubtful = []
+        for start, stop in blocks:
+            values = self.buffer.take(stop - start, self.operand.shape[1])
+            error, rows = self._fill(start, stop, values)
+            collector.add_products(values, start, stop - start, None, None, error, 0.0)
+            if rows is not None:
+                doubtful.append(rows)
+        return torch.cat(doubtful) if doubtful else None
+
+    def _fill(
+        self, start: int, stop: int, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Write raw scores of rows start..stop-1 into ``out``; returns their error bounds and the
+        doubtful rows, whose scores are -inf."""
+        query = self.query
+        norms = self._multiply(start, stop, out)
+        if query.similarity == "cosine":
+            out.mul_(torch.where(norms > 0, norms.reciprocal(), 0.0)[:, None])
+        elif query.similarity == "l2":
+            out.sub_(0.5 * (norms * norms)[:, None])
+        if self.error is not None:
+            return self.error, None
+        low, high = (float(edge) for edge in torch.aminmax(norms))
+        trusted = norms <= HUGE
+        if query.similarity == "cosine" and low < 1 / HUGE:
+            trusted &= (norms >= 1 / HUGE) | (self.rows[start:stop] == 0).all(1)
+        doubtful = None
+        if not bool(trusted.all()):
+            doubtful = (~trusted).nonzero()[:, 0]
+            out[doubtful] = float("-inf")
+            high = float(torch.where(trusted, norms, 0.0).max())
+            doubtful = doubtful + start
+        return query.product_error(self._norm_bound(high)), doubtful
+
+    def _multiply(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """Write products into ``out`` [stop - start, B]; returns the rows' norms."""
+        norms = []
+        for first in range(start, stop, self.piece):
+            rows = self.rows[first : min(first + self.piece, stop)].float()
+            products = out[first - start : first - start + rows.shape[0]]
+            torch.mm(rows[:, : self.chunk], self.operand[: self.chunk], out=products)
+            for at in range(self.chunk, rows.shape[1], self.chunk):
+                part = slice(at, at + self.chunk)
+                products.addmm_(rows[:, part], self.operand[part])
+            if self.norms is None:
+                norms.append(torch.linalg.vector_norm(rows, dim=1))
+        return torch.cat(norms) if self.norms is None else self.norms[start:stop]
+
+    def _norm_bound(self, high: float) -> torch.Tensor:
+        """An upper bound; squares below float32's normal range may be lost from a norm."""
+        bound = high * 1.001 + math.sqrt(self.rows.shape[1]) * 2.0**-62
+        return torch.tensor(bound, device=self.rows.device)

@@ -1,0 +1,1 @@
+"""RecPO's reward, and advantages within groups."""

@@ -1,0 +1,132 @@
+"""RecPO's reward of a rank and a probability, and the advantages of a group of rewards."""
+
+from typing import NamedTuple
+
+import torch
+
+from .._dispatch import checks_enabled, resolve
+from .impl import torch as torch_impl
+
+
+class Advantages(NamedTuple):
+    """What :func:`grouped_advantage` returns."""
+
+    advantages: torch.Tensor  # [B, G]
+    best: torch.Tensor  # bool [B, G]
+
+
+class RewardedGroups(NamedTuple):
+    """What :func:`reward_and_advantage` returns."""
+
+    rewards: torch.Tensor  # [B, G]
+    advantages: torch.Tensor  # [B, G]
+    best: torch.Tensor  # bool [B, G]
+
+
+def recpo_reward(
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    *,
+    softmax_weight: float = 0.05,
+    ndcg_k: int = 1000,
+) -> torch.Tensor:
+    """RecPO's reward: probability of the target and its gain at its rank (METHOD section 2).
+
+    Equal to ``softmax_weight * exp(log_prob) + (1 - softmax_weight) * ndcg`` with
+    ``ndcg = 1 / log2(rank + 1) if rank <= ndcg_k else 0``.
+
+    Args:
+        rank: int64, any shape, from 1.
+        log_prob: the same shape.
+        softmax_weight: in 0..1.
+        ndcg_k: ranks beyond it earn nothing.
+
+    Returns:
+        float32, the shape of ``rank`` (float64 for float64 log-probabilities).
+    """
+    if rank.shape != log_prob.shape:
+        raise ValueError(
+            f"rank and log_prob: expected one shape, got {list(rank.shape)} and "
+            f"{list(log_prob.shape)}"
+        )
+    if rank.is_floating_point() or not log_prob.is_floating_point():
+        raise TypeError(
+            f"rank and log_prob: expected integers and floats, got {rank.dtype}, {log_prob.dtype}"
+        )
+    if not 0 <= softmax_weight <= 1:
+        raise ValueError(f"softmax_weight: expected a number in 0..1, got {softmax_weight}")
+    if ndcg_k < 1:
+        raise ValueError(f"ndcg_k: expected an integer >= 1, got {ndcg_k}")
+    reward = torch_impl.recpo_reward(rank, log_prob, softmax_weight, ndcg_k)
+    return reward.to(torch.promote_types(log_prob.dtype, torch.float32))
+
+
+def grouped_advantage(
+    rewards: torch.Tensor, *, estimator: str = "grpo", best: int = 1
+) -> Advantages:
+    """Advantage of each trajectory within its group, and the group's best trajectories.
+
+    "grpo": ``(R - mean) / (std + 1e-8)`` with the unbiased std. "rloo": ``R`` minus the mean of
+    the other G - 1 rewards. Both in float64. A group whose rewards are all equal gets exactly 0;
+    a group of one gets 1.
+
+    Args:
+        rewards: [B, G].
+        estimator: "grpo" or "rloo".
+        best: how many trajectories of each group are marked; equal rewards: lower index first.
+
+    Returns:
+        ``Advantages(advantages [B, G], best bool [B, G])``; float32, or float64 for float64.
+    """
+    if not rewards.is_floating_point():
+        raise TypeError(f"rewards: expected floats, got {rewards.dtype}")
+    if rewards.dim() != 2 or rewards.shape[1] == 0:
+        raise ValueError(f"rewards: expected shape [B, G], G >= 1, got {list(rewards.shape)}")
+    if estimator not in ("grpo", "rloo"):
+        raise ValueError(f"estimator: expected 'grpo' or 'rloo', got {estimator!r}")
+    if not 1 <= best <= rewards.shape[1]:
+        raise ValueError(f"best: expected 1..{rewards.shape[1]} (the group), got {best}")
+    if checks_enabled() and not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards: expected finite numbers, got NaN or infinity")
+    advantages, chosen = torch_impl.grouped_advantage(rewards, estimator, best)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return Advantages(advantages.to(dtype), chosen)
+
+
+def reward_and_advantage(
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    *,
+    softmax_weight: float = 0.05,
+    ndcg_k: int = 1000,
+    estimator: str = "grpo",
+    best: int = 1,
+    impl: str = "auto",
+) -> RewardedGroups:
+    """``recpo_reward`` and ``grouped_advantage`` of its result; one kernel launch on GPUs.
+
+    Args:
+        rank: int64 [B, G].
+        log_prob: [B, G].
+        softmax_weight, ndcg_k: see :func:`recpo_reward`.
+        estimator, best: see :func:`grouped_advantage`.
+        impl: "auto", "triton" or "torch".
+
+    Returns:
+        ``RewardedGroups(rewards [B, G], advantages [B, G], best bool [B, G])``.
+    """
+    options = {"softmax_weight": softmax_weight, "ndcg_k": ndcg_k}
+    if (
+        resolve(impl, rank.device, "reward_and_advantage", frozenset({"triton", "torch"}))
+        == "torch"
+    ):
+        rewards = recpo_reward(rank, log_prob, **options)
+        return RewardedGroups(rewards, *grouped_advantage(rewards, estimator=estimator, best=best))
+    # the checks of both, on nothing
+    recpo_reward(rank[:0], log_prob[: 0 if rank.shape == log_prob.shape else 1], **options)
+    grouped_advantage(log_prob[:0], estimator=estimator, best=best)
+    from .impl import triton as triton_impl
+
+    return RewardedGroups(
+        *triton_impl.reward_and_advantage(rank, log_prob, softmax_weight, ndcg_k, estimator, best)
+    )

@@ -1,0 +1,1 @@
+"""Implementations of rewards and advantages. They never import each other."""

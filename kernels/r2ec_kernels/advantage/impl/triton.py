@@ -1,0 +1,109 @@
+"""Ranks and log-probabilities to rewards and advantages, one program a group."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _reward_kernel(
+    rank_ptr,
+    log_prob_ptr,
+    reward_ptr,
+    advantage_ptr,
+    best_ptr,
+    group,
+    softmax_weight,
+    ndcg_k,
+    BEST: tl.constexpr,
+    RLOO: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """One group: rewards (float32), then advantages and the best in float64."""
+    i_b = tl.program_id(0).to(tl.int64)
+    o_g = tl.arange(0, BLOCK_G)
+    m_g = o_g < group
+    # [BLOCK_G]
+    rank = tl.load(rank_ptr + i_b * group + o_g, mask=m_g, other=1)
+    log_prob = tl.load(log_prob_ptr + i_b * group + o_g, mask=m_g, other=0.0).to(tl.float64)
+    gain = tl.where(rank <= ndcg_k, 1.0 / tl.log2(rank.to(tl.float64) + 1.0), 0.0)
+    reward = (softmax_weight * tl.exp(log_prob) + (1.0 - softmax_weight) * gain).to(tl.float32)
+    tl.store(reward_ptr + i_b * group + o_g, reward, mask=m_g)
+
+    value = reward.to(tl.float64)
+    total = tl.sum(m_g.to(tl.float64), axis=0)
+    mean = tl.sum(tl.where(m_g, value, 0.0), axis=0) / total
+    centred = tl.where(m_g, value - mean, 0.0)
+    others = tl.maximum(total - 1.0, 1.0)
+    if RLOO:
+        advantage = centred * (total / others)
+    else:
+        advantage = centred / (tl.sqrt(tl.sum(centred * centred, axis=0) / others) + 1e-8)
+    high = tl.max(tl.where(m_g, reward, -float("inf")), axis=0)
+    low = tl.min(tl.where(m_g, reward, float("inf")), axis=0)
+    advantage = tl.where(high == low, 0.0, advantage)
+    advantage = tl.where(total == 1.0, 1.0, advantage)
+    tl.store(advantage_ptr + i_b * group + o_g, advantage.to(tl.float32), mask=m_g)
+
+    # [BLOCK_G, BLOCK_G]: who is ahead of whom, equal rewards lower index first
+    ahead = (reward[None, :] > reward[:, None]) | (
+        (reward[None, :] == reward[:, None]) & (o_g[None, :] < o_g[:, None])
+    )
+    place = tl.sum((ahead & m_g[None, :]).to(tl.int32), axis=1)
+    tl.store(best_ptr + i_b * group + o_g, (place < BEST).to(tl.int8), mask=m_g)
+
+
+def reward_and_advantage(
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    softmax_weight: float,
+    ndcg_k: int,
+    estimator: str,
+    best: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards and advantages float32 [B, G], best bool [B, G], in one launch."""
+    groups, group = rank.shape
+    reward, advantage = torch.empty(2, groups, group, device=rank.device)
+    chosen = torch.empty(groups, group, dtype=torch.int8, device=rank.device)
+    if groups:
+        _reward_kernel[(groups,)](
+            rank.contiguous(),
+            log_prob.float().contiguous(),
+            reward,
+            advantage,
+            chosen,
+            group,
+            softmax_weight,
+            ndcg_k,
+            BEST=best,
+            RLOO=estimator == "rloo",
+            BLOCK_G=max(2, triton.next_power_of_2(group)),
+            num_warps=1,
+        )
+    return reward, advantage, chosen.bool()
+
+
+def aot_configs() -> list[dict[str, Any]]:
+    """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
+    kinds = {"rank_ptr": "*i64", "best_ptr": "*i8", "softmax_weight": "fp32"}
+    found = []
+    for rloo in (False, True):
+        constants = {"BEST": 1, "RLOO": rloo, "BLOCK_G": 8}
+        signature = {}
+        for name in _reward_kernel.arg_names:
+            kind = "*fp32" if name.endswith("_ptr") else "i32"
+            signature[name] = "constexpr" if name in constants else kinds.get(name, kind)
+        found.append(
+            {
+                "name": "advantage.reward_kernel",
+                "kernel": _reward_kernel,
+                "signature": signature,
+                "constexprs": constants,
+                "num_warps": 1,
+                "num_stages": 1,
+                "uses_tensor_cores": False,
+            }
+        )
+    return found

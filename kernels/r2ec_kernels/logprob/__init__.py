@@ -1,0 +1,1 @@
+"""Log-probabilities of a linear head, without its logits."""

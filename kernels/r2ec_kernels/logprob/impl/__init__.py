@@ -1,0 +1,1 @@
+"""Implementations of linear_logprob. They never import each other."""

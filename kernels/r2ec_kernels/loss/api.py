@@ -1,0 +1,214 @@
+"""The RecPO loss of whole groups of trajectories."""
+
+import torch
+
+from .._checks import IGNORE, check_float, check_ids, check_shape
+from ..advantage.api import grouped_advantage
+from ..logprob.api import check_head, head_logprob, head_settings
+from .config import RecPOLoss, RecPOLossConfig
+from .impl import item_action, objective, reference
+
+
+def recpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    trajectory: torch.Tensor,
+    rewards: torch.Tensor,
+    user_states: torch.Tensor,
+    item_states: torch.Tensor,
+    item_ids: torch.Tensor,
+    *,
+    item_targets: torch.Tensor | None = None,
+    item_table: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    old_log_prob: torch.Tensor | None = None,
+    old_item_log_prob: torch.Tensor | None = None,
+    sampler_log_prob: torch.Tensor | None = None,
+    ref_log_prob: torch.Tensor | None = None,
+    num_tokens: int | torch.Tensor | None = None,
+    num_selected: int | torch.Tensor | None = None,
+    config: RecPOLossConfig | None = None,
+) -> RecPOLoss:
+    """The RecPO loss of whole groups of trajectories (METHOD section 2), without logits.
+
+    Equal to, with ``A, best = grouped_advantage(rewards)`` and ``l`` the clipped product::
+
+        log_prob = linear_logprob(hidden, weight, targets).log_prob
+        ratio = exp(log_prob - old_log_prob)
+        token_loss = reduce(-l(ratio, A[trajectory]) + kl_weight * k3)
+        item_ratio = exp(item_log_prob - old_item_log_prob)
+        item_loss = -l(item_ratio, A)[best].sum() / num_selected
+        loss = token_loss + item_weight * item_loss
+
+    Every trajectory trains its reasoning tokens with its own advantage; only the best ones of a
+    group train the item action. Tokens whose advantage is exactly zero cost one product, not two.
+
+    Args:
+        hidden: [T, d] states that predict the tokens (after the final norm).
+        weight: [V, d] language-model head; its gradient is computed only if it requires one.
+        targets: int64 [T], the sampled tokens; -100: not counted.
+        trajectory: int64 [T] in 0..B*G-1, whose token it is.
+        rewards: [B, G], constants.
+        user_states: [B*G, d], the read-out of each trajectory, in trajectory order.
+        item_states: [M, d], freshly encoded items: every user's target is among them.
+        item_ids: int64 [M], their ids. Other rows with the target's id are not candidates.
+        item_targets: int64 [B], the row of each user's target in ``item_states``; None: arange(B).
+        item_table: [N, d], row i = item i; required by, and only for, ``item_negatives="catalog"``.
+            No gradient flows to it.
+        bias: [V], of the language-model head.
+        old_log_prob: [T], stored when the tokens were sampled; None: ratio 1.
+        old_item_log_prob: [B*G] or [B, G], stored likewise; None: ratio 1.
+        sampler_log_prob: [T], of a sampler with other numerics: token losses are multiplied by
+            ``min(exp(old_log_prob - sampler_log_prob), importance_cap)``.
+        ref_log_prob: [T], of the reference model; required if ``kl_weight > 0``.
+        num_tokens: counted tokens of the whole optimiser step, over all calls and ranks; None: of
+            this call.
+        num_selected: selected trajectories (groups * best) of the whole optimiser step; None: of
+            this call. The number of trajectories of the step follows from it.
+        config: see :class:`RecPOLossConfig`.
+
+    Returns:
+        :class:`RecPOLoss`. With the step's normalisers the losses of its calls add up to the
+        step's loss. A trainer whose gradients are averaged over ranks multiplies by their number.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or range.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    config = RecPOLossConfig() if config is None else config
+    if item_targets is None:
+        item_targets = torch.arange(rewards.shape[0], device=item_states.device)
+    check_head(hidden, weight, targets, bias)
+    _check_groups(targets, trajectory, rewards, user_states, config)
+    _check_items(rewards, user_states, item_states, item_ids, item_targets, item_table, config)
+    _check_stored(targets, old_log_prob, sampler_log_prob, ref_log_prob, config)
+    if old_item_log_prob is not None and old_item_log_prob.numel() != rewards.numel():
+        raise ValueError(
+            f"old_item_log_prob: expected one number per trajectory, {rewards.numel()}, "
+            f"got shape {list(old_item_log_prob.shape)}"
+        )
+    settings = head_settings(
+        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
+    )
+    plain = settings.impl == "reference"
+
+    num_trajectories: float | torch.Tensor = rewards.numel()
+    if num_selected is None:
+        num_selected = rewards.shape[0] * config.best
+    else:
+        num_trajectories = num_selected * (rewards.shape[1] / config.best)
+    advantages, best = grouped_advantage(
+        rewards.detach(), estimator=config.estimator, best=config.best
+    )
+    counted = targets != IGNORE
+    local_tokens = counted.sum()
+    if num_tokens is None:
+        num_tokens = local_tokens.clamp(min=1)
+
+    differentiated = None  # rows whose gradient can differ from zero
+    if config.kl_weight == 0:
+        differentiated = advantages.flatten()[trajectory] != 0
+    log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
+    flat = advantages.flatten().to(log_prob.dtype)
+    stored = [
+        None if value is None else value.detach().to(log_prob.dtype)
+        for value in (old_log_prob, sampler_log_prob, ref_log_prob)
+    ]
+    steps = (num_tokens, num_trajectories)
+    token = objective.token_term(log_prob, counted, trajectory, flat, *stored, *steps, config)
+    if plain:
+        exact = reference.token_loss(log_prob, counted, trajectory, flat, *stored, *steps, config)
+        token = token._replace(loss=exact)
+
+    item_log_prob = (reference if plain else item_action).item_log_prob(
+        user_states, item_states, item_ids, item_targets, item_table, config
+    )
+    old_items = None
+    if old_item_log_prob is not None:
+        old_items = old_item_log_prob.detach().flatten().to(item_log_prob.dtype)
+    item = objective.item_term(
+        item_log_prob, old_items, flat, best.flatten(), num_selected, num_trajectories, config
+    )
+    return RecPOLoss(
+        loss=token.loss + config.item_weight * item.loss,
+        token_loss=token.loss.detach(),
+        item_loss=item.loss.detach(),
+        log_prob=log_prob.detach(),
+        item_log_prob=item_log_prob.detach().view_as(rewards),
+        advantages=advantages,
+        best=best,
+        num_tokens=local_tokens,
+        entropy=None if entropy is None else objective.mean(entropy, counted),
+        **objective.statistics(token, item, flat, trajectory, counted, best.flatten(), config),
+    )
+
+
+def _check_groups(
+    targets: torch.Tensor,
+    trajectory: torch.Tensor,
+    rewards: torch.Tensor,
+    user_states: torch.Tensor,
+    config: RecPOLossConfig,
+) -> None:
+    check_float("rewards", rewards, 2)
+    check_float("user_states", user_states, 2)
+    check_ids("trajectory", trajectory, targets.shape[0], 0, rewards.numel())
+    if user_states.shape[0] != rewards.numel():
+        raise ValueError(
+            f"user_states: expected one row per trajectory, {rewards.numel()} for rewards "
+            f"{list(rewards.shape)}, got {list(user_states.shape)}"
+        )
+    if config.best > rewards.shape[1]:
+        raise ValueError(
+            f"best: expected at most the group size {rewards.shape[1]}, got {config.best}"
+        )
+
+
+def _check_items(
+    rewards: torch.Tensor,
+    user_states: torch.Tensor,
+    item_states: torch.Tensor,
+    item_ids: torch.Tensor,
+    item_targets: torch.Tensor,
+    item_table: torch.Tensor | None,
+    config: RecPOLossConfig,
+) -> None:
+    check_float("item_states", item_states, 2)
+    d = user_states.shape[1]
+    if item_states.shape[1] != d:
+        raise ValueError(f"item_states: expected [M, {d}], got {list(item_states.shape)}")
+    catalog = config.item_negatives == "catalog"
+    if catalog != (item_table is not None):
+        raise ValueError(
+            "item_table: expected [N, d] with item_negatives='catalog' and None otherwise, got "
+            f"{'None' if item_table is None else list(item_table.shape)} with "
+            f"{config.item_negatives!r}"
+        )
+    high = torch.iinfo(torch.int64).max
+    if item_table is not None:
+        check_float("item_table", item_table, 2)
+        check_shape("item_table", item_table, [item_table.shape[0], d])
+        high = item_table.shape[0]
+    check_ids("item_ids", item_ids, item_states.shape[0], 0, high)
+    check_ids("item_targets", item_targets, rewards.shape[0], 0, item_states.shape[0])
+
+
+def _check_stored(
+    targets: torch.Tensor,
+    old_log_prob: torch.Tensor | None,
+    sampler_log_prob: torch.Tensor | None,
+    ref_log_prob: torch.Tensor | None,
+    config: RecPOLossConfig,
+) -> None:
+    named = {
+        "old_log_prob": old_log_prob,
+        "sampler_log_prob": sampler_log_prob,
+        "ref_log_prob": ref_log_prob,
+    }
+    for name, value in named.items():
+        if value is not None:
+            check_float(name, value, 1)
+            check_shape(name, value, list(targets.shape))
+    if config.kl_weight and ref_log_prob is None:
+        raise ValueError("ref_log_prob: expected [T] log-probabilities because kl_weight > 0")

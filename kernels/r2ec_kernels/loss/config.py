@@ -1,0 +1,110 @@
+"""Settings and results of the RecPO loss, as plain values that travel together."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .._checks import SIMILARITIES, one_of
+
+REDUCTIONS = ("token", "sequence", "constant", "sum")
+ESTIMATORS = ("grpo", "rloo")
+RATIO_LEVELS = ("token", "sequence")
+ITEM_NEGATIVES = ("in-batch", "catalog")
+
+
+@dataclass(frozen=True)
+class RecPOLossConfig:
+    """Settings of :func:`r2ec_kernels.recpo_loss`. Validated when built.
+
+    Attributes:
+        epsilon: lower clip of the ratio: it does not earn more below 1 - epsilon.
+        epsilon_high: upper clip: 1 + epsilon_high (the paper 0.2, the reference code 0.28).
+        reduction: how token losses become one number. "token": sum / num_tokens (TRL "dapo", with
+            the local count TRL "bnpo"); "sequence": mean over trajectories of the mean over their
+            tokens (TRL "grpo"); "constant": sum / (trajectories * max_completion_length) (TRL
+            "dr_grpo"); "sum": sum / trajectories, for the item term too (the paper's weights).
+        estimator: "grpo" or "rloo", see :func:`r2ec_kernels.grouped_advantage`.
+        best: how many trajectories of each group train the item action.
+        item_weight: loss = token_loss + item_weight * item_loss.
+        item_temperature: temperature of the softmax over items.
+        item_negatives: "in-batch": candidates are ``item_states``. "catalog": candidates are the
+            rows of ``item_table``, with the rows ``item_ids`` replaced by ``item_states``.
+        similarity: "cosine", "dot" or "l2" (minus the unsquared distance), of the item term.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma-2: 30).
+        temperature: the sampling temperature; log-probabilities are taken at it.
+        kl_weight: weight of the k3 estimate of KL(policy, reference); needs ``ref_log_prob``.
+        importance_cap: upper bound of exp(old_log_prob - sampler_log_prob); None: no bound.
+        ratio_level: "token", or "sequence" (GSPO): one ratio for a trajectory, the geometric mean
+            of its token ratios.
+        max_completion_length: tokens, the divisor of reduction "constant".
+        entropy: return the mean entropy of the tokens as a statistic (a few percent more time).
+        impl: "auto", "triton", "torch" or "reference".
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    reduction: str = "token"
+    estimator: str = "grpo"
+    best: int = 1
+    item_weight: float = 1.0
+    item_temperature: float = 0.02
+    item_negatives: str = "in-batch"
+    similarity: str = "cosine"
+    softcap: float | None = None
+    temperature: float = 1.0
+    kl_weight: float = 0.0
+    importance_cap: float | None = None
+    ratio_level: str = "token"
+    max_completion_length: int | None = None
+    entropy: bool = False
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("reduction", self.reduction, REDUCTIONS)
+        one_of("estimator", self.estimator, ESTIMATORS)
+        one_of("similarity", self.similarity, SIMILARITIES)
+        one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
+        one_of("item_negatives", self.item_negatives, ITEM_NEGATIVES)
+        for name in ("epsilon", "epsilon_high", "item_weight", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("temperature", "item_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        for name in ("softcap", "importance_cap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number > 0 or None, got {value}")
+        if self.best < 1:
+            raise ValueError(f"best: expected an integer >= 1, got {self.best}")
+        length = self.max_completion_length
+        if self.reduction == "constant" and (length is None or length < 1):
+            raise ValueError(
+                "max_completion_length: reduction 'constant' divides by it, expected an integer "
+                f">= 1, got {length}"
+            )
+
+
+class RecPOLoss(NamedTuple):
+    """What :func:`r2ec_kernels.recpo_loss` returns. Every field is a tensor or None.
+
+    Gradients flow through ``loss`` only; the rest is for storing and for the log.
+    """
+
+    loss: torch.Tensor  # scalar: token_loss + item_weight * item_loss
+    token_loss: torch.Tensor  # scalar, the KL term included
+    item_loss: torch.Tensor  # scalar
+    log_prob: torch.Tensor  # [T], 0 where not counted
+    item_log_prob: torch.Tensor  # [B, G], of the user's target
+    advantages: torch.Tensor  # [B, G]
+    best: torch.Tensor  # bool [B, G], the trajectories that train the item action
+    num_tokens: torch.Tensor  # int64 scalar, counted tokens of this call
+    clip_fraction: torch.Tensor  # scalar, share of counted tokens whose gradient the clip stops
+    clip_fraction_low: torch.Tensor  # scalar, below 1 - epsilon with a negative advantage
+    clip_fraction_high: torch.Tensor  # scalar, above 1 + epsilon_high with a positive advantage
+    item_clip_fraction: torch.Tensor  # scalar, the same for the selected item actions
+    ratio: torch.Tensor  # scalar, mean ratio of the counted tokens
+    importance_ratio: torch.Tensor | None  # scalar, mean sampler correction, after the cap
+    kl: torch.Tensor | None  # scalar, mean k3 estimate
+    entropy: torch.Tensor | None  # scalar, mean entropy in nats

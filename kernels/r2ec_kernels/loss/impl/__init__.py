@@ -1,0 +1,1 @@
+"""The terms of the RecPO loss, and their reference."""

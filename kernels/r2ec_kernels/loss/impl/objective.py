@@ -1,0 +1,147 @@
+"""RecPO's objective on top of log-probabilities: vectors of tokens and of trajectories only."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..config import RecPOLossConfig
+
+
+class TokenTerm(NamedTuple):
+    loss: torch.Tensor  # scalar
+    ratio: torch.Tensor  # [T], 0 where not counted
+    importance_ratio: torch.Tensor | None  # [T], 0 where not counted
+    kl: torch.Tensor | None  # [T], 0 where not counted
+
+
+class ItemTerm(NamedTuple):
+    loss: torch.Tensor  # scalar
+    ratio: torch.Tensor  # [R], 1 where not selected
+
+
+def sum_by_trajectory(values: torch.Tensor, trajectory: torch.Tensor, num: int) -> torch.Tensor:
+    """[T] -> [num], deterministic under torch.use_deterministic_algorithms."""
+    return values.new_zeros(num).index_add(0, trajectory, values)
+
+
+def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfig) -> torch.Tensor:
+    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), METHOD section 2."""
+    low, high = 1 - config.epsilon, 1 + config.epsilon_high
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def token_term(
+    log_prob: torch.Tensor,
+    counted: torch.Tensor,
+    trajectory: torch.Tensor,
+    advantages: torch.Tensor,
+    old_log_prob: torch.Tensor | None,
+    sampler_log_prob: torch.Tensor | None,
+    ref_log_prob: torch.Tensor | None,
+    num_tokens: int | torch.Tensor,
+    num_trajectories: float | torch.Tensor,
+    config: RecPOLossConfig,
+) -> TokenTerm:
+    """Loss of the reasoning tokens, one advantage per trajectory.
+
+    Args:
+        log_prob: [T].
+        counted: bool [T].
+        trajectory: int64 [T], in 0..R-1.
+        advantages: [R].
+        old_log_prob, sampler_log_prob, ref_log_prob: [T] or None.
+        num_tokens, num_trajectories: scalars, of the whole optimiser step.
+    """
+    num = advantages.shape[0]
+    weight = counted.to(log_prob.dtype)
+    lengths = sum_by_trajectory(weight, trajectory, num)
+    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    log_ratio = torch.where(counted, log_prob - old, 0.0)
+    if config.ratio_level == "sequence":
+        mean = sum_by_trajectory(log_ratio, trajectory, num) / lengths.clamp(min=1)
+        log_ratio = torch.where(counted, mean[trajectory], 0.0)
+    ratio = log_ratio.exp()
+    loss = -clipped(ratio, advantages[trajectory], config)
+    importance_ratio = None
+    if sampler_log_prob is not None:
+        importance_ratio = torch.where(counted, old - sampler_log_prob, 0.0).exp()
+        if config.importance_cap is not None:
+            importance_ratio = importance_ratio.clamp(max=config.importance_cap)
+        loss = loss * importance_ratio
+        importance_ratio = importance_ratio * weight
+    kl = None
+    if ref_log_prob is not None:
+        gap = torch.where(counted, ref_log_prob - log_prob, 0.0)
+        kl = gap.exp() - gap - 1
+        if config.kl_weight:
+            loss = loss + config.kl_weight * kl
+    if config.reduction == "sequence":
+        weight = weight / lengths.clamp(min=1)[trajectory]
+    divisor = num_tokens if config.reduction == "token" else num_trajectories
+    if config.reduction == "constant":
+        divisor = divisor * config.max_completion_length
+    total = (loss * weight).sum() / divisor
+    return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl)
+
+
+def item_term(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor | None,
+    advantages: torch.Tensor,
+    best: torch.Tensor,
+    num_selected: float | torch.Tensor,
+    num_trajectories: float | torch.Tensor,
+    config: RecPOLossConfig,
+) -> ItemTerm:
+    """Loss of the item actions.
+
+    Args:
+        log_prob: [R], of the target among its candidates.
+        old_log_prob: [R] or None.
+        advantages: [R].
+        best: bool [R], the trajectories that train.
+        num_selected, num_trajectories: of the whole optimiser step.
+    """
+    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    ratio = torch.where(best, log_prob - old, 0.0).exp()
+    loss = -torch.where(best, clipped(ratio, advantages.to(ratio.dtype), config), 0.0).sum()
+    divisor = num_trajectories if config.reduction == "sum" else num_selected
+    return ItemTerm(loss / divisor, ratio.detach())
+
+
+def statistics(
+    token: TokenTerm,
+    item: ItemTerm,
+    advantages: torch.Tensor,
+    trajectory: torch.Tensor,
+    counted: torch.Tensor,
+    best: torch.Tensor,
+    config: RecPOLossConfig,
+) -> dict[str, torch.Tensor | None]:
+    """Scalars for the log, on the device."""
+    low, high = _clip_fractions(token.ratio, advantages[trajectory], counted, config)
+    item_low, item_high = _clip_fractions(item.ratio, advantages, best, config)
+    correction = token.importance_ratio
+    return {
+        "clip_fraction": low + high,
+        "clip_fraction_low": low,
+        "clip_fraction_high": high,
+        "item_clip_fraction": item_low + item_high,
+        "ratio": mean(token.ratio, counted),
+        "importance_ratio": None if correction is None else mean(correction, counted),
+        "kl": None if token.kl is None else mean(token.kl, counted),
+    }
+
+
+def mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Mean over the counted entries, 0 if there are none; the others hold 0."""
+    return values.detach().sum() / counted.sum().clamp(min=1)
+
+
+def _clip_fractions(
+    ratio: torch.Tensor, advantages: torch.Tensor, counted: torch.Tensor, config: RecPOLossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share of the counted entries whose gradient the clip stops: (low, high)."""
+    low = (ratio < 1 - config.epsilon) & (advantages < 0) & counted
+    high = (ratio > 1 + config.epsilon_high) & (advantages > 0) & counted
+    return mean(low.to(ratio.dtype), counted), mean(high.to(ratio.dtype), counted)

@@ -1,0 +1,101 @@
+"""The terms of the RecPO loss as their equations, one trajectory after another, in any dtype."""
+
+import math
+
+import torch
+
+from ..config import RecPOLossConfig
+
+
+def similarity_matrix(queries: torch.Tensor, items: torch.Tensor, similarity: str) -> torch.Tensor:
+    """[R, d], [M, d] -> [R, M]."""
+    if similarity == "cosine":
+        queries, items = _unit(queries), _unit(items)
+    if similarity == "l2":
+        return -(queries[:, None] - items[None]).norm(dim=-1)
+    return queries @ items.T
+
+
+def item_log_prob(
+    user_states: torch.Tensor,
+    item_states: torch.Tensor,
+    item_ids: torch.Tensor,
+    item_targets: torch.Tensor,
+    item_table: torch.Tensor | None,
+    config: RecPOLossConfig,
+) -> torch.Tensor:
+    """Log-probability of each trajectory's target among its candidates, [B*G].
+
+    In-batch: the rows of ``item_states`` without the other rows that carry the target's id.
+    Catalog: every id once; a row of the batch stands for its id, else the table's row.
+    """
+    group = user_states.shape[0] // item_targets.shape[0]
+    out = []
+    for r in range(user_states.shape[0]):
+        target = int(item_targets[r // group])
+        rows = [target]
+        seen = {int(item_ids[target])}
+        for m in range(item_ids.shape[0]):
+            item = int(item_ids[m])
+            repeated = item in seen if item_table is not None else item == int(item_ids[target])
+            if m != target and not repeated:
+                rows.append(m)
+                seen.add(item)
+        candidates = item_states[rows]
+        if item_table is not None:
+            stale = [i for i in range(item_table.shape[0]) if i not in seen]
+            candidates = torch.cat([candidates, item_table[stale].to(candidates.dtype)])
+        scores = similarity_matrix(user_states[r : r + 1], candidates, config.similarity)[0]
+        out.append(torch.log_softmax(scores / config.item_temperature, dim=-1)[0])
+    return torch.stack(out)
+
+
+def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfig) -> torch.Tensor:
+    """l(r, A) = min(r A, clip(r) A), METHOD section 2."""
+    low, high = 1 - config.epsilon, 1 + config.epsilon_high
+    return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def token_loss(
+    log_prob: torch.Tensor,
+    counted: torch.Tensor,
+    trajectory: torch.Tensor,
+    advantages: torch.Tensor,
+    old_log_prob: torch.Tensor | None,
+    sampler_log_prob: torch.Tensor | None,
+    ref_log_prob: torch.Tensor | None,
+    num_tokens: float | torch.Tensor,
+    num_trajectories: float | torch.Tensor,
+    config: RecPOLossConfig,
+) -> torch.Tensor:
+    """Loss of the reasoning tokens, one trajectory after another."""
+    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    sums, means = [], []
+    for i, advantage in enumerate(advantages):
+        own = (trajectory == i) & counted
+        length = max(int(own.sum()), 1)
+        log_ratio = log_prob[own] - old[own]
+        if config.ratio_level == "sequence":
+            log_ratio = (log_ratio.sum() / length).expand_as(log_ratio)
+        loss = -clipped(log_ratio.exp(), advantage, config)
+        if sampler_log_prob is not None:
+            cap = math.inf if config.importance_cap is None else config.importance_cap
+            loss = loss * (old[own] - sampler_log_prob[own]).exp().clamp(max=cap)
+        if config.kl_weight:
+            gap = ref_log_prob[own] - log_prob[own]
+            loss = loss + config.kl_weight * (gap.exp() - gap - 1)
+        sums.append(loss.sum())
+        means.append(loss.sum() / length)
+    if config.reduction == "sequence":
+        return torch.stack(means).sum() / num_trajectories
+    total = torch.stack(sums).sum()
+    if config.reduction == "token":
+        return total / num_tokens
+    if config.reduction == "constant":
+        return total / (num_trajectories * config.max_completion_length)
+    return total / num_trajectories
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, 1.0)

@@ -1,0 +1,1 @@
+"""Rank and log-probability of a target."""

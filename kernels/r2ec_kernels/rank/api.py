@@ -1,0 +1,127 @@
+"""Rank and log-probability of each query's target among all items of a table."""
+
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from .._checks import SIMILARITIES
+from .._dispatch import checks_enabled, resolve
+from .._exact.excluded import Exclude, check_exclude, normalize_exclude, split_exclude
+
+_AVAILABLE = frozenset({"triton", "torch", "reference"})
+
+
+class TargetStats(NamedTuple):
+    """What :func:`target_stats` returns."""
+
+    rank: torch.Tensor  # int64 [B], from 1
+    log_prob: torch.Tensor  # float32 [B]
+
+
+def target_stats(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    similarity: str = "dot",
+    temperature: float = 1.0,
+    exclude: Exclude = None,
+    impl: str = "auto",
+) -> TargetStats:
+    """Rank and log-probability of each query's target among all items, in one pass.
+
+    Equal to, with canonical scores ``s`` [B, N] and the excluded items at -inf::
+
+        rank = 1 + (number of items before the target in a stable descending sort of s)
+        log_prob = log_softmax(s, dim=-1).gather(1, targets[:, None])[:, 0]
+
+    The rank is exact: it is the target's position, from 1, in ``item_topk(k=N)``. The target is
+    never excluded. Memory: O(B + block), no [B, N] scores.
+
+    Args:
+        queries: [B, d].
+        items: [N, d].
+        targets: int64 [B], in 0..N-1.
+        similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
+        temperature: scores are divided by it, > 0.
+        exclude: items that do not compete: padded int64 [B, L] with -1 for none, or (values [E],
+            offsets [B+1]).
+        impl: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or range.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    _check_tables(queries, items, targets, similarity, temperature)
+    check_exclude(exclude, queries.shape[0])
+    values, offsets = split_exclude(exclude)
+    rank, log_prob = torch.ops.r2ec_kernels.target_stats(
+        queries.detach(),
+        items.detach(),
+        targets,
+        similarity,
+        float(temperature),
+        values,
+        offsets,
+        impl,
+    )
+    return TargetStats(rank, log_prob)
+
+
+def _check_tables(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    similarity: str,
+    temperature: float,
+) -> None:
+    for name, table in (("queries", queries), ("items", items)):
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
+        if not table.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {table.dtype}")
+        if table.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, got shape {list(table.shape)}")
+    if queries.shape[1] != items.shape[1]:
+        raise ValueError(
+            f"queries and items: expected [B, d] and [N, d], got {list(queries.shape)} and "
+            f"{list(items.shape)}"
+        )
+    if similarity not in SIMILARITIES:
+        raise ValueError(
+            f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    if targets.shape != queries.shape[:1]:
+        raise ValueError(f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if targets.numel() and (targets.device.type == "cpu" or checks_enabled()):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= items.shape[0]:
+            raise ValueError(
+                f"targets: expected values in 0..{items.shape[0] - 1}, got {low}..{high}"
+            )
+
+
+def run_target_stats(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    similarity: str,
+    temperature: float,
+    exclude: Exclude,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rank int64 [B], log_prob float32 [B]) by the implementation that ``impl`` names: the
+    body of the op ``r2ec_kernels::target_stats``."""
+    name = resolve(impl, queries.device, "target_stats", _AVAILABLE)
+    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], queries.device)
+    implementation = importlib.import_module(f".impl.{name}", __package__)
+    return implementation.target_stats(
+        queries, items, targets, similarity, temperature, values, offsets
+    )

@@ -1,0 +1,1 @@
+"""Implementations of target_stats. They never import each other."""

@@ -1,0 +1,98 @@
+"""What the implementations of target_stats share: origins, exact comparisons, the dense path."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..._exact.bounds import Queries
+from ..._exact.excluded import ExcludedPairs
+from ..._exact.scores import canonical_scores
+from ..._exact.table import Table
+from ..._numbers import LOG2_E
+from ..._scan.rescore import pair_scores
+
+BLOCK_ELEMENTS = 1 << 21  # of a block's rows and scores: they stay in the last-level cache
+MIN_BLOCK = 256  # item rows of a block, at least
+PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered at once to compare near-ties exactly
+
+
+class Origin(NamedTuple):
+    """The target's raw score (``_exact.bounds``) as a first pass counts it, to which all scores of
+    a query are compared.
+
+    Log-sum-exps are taken relative to the target, whose own term they start with.
+    """
+
+    raw: torch.Tensor  # float64 [B]
+    rounded: torch.Tensor  # float32 [B], what is subtracted from raw scores
+    logit: torch.Tensor  # float32 [B], of a unit of raw score, in units of log 2
+    moved: torch.Tensor  # float64 [B], what that rounding moves all other terms by
+
+    @classmethod
+    def of(cls, query: Queries, own: torch.Tensor, offset: torch.Tensor | float = 0.0) -> "Origin":
+        """own: [B, d], the targets' rows; offset: float64 [B], what the pass leaves out."""
+        own = own.double()
+        raw = (query.original.double() * query.scale[:, None] * own).sum(1)
+        if query.similarity == "cosine":
+            norm = torch.linalg.vector_norm(own, dim=1)
+            raw = raw / torch.where(norm == 0, 1.0, norm)
+        logit = LOG2_E / raw_per_score(query)
+        raw = raw - offset
+        return cls(raw, raw.float(), logit.float(), (raw - raw.float().double()) * logit)
+
+    def log_prob(self, peak: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """The targets' log-probabilities, float32 [B], of a pass's largest logits and its sums
+        (``_cpu.extension.Stats``)."""
+        return ((self.moved - peak.double() - mass.log2()) / LOG2_E).float()
+
+
+def raw_per_score(query: Queries) -> torch.Tensor:
+    """float64 [B]: raw scores (``_exact.bounds``) that make one score, for dot and cosine."""
+    length = query.scale
+    if query.similarity == "cosine":
+        length = torch.linalg.vector_norm(query.original.double(), dim=1) * query.scale
+        length = torch.where(length == 0, 1.0, length)
+    return length * query.temperature
+
+
+def count_ahead(
+    table: Table,
+    query: Queries,
+    target: torch.Tensor,
+    targets: torch.Tensor,
+    of: torch.Tensor,
+    at: torch.Tensor,
+) -> torch.Tensor:
+    """How many of the pairs (query ``of``, row ``at``) are ahead of their targets, int64 [B]."""
+    found = pair_scores(table, query, of, at)
+    first = table.before(at, targets[of])
+    wins = (found > target[of]) | ((found == target[of]) & first)
+    return torch.zeros_like(targets).index_add_(0, of, wins.long())
+
+
+def dense_stats(
+    table: Table,
+    query: Queries,
+    target: torch.Tensor,
+    targets: torch.Tensor,
+    excluded: ExcludedPairs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Canonical scores of every row, block by block."""
+    rank = torch.ones_like(targets)
+    lse = torch.full_like(target, -torch.inf, dtype=torch.float64)
+    batch = targets.shape[0]
+    rows = table.rows
+    height = max(MIN_BLOCK, BLOCK_ELEMENTS // (rows.shape[1] + 3 * batch))
+    for start in range(0, rows.shape[0], height):
+        stop = min(start + height, rows.shape[0])
+        scores = canonical_scores(
+            query.original, rows[start:stop], query.similarity, query.temperature
+        )
+        at = torch.arange(start, stop, device=rows.device)
+        first = table.before(at, targets[:, None])
+        ahead = (scores > target[:, None]) | ((scores == target[:, None]) & first)
+        excluded.mask(start, stop, ahead.T, False)
+        excluded.mask(start, stop, scores.T, -torch.inf)
+        rank += ahead.sum(1)
+        lse = torch.logaddexp(lse, scores.double().logsumexp(1))
+    return rank, (target.double() - lse).float()

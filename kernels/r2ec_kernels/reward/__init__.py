@@ -1,1 +1,0 @@
-"""How good a trajectory was: rank, probability, reward, advantage."""

@@ -1,1 +1,0 @@
-"""Which items score highest: exact top-K over an item table or an index of it."""

@@ -1,0 +1,1 @@
+"""Exact top-K over a table."""

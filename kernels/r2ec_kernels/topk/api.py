@@ -1,0 +1,148 @@
+"""Exact top-K: which items of a table score highest for each query."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import _dispatch
+from .._checks import MAX_ITEMS, check_scoring, check_vectors
+from .._exact.excluded import Exclude, check_exclude, split_exclude
+from .._exact.scores import PADDING_KEY, from_order_keys, order_keys
+from .impl import reference
+from .impl import torch as torch_impl
+
+_AVAILABLE = frozenset({"triton", "torch", "reference"})
+
+
+class TopK(NamedTuple):
+    """scores float32 [B, k] and indices int64 [B, k]; unused places hold (-inf, -1)."""
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+
+
+def item_topk(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    *,
+    similarity: str = "dot",
+    temperature: float = 1.0,
+    exclude: Exclude = None,
+    impl: str = "auto",
+) -> TopK:
+    """The k items with the highest score for each query, exactly.
+
+    Equal to a stable descending sort of the canonical scores (float64 similarity / temperature,
+    rounded once to float32): equal scores come lower index first. No score matrix is stored:
+    memory above the inputs is O(B k + block).
+
+    Args:
+        queries: [B, d], float32, bfloat16 or float16.
+        items: [N, d], one of the same types.
+        k: at least 0; more than N is padded with (-inf, -1).
+        similarity: "dot", "cosine" (a zero vector scores 0) or "l2" (minus the distance).
+        temperature: positive.
+        exclude: items never returned: int64 [B, L] padded with -1, or the pair
+            (values int64 [E], offsets int64 [B+1]).
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        ``TopK(scores float32 [B, k], indices int64 [B, k])``. No gradient flows through it.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+        RuntimeError: ``impl`` names an implementation that cannot run here.
+    """
+    check_vectors("queries", queries)
+    check_vectors("items", items, dim=queries.shape[1], device=queries.device)
+    check_search(k, similarity, temperature)
+    check_exclude(exclude, queries.shape[0])
+    values, offsets = split_exclude(exclude)
+    scores, indices = torch.ops.r2ec_kernels.item_topk(
+        queries.detach(), items.detach(), k, similarity, float(temperature), values, offsets, impl
+    )
+    return TopK(scores, indices)
+
+
+def sharded_topk(
+    queries: torch.Tensor,
+    local_items: torch.Tensor,
+    k: int,
+    *,
+    first_id: int,
+    similarity: str = "dot",
+    temperature: float = 1.0,
+    exclude: Exclude = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> TopK:
+    """``item_topk`` over a table whose rows are split over the ranks of a process group.
+
+    Every rank searches its own rows; one all-gather of k keys a rank (score and id in 64 bits) and
+    a merge by (score descending, id ascending) follow. All ranks get the result of the whole table,
+    bit for bit the single-process one.
+
+    Args:
+        queries: [B, d], the same on every rank.
+        local_items: [n, d], rows ``first_id`` .. ``first_id + n - 1`` of the table.
+        k, similarity, temperature: as for ``item_topk``, the same on every rank.
+        first_id: id of the first local row.
+        exclude: global ids, as for ``item_topk``; ids of other ranks' rows are ignored here.
+        group: the process group; None is the default group.
+
+    Returns:
+        ``TopK`` with global ids.
+
+    Raises:
+        TypeError, ValueError: as ``item_topk``.
+        RuntimeError: the collective failed; the message names the ranks that do not answer.
+    """
+    if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ITEMS - local_items.shape[0]:
+        raise ValueError(f"first_id: expected 0..{MAX_ITEMS - 1}, got {first_id!r}")
+    check_exclude(exclude, queries.shape[0])
+    values, offsets = split_exclude(exclude)
+    if values is not None:
+        local = values - first_id
+        local = local.masked_fill((local < 0) | (local >= local_items.shape[0]), -1)
+        exclude = local if offsets is None else (local, offsets)
+    scores, ids = item_topk(
+        queries, local_items, k, similarity=similarity, temperature=temperature, exclude=exclude
+    )
+    keys = order_keys(scores, ids + first_id).masked_fill(ids < 0, PADDING_KEY)
+    from .collective import gather_keys
+
+    gathered = gather_keys(keys, group)
+    return TopK(*from_order_keys(gathered.topk(k, dim=1).values))
+
+
+def check_search(k: int, similarity: str, temperature: float) -> None:
+    """Raise unless the settings of a search are valid."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if k < 0:
+        raise ValueError(f"k: expected at least 0, got {k}")
+    check_scoring(similarity, temperature)
+
+
+def run_item_topk(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    similarity: str,
+    temperature: float,
+    exclude: Exclude,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores float32 [B, k] and indices int64 [B, k] by the implementation that ``impl`` names: the
+    body of the op ``r2ec_kernels::item_topk``."""
+    name = _dispatch.resolve(impl, items.device, "item_topk", _AVAILABLE)
+    if _dispatch.checks_enabled():
+        for argument, vectors in (("queries", queries), ("items", items)):
+            if not bool(torch.isfinite(vectors).all()):
+                raise ValueError(f"{argument}: expected finite values, got NaN or infinity")
+    if name == "triton":
+        from .impl import triton as triton_impl
+
+        return triton_impl.item_topk(queries, items, k, similarity, temperature, exclude)
+    compute = reference.item_topk if name == "reference" else torch_impl.item_topk
+    return compute(queries, items, k, similarity, temperature, exclude)

@@ -1,0 +1,1 @@
+"""Implementations of item_topk. They never import each other."""

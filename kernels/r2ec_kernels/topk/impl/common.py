@@ -1,0 +1,182 @@
+"""The certified search: a float first pass in blocks, a running threshold, exact rescoring.
+
+For every query a pool holds the rows that may still be among the best k, with bounds of their raw
+scores. The threshold is the k-th largest lower bound seen; a row whose upper bound is below it can
+neither win nor tie. Queries for which this does not pay (mass ties, k near the number of rows,
+numbers that float32 cannot hold) take the dense path: canonical scores of every row, in blocks.
+Memory is O(B k + block) either way, and results do not depend on which path ran.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..._cpu import extension
+from ..._exact.bounds import Queries
+from ..._exact.excluded import ExcludedPairs
+from ..._exact.scores import PADDING_KEY, canonical_scores, from_order_keys, order_keys
+from ..._exact.table import Table
+from ..._scan.blocks import CoarseScan, visiting_order
+from ..._scan.rescore import best_keys
+from .pool import Pool, pool_limit
+
+_DENSE_SHARE = 8  # k above (rows - excluded) / 8 takes the dense path
+_DENSE_BLOCK = 4096  # rows of a dense block
+_ELEMENTS = 1 << 22  # elements of a dense block
+_INFINITE = 0x7F800000 << 32  # order keys of infinite scores: from here, and below its negative
+_MAX_UNTRUSTED = 64  # rows outside float32's range beyond which every query is dense
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """What the last search did.
+
+    Attributes:
+        scan: the product of the first pass, such as "float32", "bf16" or "int8 x bf16"; "dense"
+            where none ran.
+        queries: B.
+        candidates_per_k: rows rescored canonically for a result slot (mean; 1 is the least).
+        rescanned_groups: groups of rows opened because their maximum met the threshold; where the
+            compiled passes run, single rows that did.
+        dense_rows: queries that took the dense path.
+        scanned_again: queries that the first scan left too many candidates; the rows themselves
+            were scanned for them.
+    """
+
+    scan: str
+    queries: int
+    candidates_per_k: float
+    rescanned_groups: int
+    dense_rows: int
+    scanned_again: int = 0
+
+
+def certified_topk(
+    table: Table,
+    passes: Sequence[Callable[[Queries], CoarseScan]],
+    query: Queries,
+    k: int,
+    excluded: ExcludedPairs,
+) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
+    """The k best rows of ``table`` for each query, exactly.
+
+    Args:
+        passes: first passes, the next one for queries that the one before left too many candidates;
+            those of the last take the dense path.
+
+    Returns scores float32 [B, k] and ids int64 [B, k], padded with (-inf, -1), and statistics.
+    """
+    batch, device = query.original.shape[0], query.original.device
+    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+    width = min(k, table.rows.shape[0])
+    if batch == 0 or width == 0:
+        return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
+    todo = ~(query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width))
+    candidates, opened, name, left = 0, 0, "dense", []
+    for first_pass in passes:
+        if not bool(todo.any()):
+            break
+        part, own, chosen = query, excluded, slice(None)
+        if not bool(todo.all()):
+            chosen = todo.clone()
+            part, own = query[chosen], excluded.pick(chosen)
+        scan = first_pass(part)
+        found, failed, rescored, met = _scan(table, scan, part, width, own)
+        candidates, opened = candidates + rescored, opened + met
+        if name == "dense" and not bool(failed.all()):
+            name = scan.name
+        keys[chosen, :width] = found
+        todo[chosen] = failed
+        left.append(int(failed.sum()))
+    dense = (keys[:, 0] == PADDING_KEY) | todo
+    num_dense = int(dense.sum())
+    if num_dense:
+        keys[dense, :width] = dense_topk(table, query[dense], width, excluded.pick(dense))
+    ratio = candidates / max(1, (batch - num_dense) * width)
+    again = left[0] if len(left) > 1 else 0
+    return *from_order_keys(keys), SearchStats(name, batch, ratio, opened, num_dense, again)
+
+
+class _Collected(NamedTuple):
+    """Rows that may be among the k best: int64 [B, C], -1 for none; the queries that were given up,
+    bool [B]; how many groups or rows met a threshold."""
+
+    rows: torch.Tensor
+    failed: torch.Tensor
+    opened: int
+
+
+def _scan(
+    table: Table, scan: CoarseScan, query: Queries, k: int, excluded: ExcludedPairs
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Keys [B, k], queries that need the dense path [B], candidates, opened groups."""
+    batch, device = query.original.shape[0], query.original.device
+    height = -(-max(scan.height, 2 * k) // scan.height) * scan.height
+    blocks = visiting_order(table.rows.shape[0], height)
+    if extension.available(device):
+        collector = extension.Collector(batch, k, pool_limit(k), excluded.keys())
+        doubtful = scan.feed(collector, blocks)
+        found = _Collected(*collector.finish())
+    else:
+        found, doubtful = _collect(scan, blocks, batch, k, excluded)
+    rows, failed, opened = found
+    if doubtful is not None:
+        if doubtful.numel() > _MAX_UNTRUSTED:
+            everyone = torch.ones(batch, dtype=torch.bool, device=device)
+            nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+            return nothing, everyone, 0, opened
+        extra = doubtful.expand(batch, -1)
+        of = torch.arange(batch, device=device)[:, None].expand_as(extra)
+        rows = torch.cat([rows, extra.masked_fill(excluded.holds(of, extra), -1)], 1)
+    keys = best_keys(table, query, rows, k)
+    # An infinite score means that the canonical score overflowed: ties the bounds do not see.
+    failed = failed | (keys[:, 0] >= _INFINITE) | (keys[:, -1] < -_INFINITE)
+    return keys, failed, int((rows >= 0).sum()), opened
+
+
+def _collect(
+    scan: CoarseScan, blocks: list[tuple[int, int]], batch: int, k: int, excluded: ExcludedPairs
+) -> tuple[_Collected, torch.Tensor | None]:
+    """The candidates of all blocks and the doubtful rows, by torch operations on any device."""
+    pool = Pool(batch, k, excluded.rows.device)
+    untrusted: list[torch.Tensor] = []
+    for done, (start, stop) in enumerate(blocks):
+        if done > 1 and done & (done - 1) == 0:  # after 2, 4, 8 ... blocks: twice as many rows
+            pool.compact()
+        scores, error, doubtful = scan.score(start, stop)
+        excluded.mask(start, stop, scores, float("-inf"))
+        if doubtful is not None:
+            untrusted.append(doubtful)
+            if sum(rows.numel() for rows in untrusted) > _MAX_UNTRUSTED:
+                break
+        pool.add_block(scores, error, start)
+    pool.compact()
+    rows = pool.rows[:, : max(1, int(pool.fill.max()))]
+    empty = torch.arange(rows.shape[1], device=rows.device) >= pool.fill[:, None]
+    found = _Collected(rows.masked_fill(empty, -1), pool.failed, pool.opened)
+    return found, torch.cat(untrusted) if untrusted else None
+
+
+def dense_topk(table: Table, query: Queries, k: int, excluded: ExcludedPairs) -> torch.Tensor:
+    """Order keys [B, k] from canonical scores of every row, merged block by block."""
+    batch, device = query.original.shape[0], query.original.device
+    keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
+    height = max(_DENSE_BLOCK, k)
+    step = max(1, _ELEMENTS // height)
+    for first in range(0, batch, step):
+        part = slice(first, min(batch, first + step))
+        chosen = torch.zeros(batch, dtype=torch.bool, device=device)
+        chosen[part] = True
+        own = excluded.pick(chosen)
+        for start in range(0, table.rows.shape[0], height):
+            stop = min(start + height, table.rows.shape[0])
+            scores = canonical_scores(
+                query.original[part], table.rows[start:stop], query.similarity, query.temperature
+            )
+            at = torch.arange(start, stop, device=device)
+            block = order_keys(scores, table.ids_of(at))
+            own.mask(start, stop, block.T, PADDING_KEY)
+            keys[part] = torch.cat([keys[part], block], 1).topk(k, dim=1).values
+    return keys

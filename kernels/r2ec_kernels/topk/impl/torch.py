@@ -1,0 +1,28 @@
+"""item_topk over a plain table in plain torch: memory bounded, any device."""
+
+from functools import partial
+
+import torch
+
+from ..._exact.bounds import prepare_queries
+from ..._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
+from ..._exact.table import Table
+from ..._scan.float32 import Float32Scan
+from .common import certified_topk
+
+
+def item_topk(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    similarity: str,
+    temperature: float,
+    exclude: Exclude,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
+    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)
+    query = prepare_queries(queries, similarity, temperature)
+    scan = partial(Float32Scan, items, None)
+    excluded = ExcludedPairs.from_offsets(values, offsets)
+    scores, ids, _ = certified_topk(Table(items), [scan], query, k, excluded)
+    return scores, ids

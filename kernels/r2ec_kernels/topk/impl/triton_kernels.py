@@ -1,0 +1,281 @@
+"""The coarse scan on tensor cores: one kernel that keeps two scores a group of rows.
+
+It multiplies a tile of items with a tile of queries and keeps, for every query and every group of
+``group`` rows, the two largest scores, each packed with its row's place in the group into an int32:
+nothing of size [B, N] leaves it, and there are no atomics.
+
+Excluded rows are masked inside the kernel, from lists sorted by tile, so they cost no kept score.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._exact.bounds import Queries
+from ..._numbers import HUGE
+from .launch import Launch, candidates, choose
+
+GROUPS = (32, 128)  # rows of a group
+LOWEST = tl.constexpr(-(2**31))
+PACK_UNIT = 2.0**-15  # group index in the low bits of a score: at most 7 bits of 24
+_TENSOR_CORE_UNIT = 2.0**-22  # a term of a tensor-core sum, which may be truncated, not rounded
+_SPLIT_UNIT = 2.0**-15  # float32 operands as sums of two bfloat16
+
+
+@triton.jit
+def _group_best_kernel(
+    x_ptr,
+    q_ptr,
+    mul_ptr,
+    sub_ptr,
+    pair_row_ptr,
+    pair_of_ptr,
+    pair_start_ptr,
+    first_ptr,
+    second_ptr,
+    num_rows,
+    batch,
+    dim,
+    stride_x,
+    stride_q,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_MUL: tl.constexpr,
+    HAS_SUB: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    i_n = tl.program_id(0) % tl.cdiv(batch, BLOCK_N)
+    i_m = tl.program_id(0) // tl.cdiv(batch, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.arange(0, BLOCK_K)
+    m_m = o_m < num_rows
+    m_n = o_n < batch
+    p_x = x_ptr + o_m.to(tl.int64)[:, None] * stride_x + o_k[None, :]
+    p_q = q_ptr + o_n.to(tl.int64)[None, :] * stride_q + o_k[:, None]
+    b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, dim, BLOCK_K):
+        # [BLOCK_M, BLOCK_K] items, [BLOCK_K, BLOCK_N] queries
+        if EVEN_K:
+            b_x = tl.load(p_x + k, mask=m_m[:, None], other=0)
+            b_q = tl.load(p_q + k, mask=m_n[None, :], other=0)
+        else:
+            m_k = k + o_k < dim
+            b_x = tl.load(p_x + k, mask=m_m[:, None] & m_k[None, :], other=0)
+            b_q = tl.load(p_q + k, mask=m_n[None, :] & m_k[:, None], other=0)
+        if WIDEN:
+            b_x, b_q = b_x.to(tl.float32), b_q.to(tl.float32)
+        else:
+            b_x = b_x.to(b_q.dtype)
+        b_s = tl.dot(b_x, b_q, b_s, input_precision=PRECISION)
+    if HAS_MUL:
+        b_s = b_s * tl.load(mul_ptr + o_m, mask=m_m, other=0)[:, None]
+    if HAS_SUB:
+        b_s = b_s - tl.load(sub_ptr + o_m, mask=m_m, other=0)[:, None]
+    # Signed integers in the order of the floats; the low bits say which row of the group it is.
+    b_i = b_s.to(tl.int32, bitcast=True)
+    b_i = b_i ^ ((b_i >> 31) & 0x7FFFFFFF)
+    b_i = (b_i & -GROUP) | (o_m % GROUP)[:, None]
+    b_i = tl.where(m_m[:, None], b_i, LOWEST)
+    if HAS_PAIRS:
+        for e in range(
+            tl.load(pair_start_ptr + tl.program_id(0)),
+            tl.load(pair_start_ptr + tl.program_id(0) + 1),
+        ):
+            is_row = o_m == tl.load(pair_row_ptr + e)
+            is_query = o_n == tl.load(pair_of_ptr + e)
+            b_i = tl.where(is_row[:, None] & is_query[None, :], LOWEST, b_i)
+    # [groups, GROUP, BLOCK_N]
+    b_i = tl.reshape(b_i, [BLOCK_M // GROUP, GROUP, BLOCK_N])
+    b_first = tl.max(b_i, axis=1)
+    b_second = tl.max(tl.where(b_i == b_first[:, None, :], LOWEST, b_i), axis=1)
+    o_g = i_m * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M // GROUP)
+    m_g = (o_g < tl.cdiv(num_rows, GROUP))[:, None] & m_n[None, :]
+    o_out = o_g.to(tl.int64)[:, None] * batch + o_n[None, :]
+    tl.store(first_ptr + o_out, b_first, mask=m_g)
+    tl.store(second_ptr + o_out, b_second, mask=m_g)
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the kernel multiplies, and how far its scores may be off.
+
+    Attributes:
+        codes: [N, >= d], float32, bfloat16, float16 or int8.
+        operand: [B, d], bfloat16 for int8 codes, else of the codes' type.
+        mul, sub: float32 [N] or None: score = product * mul - sub.
+        error: float32 [B]; infinite or NaN where float32 cannot hold the numbers.
+    """
+
+    codes: torch.Tensor
+    operand: torch.Tensor
+    mul: torch.Tensor | None
+    sub: torch.Tensor | None
+    error: torch.Tensor
+
+
+def product_unit(codes: torch.Tensor, dim: int) -> float:
+    """Relative error, to |q| |x|, of the kernel's scores beyond what ``Queries.unit`` holds."""
+    split = _SPLIT_UNIT if codes.dtype == torch.float32 else 0.0
+    return (dim + 32) * _TENSOR_CORE_UNIT + split + PACK_UNIT
+
+
+def scan_rows(query: Queries, rows: torch.Tensor, norms: torch.Tensor | None) -> Scanned:
+    """A pass over the stored rows [N, d] themselves; ``norms`` float32 [N], None: taken here."""
+    if norms is None:
+        blocks = [torch.linalg.vector_norm(b.float(), dim=1) for b in rows.split(1 << 20)]
+        norms = torch.cat(blocks) if blocks else rows.new_empty(0, dtype=torch.float32)
+    high = norms.max() * 1.001 + rows.shape[1] ** 0.5 * 2.0**-62
+    operand = query.scaled.to(rows.dtype)
+    missed = torch.linalg.vector_norm(query.scaled.double() - operand.double(), dim=1).float()
+    unit = product_unit(rows, rows.shape[1])
+    size = high if query.similarity != "cosine" else torch.ones_like(high)
+    error = query.product_error(high) + 1.01 * (missed + unit * query.norm) * size
+    mul = sub = None
+    trusted = high <= HUGE
+    if query.similarity == "cosine":
+        # A zero row scores 0 by the product alone; one too small for float32 is not trusted.
+        small = (norms < 1 / HUGE) & (rows != 0).any(1)
+        trusted = trusted & ~small.any()
+        mul = torch.where(norms > 0, norms.reciprocal(), 0.0)
+    elif query.similarity == "l2":
+        sub = 0.5 * norms * norms
+        error = error + unit * (query.norm + high) ** 2
+    error = torch.where(trusted, error, float("inf"))
+    return Scanned(rows, operand, mul, sub, error)
+
+
+def group_best(
+    scanned: Scanned, group: int, pair_row: torch.Tensor, pair_of: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed first and second scores of every group: int32 [B, groups] each.
+
+    ``pair_row``, ``pair_of``: int64 [E], excluded (row, query) pairs; row -1 for none.
+    """
+    codes, operand = scanned.codes, scanned.operand
+    batch, count = operand.shape[0], codes.shape[0]
+    groups = triton.cdiv(count, group)
+    first = torch.empty(groups, batch, dtype=torch.int32, device=codes.device)
+    second = torch.empty_like(first)
+
+    def launch(config: Launch) -> None:
+        tiles = triton.cdiv(count, config.block_m)
+        across = triton.cdiv(batch, config.block_n)
+        tile = pair_row // config.block_m * across + pair_of // config.block_n
+        tile = torch.where(pair_row < 0, tiles * across, tile)
+        tile, order = tile.sort()
+        programs = torch.arange(tiles * across + 1, device=codes.device)
+        _group_best_kernel[(tiles * across,)](
+            codes,
+            operand,
+            scanned.mul,
+            scanned.sub,
+            pair_row[order],
+            pair_of[order],
+            torch.searchsorted(tile, programs),
+            first,
+            second,
+            count,
+            batch,
+            operand.shape[1],
+            codes.stride(0),
+            operand.stride(0),
+            **constants(config, group, operand.shape[1], codes.dtype, scanned, pair_row.numel()),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    def seconds(config: Launch) -> float:
+        return triton.testing.do_bench(lambda: launch(config))
+
+    launch(choose(batch, codes.element_size(), codes.device, seconds))
+    return first.T.contiguous(), second.T.contiguous()
+
+
+def constants(
+    config: Launch, group: int, dim: int, dtype: torch.dtype, scanned: Scanned, pairs: int
+) -> dict[str, object]:
+    """The compile-time arguments of the kernel."""
+    interpreted = triton.knobs.runtime.interpret
+    split = dtype == torch.float32 and not interpreted
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": group,
+        "EVEN_K": dim % config.block_k == 0,
+        "HAS_MUL": scanned.mul is not None,
+        "HAS_SUB": scanned.sub is not None,
+        "HAS_PAIRS": pairs > 0,
+        "PRECISION": "bf16x3" if split else "ieee",
+        "WIDEN": interpreted,
+    }
+
+
+def group_size(num_rows: int, k: int) -> int:
+    """Rows of a group: about sqrt(2 N / k), of the sizes that the kernel has."""
+    return GROUPS[num_rows >= 8192 * k]
+
+
+def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
+    """Scores of packed values, rounded down to the bits that are left; -inf for no row."""
+    bits = packed & -group
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return bits.view(torch.float32).masked_fill(packed == LOWEST.value, float("-inf"))
+
+
+def aot_configs() -> list[dict[str, Any]]:
+    """Every configuration that ``launch`` ships, in the form that ``r2ec_kernels.aot`` reads."""
+    types = {
+        torch.int8: ("*i8", "*bf16"),
+        torch.bfloat16: ("*bf16", "*bf16"),
+        torch.float16: ("*fp16", "*fp16"),
+        torch.float32: ("*fp32", "*fp32"),
+    }
+    others = {"first_ptr": "*i32", "second_ptr": "*i32", "mul_ptr": "*fp32", "sub_ptr": "*fp32"}
+    others |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
+    others |= dict.fromkeys(("num_rows", "batch", "dim", "stride_x", "stride_q"), "i32")
+    found = []
+    for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
+        launches = [
+            config
+            for batch in (16, 64, 1024)
+            for config in candidates(batch, dtype.itemsize, backend)
+        ]
+        for config, group in itertools.product(launches, GROUPS):
+            given = {"x_ptr": codes, "q_ptr": operand, **others}
+            arguments = _group_best_kernel.arg_names
+            found.append(
+                {
+                    "name": "topk.group_best",
+                    "kernel": _group_best_kernel,
+                    "signature": {name: given.get(name, "constexpr") for name in arguments},
+                    "constexprs": {
+                        "BLOCK_M": config.block_m,
+                        "BLOCK_N": config.block_n,
+                        "BLOCK_K": config.block_k,
+                        "GROUP": group,
+                        "EVEN_K": True,
+                        "HAS_MUL": True,
+                        "HAS_SUB": True,
+                        "HAS_PAIRS": True,
+                        "PRECISION": "bf16x3" if dtype == torch.float32 else "ieee",
+                        "WIDEN": False,
+                    },
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                    "uses_tensor_cores": True,
+                    "backend": backend,
+                    "aligned": ("stride_x", "stride_q", "dim"),
+                }
+            )
+    return found
