@@ -9,8 +9,8 @@
     python benchmarks/latency.py --suite gpu --budget 600 --resume gpu.json
 
 Every result is checked before a time is printed. Without --model (or R2EC_TEST_MODEL) the language
-model has random weights in a published shape, and the rows say so. docs/latency.md explains the
-table.
+model has random weights in a published shape, and the rows say so.
+docs/guides/benchmarks.md explains the table.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python benchmarks/losses.py --set gpu --out results/losses
     python benchmarks/losses.py --only catalog,stats
 
-Every implementation computes the clipped GRPO loss of T tokens at temperature 1.5 (METHOD's
+Every implementation computes the clipped GRPO loss of T tokens at temperature 1.5 (the paper's
 setting) and the gradient of the hidden states (and of the head, where it trains). All take turns,
 with one bare product hidden @ weight.T, 2 T d V operations: "units" is the time divided by its.
 Bytes: the head is read twice, 2 V d; logits, where they are stored, are written and read at least

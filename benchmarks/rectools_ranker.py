@@ -1,4 +1,4 @@
-"""RecTools' full-ranking step beside the same step on item_topk: docs/use-elsewhere.md.
+"""RecTools' full-ranking step beside the same step on item_topk: docs/guides/use-elsewhere.md.
 
     python benchmarks/rectools_ranker.py SEQUENCES
 

@@ -1,5 +1,5 @@
 // First passes over a part of a table: scores of rows are offered to a Selection as they are made, and
-// no score is stored. Raw scores and their bounds: docs/search.md.
+// no score is stored. Raw scores and their bounds: docs/kernels/search.md.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ struct FloatTable {
 
 // The bound of a row's raw score is unit * size + floor[q], the unit by the operand's terms; size is
 // norm[q] times the row's norm (dot), norm[q] (cosine), or the square of their sum (l2).
-// docs/search.md, section 1.
+// docs/kernels/search.md#raw-scores.
 struct FloatQueries {
   const FloatOperand& operand;  // prepared by the tiles
   const float* norm;

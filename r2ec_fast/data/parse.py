@@ -1,4 +1,4 @@
-"""Text columns -> ids, times, ratings, prices. Every rule here is stated in docs/data.md."""
+"""Text columns -> ids, times, ratings, prices. Every rule here is stated in docs/guides/data.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """One backbone, two heads: any Hugging Face causal language model plus the item head.
 
-The read-out of a row is the state, after the final norm, of its last token (METHOD section 1). The
-item head has no weights: row ``v`` of its table is the read-out of item ``v``'s own prompt.
+The read-out of a row is the state, after the final norm, of its last token
+(docs/method.md#read-out). The item head has no weights: row ``v`` of its table is the read-out of
+item ``v``'s own prompt.
 """
 
 from __future__ import annotations

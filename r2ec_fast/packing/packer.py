@@ -2,7 +2,7 @@
 
 A batch is one row of concatenated sequences in the names Hugging Face models read. Where the G
 reasonings of one user train together, their prompt is laid out once and every completion attends
-to it through `kv_index`. docs/packing.md draws the layouts.
+to it through `kv_index`. docs/guides/packing.md draws the layouts.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What the trainer needs of several processes: gradients and candidates summed and gathered.
 
 Each process trains its own users. Gradients of a step are *summed* over processes, because the
-loss is already divided by the counts of the whole step (METHOD section 2). Every function is the
-identity in a single process, and raises PeerError where another process is gone.
+loss is already divided by the counts of the whole step (docs/method.md#one-step). Every function is
+the identity in a single process, and raises PeerError where another process is gone.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The training loop: examples -> rollouts -> rewards -> advantages -> loss -> step -> evaluate.
 
-Departures from the paper and its code, each with a test (METHOD section 5):
+Departures from the paper and its code, each with a test (all of them: docs/method.md):
 - one advantage a trajectory; only the best reasoning(s) of a group train the item action;
 - log-probabilities are stored when sampled, at the sampling temperature; token ids travel;
 - equal targets of a batch are one candidate, never each other's negatives;
@@ -151,7 +151,7 @@ class RecPOTrainer:
         current step with a checkpoint.
 
         Raises StepOutOfMemory, CheckpointError, RolloutServerError, and PeerError for another
-        process of the run; docs/distributed.md says what each leaves behind.
+        process of the run; docs/guides/training.md says what each leaves behind.
         """
         self._resume()
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None

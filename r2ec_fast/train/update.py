@@ -1,4 +1,4 @@
-"""RecPO: rollouts -> rewards -> advantages -> loss -> gradient (METHOD section 2).
+"""RecPO: rollouts -> rewards -> advantages -> loss -> gradient (docs/method.md#one-step).
 
 No equation is written here: ranks, rewards, advantages and the loss are r2ec_kernels' functions.
 What this module adds is the flow of a step over packed micro-batches:

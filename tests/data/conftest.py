@@ -15,7 +15,7 @@ def real_data() -> Path:
     """The directory of real data sets, from R2EC_TEST_DATA."""
     place = os.environ.get("R2EC_TEST_DATA")
     if not place:
-        pytest.skip("R2EC_TEST_DATA is not set (a directory with the data sets of docs/data.md)")
+        pytest.skip("R2EC_TEST_DATA is not set (a directory of data sets, docs/guides/data.md)")
     return Path(place)
 
 

@@ -36,7 +36,7 @@ def test_packed_states_are_those_of_each_row_alone(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_read_out_is_the_state_of_the_last_token(kind):
-    # the reference code reads the longest row one token early (METHOD section 5, trap 4)
+    # the reference code reads the longest row one token early (trap 4 of docs/method.md)
     model = toy_model(kind)
     start = [7, 8, 9]
     rows = [[*start, 10, 11, 12, 13], [*start, 20], [*start, 30, 31, 32, 33, 34, 35, 36]]

@@ -1,4 +1,4 @@
-"""One optimiser step of RecPO against the equations, and the traps of METHOD section 5."""
+"""One optimiser step of RecPO against the equations, and its traps (docs/method.md)."""
 
 import math
 from dataclasses import replace
@@ -69,7 +69,7 @@ def state_of(model, row):
 
 
 def by_hand(model, users, rollouts, rows, cfg, used):
-    """Loss of the step and its rewards, one trajectory at a time, as METHOD section 2 writes them.
+    """Loss of the step and its rewards, one trajectory at a time, as docs/method.md#recpo has them.
 
     The advantages are those of the `used` rewards: where a group's rewards hardly differ, dividing
     by their deviation would show the last bit of each.

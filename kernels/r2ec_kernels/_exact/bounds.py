@@ -1,4 +1,4 @@
-"""Error bounds of a first pass (derivation: docs/search.md).
+"""Error bounds of a first pass (derivation: docs/kernels/search.md).
 
 A first pass ranks items by a *raw score* g(q, x), an increasing function of the canonical score for
 a fixed query:  dot: q.x    cosine: q.x / |x|    l2: q.x - |x|^2 / 2.

@@ -30,7 +30,7 @@ def recpo_reward(
     softmax_weight: float = 0.05,
     ndcg_k: int = 1000,
 ) -> torch.Tensor:
-    """RecPO's reward: probability of the target and its gain at its rank (METHOD section 2).
+    """RecPO's reward: probability of the target and its gain at its rank (docs/method.md#reward).
 
     Equal to ``softmax_weight * exp(log_prob) + (1 - softmax_weight) * ndcg`` with
     ``ndcg = 1 / log2(rank + 1) if rank <= ndcg_k else 0``.

@@ -37,7 +37,7 @@ class ItemIndex:
 
     ``search`` equals ``item_topk`` over the stored rows, bit for bit, whatever ``scan`` is. A
     low-precision scan multiplies a small copy of the table first and certifies which rows can
-    matter (docs/search.md); it changes time and memory only.
+    matter (docs/kernels/search.md); it changes time and memory only.
 
     Searches may run in several threads at once. A write, append or removal waits for running
     searches and is seen whole or not at all.

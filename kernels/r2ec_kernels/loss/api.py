@@ -30,7 +30,7 @@ def recpo_loss(
     num_selected: int | torch.Tensor | None = None,
     config: RecPOLossConfig | None = None,
 ) -> RecPOLoss:
-    """The RecPO loss of whole groups of trajectories (METHOD section 2), without logits.
+    """The RecPO loss of whole groups of trajectories, without logits (docs/method.md#objective).
 
     Equal to, with ``A, best = grouped_advantage(rewards)`` and ``l`` the clipped product::
 

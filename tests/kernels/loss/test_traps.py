@@ -1,4 +1,5 @@
-"""The reference code's departures from the paper (METHOD section 5), as far as the loss shows them.
+"""The reference code's departures from the paper, as far as the loss shows them
+(docs/method.md#departures-from-the-reference-code).
 
 Every test compares with gradients derived by hand, in numpy and float64, and shows that the trap
 gives other numbers. ``pytest -s -k gradient_table`` prints them side by side.

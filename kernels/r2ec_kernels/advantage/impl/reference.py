@@ -6,7 +6,7 @@ import torch
 def recpo_reward(
     rank: torch.Tensor, log_prob: torch.Tensor, softmax_weight: float, ndcg_k: int
 ) -> torch.Tensor:
-    """METHOD section 2, R = b R_c + (1 - b) R_d, in float64."""
+    """docs/method.md#reward: R = b R_c + (1 - b) R_d, in float64."""
     gain = torch.where(rank <= ndcg_k, 1 / torch.log2(rank.double() + 1), 0.0)
     return softmax_weight * log_prob.double().exp() + (1 - softmax_weight) * gain
 

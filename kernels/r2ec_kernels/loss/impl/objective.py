@@ -25,7 +25,7 @@ def sum_by_trajectory(values: torch.Tensor, trajectory: torch.Tensor, num: int) 
 
 
 def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfig) -> torch.Tensor:
-    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), METHOD section 2."""
+    """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), docs/method.md#clip."""
     low, high = 1 - config.epsilon, 1 + config.epsilon_high
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 

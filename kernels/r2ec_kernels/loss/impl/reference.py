@@ -51,7 +51,7 @@ def item_log_prob(
 
 
 def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfig) -> torch.Tensor:
-    """l(r, A) = min(r A, clip(r) A), METHOD section 2."""
+    """l(r, A) = min(r A, clip(r) A), docs/method.md#clip."""
     low, high = 1 - config.epsilon, 1 + config.epsilon_high
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
