@@ -7,7 +7,6 @@ slower, and that is a choice to make, not an accident.
 """
 
 import sys
-from glob import glob
 from pathlib import Path
 
 from setuptools import setup
@@ -23,8 +22,8 @@ def extensions() -> list:
 
     packing = Pybind11Extension(
         "r2ec_fast._packing",
-        sorted(glob("csrc/*.cpp")),
-        depends=glob("csrc/*.hpp"),
+        native_build.sources("csrc", "cpp"),
+        depends=native_build.sources("csrc", "hpp"),
         cxx_std=17,
         extra_compile_args=native_build.OPTIMISE,
     )

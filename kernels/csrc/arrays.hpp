@@ -11,8 +11,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "canonical.hpp"
-#include "first_pass.hpp"
+#include "exact_score.hpp"
+#include "coarse_scan.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -86,7 +86,7 @@ inline r2ec::FloatTable table_of(const py::array_t<float>& rows) {
   return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
 }
 
-// float32 rows [n, columns] and queries for them, as first_pass.hpp describes them.
+// float32 rows [n, columns] and queries for them, as coarse_scan.hpp describes them.
 struct FloatArrays {
   py::array_t<float> rows;
   Array<float> queries, norm, floor;
@@ -127,7 +127,7 @@ inline r2ec::Finish finish_of(const std::optional<Array<float>>& scale,
           optional_rows(half, rows, "half: too short")};
 }
 
-// int8 codes [rows or more, columns] and int16 queries for them, as first_pass.hpp describes them.
+// int8 codes [rows or more, columns] and int16 queries for them, as coarse_scan.hpp describes them.
 struct CodeArrays {
   Array<int8_t> codes;
   int64_t rows;
@@ -174,7 +174,7 @@ struct ContestArrays {
   }
 };
 
-// float32 rows [n, columns], float64 queries and how they are scored, as canonical.hpp wants them.
+// float32 rows [n, columns], float64 queries and how they are scored, as exact_score.hpp wants them.
 struct ScoringArrays {
   py::array_t<float> rows;
   Array<double> queries;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "first_pass.hpp"
+#include "coarse_scan.hpp"
 
 namespace r2ec {
 

@@ -2,7 +2,7 @@
 // turn them into vectors.
 #pragma once
 
-#include "tiles.hpp"
+#include "simd/tiles.hpp"
 
 namespace r2ec {
 

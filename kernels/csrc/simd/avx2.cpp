@@ -2,9 +2,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "fold.hpp"
-#include "four_rows.hpp"
-#include "tiles.hpp"
+#include "online_softmax.hpp"
+#include "simd/four_rows.hpp"
+#include "simd/tiles.hpp"
 
 #define TARGET __attribute__((target("avx2,fma")))
 

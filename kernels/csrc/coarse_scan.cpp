@@ -1,4 +1,4 @@
-#include "first_pass.hpp"
+#include "coarse_scan.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -13,7 +13,7 @@
 
 #include <atomic>
 
-#include "tiles.hpp"
+#include "simd/tiles.hpp"
 
 #define TARGET \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma")))

@@ -1,4 +1,4 @@
-#include "canonical.hpp"
+#include "exact_score.hpp"
 
 #include <cmath>
 #include <cstring>

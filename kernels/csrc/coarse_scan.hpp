@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "selection.hpp"
-#include "tiles.hpp"
+#include "topk_heap.hpp"
+#include "simd/tiles.hpp"
 
 namespace r2ec {
 

@@ -1,7 +1,7 @@
 // Four rows of a block at a time, so that a query's load serves four products.
 #pragma once
 
-#include "tiles.hpp"
+#include "simd/tiles.hpp"
 
 namespace r2ec {
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "fold.hpp"
-#include "four_rows.hpp"
-#include "tiles.hpp"
+#include "online_softmax.hpp"
+#include "simd/four_rows.hpp"
+#include "simd/tiles.hpp"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
@@ -151,7 +151,7 @@ TARGET uint32_t reach_many(const T* products, int64_t count, float scale, float 
   return queries;
 }
 
-// 2^x for x <= 0; the polynomial of fold.hpp.
+// 2^x for x <= 0; the polynomial of online_softmax.hpp.
 TARGET inline __m512 exp2_of(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
@@ -160,7 +160,7 @@ TARGET inline __m512 exp2_of(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
-// fold_group of fold.hpp; it leaves the products as they are.
+// fold_group of online_softmax.hpp; it leaves the products as they are.
 TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into,
                     uint32_t& near) {
   static_assert(kGroup == 32, "two vectors");

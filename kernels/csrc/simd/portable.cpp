@@ -4,8 +4,8 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "fold.hpp"
-#include "tiles.hpp"
+#include "online_softmax.hpp"
+#include "simd/tiles.hpp"
 
 namespace r2ec {
 

@@ -1,4 +1,4 @@
-#include "selection.hpp"
+#include "topk_heap.hpp"
 
 #include <algorithm>
 #include <functional>

@@ -6,9 +6,9 @@
 #include <thread>
 #include <vector>
 
-#include "canonical.hpp"
+#include "exact_score.hpp"
 #include "check.hpp"
-#include "first_pass.hpp"
+#include "coarse_scan.hpp"
 
 using namespace r2ec;
 
