@@ -1,9 +1,9 @@
 // User prompts put together from token segments that were tokenised once. No Python in here.
 //
-// A prompt is  head, line, ..., line, suffix  where a line is  [[unit] rest] item [rating]: its age, its
-// item, its rating. The newest line ends with the text that closes the prompt. As many of the newest
-// lines are kept as fit the budget; with none the prompt is `bare`. r2ec_fast/assembler.py says which
-// texts the segments hold.
+// A prompt is  head, line, ..., line, suffix  where a line is  [[unit] rest] item [rating]: its
+// age, its item, its rating. The newest line ends with the text that closes the prompt. As many of
+// the newest lines are kept as fit the budget; with none the prompt is `bare`.
+// r2ec_fast/assembler.py says which texts the segments hold.
 #pragma once
 
 #include <cstdint>
@@ -62,8 +62,8 @@ class Assembler {
   Assembler(std::vector<int32_t> head, std::vector<int32_t> bare, std::vector<int32_t> suffix,
             int64_t num_items, int64_t window, int64_t max_tokens, int64_t max_days);
 
-  // An age below one day: unit within_unit[second] (-1: none) and rest within_rest[second]; one of d
-  // days: unit kHours + d and rest day_rest[second of the day].
+  // An age below one day: unit within_unit[second] (-1: none) and rest within_rest[second]; one of
+  // d days: unit kHours + d and rest day_rest[second of the day].
   void set_ages(SegmentTable rests, std::vector<int64_t> within_unit,
                 std::vector<int64_t> within_rest, std::vector<int64_t> day_rest);
   // "0h" .. "23h", "0d", "1d", ...
@@ -74,7 +74,8 @@ class Assembler {
   // Two segments a rating: followed by a new line, and by the closing text.
   void set_ratings(std::vector<float> values, SegmentTable newline, SegmentTable closing);
 
-  // Throws std::invalid_argument for an empty history, an unknown item or an event after its target.
+  // Throws std::invalid_argument for an empty history, an unknown item or an event after its
+  // target.
   Measured measure(const Histories& histories, int64_t threads) const;
 
   // Writes prompt x to out[offsets[x] : offsets[x + 1]] where lines[x] >= 0, and nothing elsewhere.

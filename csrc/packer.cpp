@@ -143,15 +143,16 @@ void count_up(int64_t* to, int64_t count, int64_t from) { std::iota(to, to + cou
 
 void check_offsets(const Offsets& offsets, const char* name) {
   const std::string where(name);
-  if (offsets.size < 1) fail(where + ": offsets must hold at least the entry 0, got an empty array");
+  if (offsets.size < 1)
+    fail(where + ": offsets must hold at least the entry 0, got an empty array");
   if (offsets.data[0] != 0) fail(where + ": offsets must start at 0, got " + str(offsets.data[0]));
   for (int64_t row = 0; row + 1 < offsets.size; ++row) {
     const int64_t begin = offsets.data[row], end = offsets.data[row + 1];
     if (end == begin)
       fail(where + ": row " + str(row) + " is empty; every row needs at least one token");
     if (end < begin)
-      fail(where + ": offsets must not fall, got " + str(begin) + " then " + str(end) +
-           " at row " + str(row));
+      fail(where + ": offsets must not fall, got " + str(begin) + " then " + str(end) + " at row " +
+           str(row));
   }
   const int64_t last = offsets.data[offsets.size - 1];
   if (last != offsets.num_values)
@@ -365,7 +366,7 @@ void Plan::fill_batch(int64_t batch, const Prompt* prompt_values,
   }
 }
 
-#define R2EC_FILL(Prompt, Completion)                                                          \
+#define R2EC_FILL(Prompt, Completion)                                                        \
   template void Plan::fill(const Prompt*, const Completion*, const int64_t*, const Outputs&, \
                            int64_t) const;
 R2EC_FILL(int32_t, int32_t)

@@ -1,7 +1,7 @@
 // History packing: ragged token rows -> padding-free batches. No Python in here.
 //
-// A Plan decides which groups share a batch and how large every output is; fill() writes the outputs
-// into memory of the caller. Both are deterministic, fill() for any number of threads.
+// A Plan decides which groups share a batch and how large every output is; fill() writes the
+// outputs into memory of the caller. Both are deterministic, fill() for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,8 @@ int64_t best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity,
 
 class Plan {
  public:
-  // Copies the offsets, so that a caller who changes them later cannot make fill() leave its arrays.
+  // Copies the offsets, so that a caller who changes them later cannot make fill() leave its
+  // arrays.
   Plan(const Offsets& prompts, const Offsets* completions, const PackOptions& options);
 
   int64_t num_batches() const { return static_cast<int64_t>(max_length_q_.size()); }

@@ -1,5 +1,5 @@
-// The arrays that Python hands over, checked, as the passes want them; and workers for pieces of them.
-// OpenMP shares its threads with torch.
+// The arrays that Python hands over, checked, as the passes want them; and workers for pieces of
+// them. OpenMP shares its threads with torch.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -11,8 +11,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "exact_score.hpp"
 #include "coarse_scan.hpp"
+#include "exact_score.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -116,13 +116,14 @@ struct FloatArrays {
 };
 
 inline const r2ec::Tiles& tiles_named(const std::string& cpu) {
-  const r2ec::Tiles* const found = cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str());
+  const r2ec::Tiles* const found =
+      cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str());
   need(found != nullptr, "cpu: not one this machine can run");
   return *found;
 }
 
 inline r2ec::Finish finish_of(const std::optional<Array<float>>& scale,
-                       const std::optional<Array<float>>& half, int64_t rows) {
+                              const std::optional<Array<float>>& half, int64_t rows) {
   return {optional_rows(scale, rows, "scale: too short"),
           optional_rows(half, rows, "half: too short")};
 }
@@ -139,8 +140,14 @@ struct CodeArrays {
   CodeArrays(Array<int8_t> codes, int64_t rows, std::optional<Array<float>> scale,
              std::optional<Array<float>> half, std::optional<Array<bool>> trusted,
              Array<int16_t> queries, Array<float> step, Array<float> error)
-      : codes(codes), rows(rows), scale(scale), half(half), trusted(trusted), queries(queries),
-        step(step), error(error) {
+      : codes(codes),
+        rows(rows),
+        scale(scale),
+        half(half),
+        trusted(trusted),
+        queries(queries),
+        step(step),
+        error(error) {
     need(codes.ndim() == 2 && codes.shape(0) >= rows, "codes: expected [rows, columns]");
     need(codes.shape(1) % r2ec::kCodeColumns == 0, "codes: columns must be a multiple of 64");
     need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1),
@@ -174,7 +181,8 @@ struct ContestArrays {
   }
 };
 
-// float32 rows [n, columns], float64 queries and how they are scored, as exact_score.hpp wants them.
+// float32 rows [n, columns], float64 queries and how they are scored, as exact_score.hpp wants
+// them.
 struct ScoringArrays {
   py::array_t<float> rows;
   Array<double> queries;
@@ -183,7 +191,9 @@ struct ScoringArrays {
 
   ScoringArrays(py::array_t<float> rows, Array<double> queries, const std::string& similarity,
                 double temperature)
-      : rows(rows), queries(queries), similarity(similarity_of(similarity)),
+      : rows(rows),
+        queries(queries),
+        similarity(similarity_of(similarity)),
         temperature(temperature) {
     need(queries.ndim() == 2 && queries.shape(1) == table_of(rows).columns,
          "queries: expected [queries, columns]");

@@ -12,9 +12,9 @@ using namespace r2ec_bindings;
 namespace {
 
 // (complete, peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M]): what
-// add(contest, first, last, stats) finds in all rows, the same for any number of threads. Not complete,
-// and nothing counts, where a row's score cannot be bounded or a stretch has more than its share of
-// `most_near` open pairs.
+// add(contest, first, last, stats) finds in all rows, the same for any number of threads. Not
+// complete, and nothing counts, where a row's score cannot be bounded or a stretch has more than
+// its share of `most_near` open pairs.
 template <typename Add>
 py::tuple add_stretches(const ContestArrays& arrays, int64_t rows, int64_t most_near,
                         int64_t threads, const Add& add) {
@@ -29,8 +29,8 @@ py::tuple add_stretches(const ContestArrays& arrays, int64_t rows, int64_t most_
   empty.ahead.resize(num_queries);
   // Stretches of the table, however many threads there are: sums are added in one order.
   constexpr int64_t kStretches = 64;
-  const int64_t length = std::max<int64_t>(
-      r2ec::kGroup, (rows / kStretches / r2ec::kGroup + 1) * r2ec::kGroup);
+  const int64_t length =
+      std::max<int64_t>(r2ec::kGroup, (rows / kStretches / r2ec::kGroup + 1) * r2ec::kGroup);
   const int64_t stretches = (rows + length - 1) / length;
   std::vector<r2ec::Stats> found(stretches, empty);
   r2ec::Stats total = empty;
@@ -75,11 +75,12 @@ py::tuple stats(const FloatArrays& arrays, const ContestArrays& contest, int64_t
   const auto operand = arrays.operand(tiles, 3);
   const auto prepared = arrays.prepared(operand);
   const auto table = arrays.table();
-  return add_stretches(contest, arrays.rows.shape(0), most_near, threads,
-                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
-                         return r2ec::add_stats(table, prepared, arrays.similarity, arrays.huge,
-                                                own, tiles, first, last, found);
-                       });
+  return add_stretches(
+      contest, arrays.rows.shape(0), most_near, threads,
+      [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
+        return r2ec::add_stats(table, prepared, arrays.similarity, arrays.huge, own, tiles, first,
+                               last, found);
+      });
 }
 
 py::tuple code_stats(const CodeArrays& high, const Array<int8_t>& low, const ContestArrays& contest,
@@ -92,11 +93,11 @@ py::tuple code_stats(const CodeArrays& high, const Array<int8_t>& low, const Con
   const r2ec::CodeQueries prepared = {operand, high.step.data()};
   const r2ec::FineTable table = {high.table(), low.data()};
   const float* const error = high.error.data();
-  return add_stretches(contest, high.rows, most_near, threads,
-                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
-                         return r2ec::add_code_stats(table, prepared, error, own, tiles, first,
-                                                     last, found);
-                       });
+  return add_stretches(
+      contest, high.rows, most_near, threads,
+      [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
+        return r2ec::add_code_stats(table, prepared, error, own, tiles, first, last, found);
+      });
 }
 
 // A Selection with the arrays it reads.
@@ -157,8 +158,8 @@ class Collector {
           r2ec::scan_products(static_cast<const float*>(values), by_row, own, start, first, last,
                               offers);
         else
-          r2ec::scan_products(static_cast<const r2ec::Bfloat16*>(values), by_row, own, start,
-                              first, last, offers);
+          r2ec::scan_products(static_cast<const r2ec::Bfloat16*>(values), by_row, own, start, first,
+                              last, offers);
       });
     } else {
       need(is_float && by_row == 1, "products: expected rows or queries side by side");
@@ -212,7 +213,8 @@ Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& of,
   need(at.size() == n, "of, at: expected one of each for a pair");
   const int64_t *const whose = of.data(), *const where = at.data();
   for (int64_t i = 0; i < n; ++i) {
-    need(whose[i] >= 0 && whose[i] < arrays.queries.shape(0) && where[i] >= 0, "of, at: out of range");
+    need(whose[i] >= 0 && whose[i] < arrays.queries.shape(0) && where[i] >= 0,
+         "of, at: out of range");
     arrays.check_row(where[i]);
   }
   Array<float> scores(n);
@@ -253,8 +255,7 @@ Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<
       const int64_t end = std::min(num_queries * width, (piece + 1) * kPairs);
       for (int64_t i = piece * kPairs; i < end; ++i) {
         const int64_t row = from[i];
-        if (row >= 0)
-          all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
+        if (row >= 0) all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
       }
     });
     in_parallel(num_queries, threads, [&](int64_t, int64_t q) {
@@ -272,8 +273,7 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
                     const std::string& cpu) {
   need(codes.ndim() == 2 && codes.shape(1) % r2ec::kCodeColumns == 0,
        "codes: expected [rows, a multiple of 64]");
-  need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) &&
-           step.size() == queries.shape(0),
+  need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) && step.size() == queries.shape(0),
        "queries: expected [queries, columns] and a step for each");
   need(out.ndim() == 2 && out.shape(0) == queries.shape(0) && out.shape(1) == codes.shape(0) &&
            (out.flags() & py::array::c_style),
@@ -323,11 +323,12 @@ PYBIND11_MODULE(_first_pass, module) {
            py::arg("rows"), py::arg("queries"), py::arg("norm"), py::arg("floor"),
            py::arg("similarity"), py::arg("huge"));
   py::class_<CodeArrays>(module, "CodeArrays")
-      .def(py::init<Array<int8_t>, int64_t, std::optional<Array<float>>, std::optional<Array<float>>,
-                    std::optional<Array<bool>>, Array<int16_t>, Array<float>, Array<float>>(),
-           py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
-           py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
-           py::arg("step"), py::arg("error"));
+      .def(
+          py::init<Array<int8_t>, int64_t, std::optional<Array<float>>, std::optional<Array<float>>,
+                   std::optional<Array<bool>>, Array<int16_t>, Array<float>, Array<float>>(),
+          py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
+          py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
+          py::arg("step"), py::arg("error"));
   py::class_<ContestArrays>(module, "ContestArrays")
       .def(py::init<Array<double>, Array<float>, Array<float>, Array<double>, Array<int64_t>>(),
            py::arg("raw"), py::arg("rounded"), py::arg("logit"), py::arg("mass"),

@@ -105,8 +105,8 @@ class FloatGroup {
   }
   uint32_t allowed() const { return allowed_; }  // bits of trusted rows
 
-  // Bound of the raw scores' errors. Matrix units flush parts and sums below the normal range as well
-  // as products: twice the floor.
+  // Bound of the raw scores' errors. Matrix units flush parts and sums below the normal range as
+  // well as products: twice the floor.
   double error(int64_t query) const {
     const double norm = queries_.norm[query];
     const double size = similarity_ == Similarity::kCosine ? norm
@@ -137,7 +137,7 @@ class FloatGroup {
   const double huge_;
   const Tiles& tiles_;
   const double unit_;
-  const double lost_;  // squares below float32's normal range may be lost from a norm
+  const double lost_;            // squares below float32's normal range may be lost from a norm
   std::vector<float> products_;  // [queries, kGroup]
   float scale_[kGroup], half_[kGroup];
   uint32_t allowed_ = 0;

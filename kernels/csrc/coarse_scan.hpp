@@ -1,17 +1,17 @@
-// First passes over a part of a table: scores of rows are offered to a Selection as they are made, and
-// no score is stored. Raw scores and their bounds: docs/search.md.
+// First passes over a part of a table: scores of rows are offered to a Selection as they are made,
+// and no score is stored. Raw scores and their bounds: docs/search.md.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "topk_heap.hpp"
 #include "simd/tiles.hpp"
+#include "topk_heap.hpp"
 
 namespace r2ec {
 
-// A Selection and what a worker's passes offer to it; the bound of a raw score s made from a product
-// p is s +- (error + relative |p|).
+// A Selection and what a worker's passes offer to it; the bound of a raw score s made from a
+// product p is s +- (error + relative |p|).
 struct Offers {
   Selection& selection;
   const Tiles& tiles;
@@ -44,8 +44,8 @@ struct FloatTable {
   int64_t stride, columns;
 };
 
-// The bound of a row's raw score is unit * size + floor[q], the unit by the operand's terms; size is
-// norm[q] times the row's norm (dot), norm[q] (cosine), or the square of their sum (l2).
+// The bound of a row's raw score is unit * size + floor[q], the unit by the operand's terms; size
+// is norm[q] times the row's norm (dot), norm[q] (cosine), or the square of their sum (l2).
 // docs/search.md, section 1.
 struct FloatQueries {
   const FloatOperand& operand;  // prepared by the tiles
@@ -79,9 +79,9 @@ struct LeftOut {
 };
 
 struct Stats {
-  std::vector<Fold> folds;      // by query: peak and mass
-  std::vector<int64_t> ahead;   // by query: rows certainly ahead of the target
-  std::vector<int64_t> near;    // row * queries + query of pairs that the bound leaves open
+  std::vector<Fold> folds;        // by query: peak and mass
+  std::vector<int64_t> ahead;     // by query: rows certainly ahead of the target
+  std::vector<int64_t> near;      // row * queries + query of pairs that the bound leaves open
   std::vector<int64_t> doubtful;  // rows whose scores cannot be bounded; they are not counted
 };
 
@@ -92,8 +92,8 @@ struct Contest {
   int64_t most_near;
 };
 
-// Add rows first..last-1 to `stats`; not for l2. Return false, and stop, where more pairs are open than
-// there may be. `error` is the bound of the codes' raw scores, of each query.
+// Add rows first..last-1 to `stats`; not for l2. Return false, and stop, where more pairs are open
+// than there may be. `error` is the bound of the codes' raw scores, of each query.
 bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
                double huge, const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
                Stats& stats);

@@ -1,4 +1,5 @@
-// Canonical scores and order keys, bit for bit those of r2ec_kernels/canonical.py, which defines them.
+// Canonical scores and order keys, bit for bit those of r2ec_kernels/canonical.py, which defines
+// them.
 #pragma once
 
 #include <cstdint>

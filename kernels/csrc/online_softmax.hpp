@@ -1,5 +1,5 @@
-// The body of Tiles::fold for CPUs without AVX-512. Loops of fixed length without branches: compilers
-// turn them into vectors.
+// The body of Tiles::fold for CPUs without AVX-512. Loops of fixed length without branches:
+// compilers turn them into vectors.
 #pragma once
 
 #include "simd/tiles.hpp"
@@ -8,8 +8,13 @@ namespace r2ec {
 
 // 2^f on -0.5..0.5, the highest power first.
 constexpr int kExp2Terms = 7;
-constexpr float kExp2[kExp2Terms] = {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f,
-                                     5.550332548e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f};
+constexpr float kExp2[kExp2Terms] = {1.535336188e-4f,
+                                     1.339887440e-3f,
+                                     9.618437357e-3f,
+                                     5.550332548e-2f,
+                                     2.402264791e-1f,
+                                     6.931472028e-1f,
+                                     1.0f};
 
 // 2^x for x <= 0 to within two rounding units; 0 below -126.
 inline __attribute__((always_inline)) float exp2_of(float x) {
@@ -42,7 +47,8 @@ inline __attribute__((always_inline)) int64_t fold_group(float* products, const 
     other[i] = score[i];
   }
   for (int half = kGroup / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) other[i] = other[i] > other[i + half] ? other[i] : other[i + half];
+    for (int i = 0; i < half; ++i)
+      other[i] = other[i] > other[i + half] ? other[i] : other[i + half];
   if (other[0] > fold.peak) {
     fold.mass *= static_cast<double>(exp2_of(fold.peak - other[0]));
     fold.peak = other[0];

@@ -8,7 +8,7 @@ namespace r2ec {
 
 namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kRoom = 64;     // candidates beyond those that stay before a pool is thinned again
+constexpr int64_t kRoom = 64;  // candidates beyond those that stay before a pool is thinned again
 constexpr int64_t kPadding = 16;  // counters of two workers never share a cache line
 }  // namespace
 

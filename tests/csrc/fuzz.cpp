@@ -4,7 +4,8 @@
 //
 // An own, plain check says beforehand whether a call is valid (128-bit arithmetic) and afterwards
 // whether every token is where it belongs. A refused valid call, an accepted broken one, a wrong or
-// unwritten token or any exception but std::invalid_argument ends the run with the seed of the call.
+// unwritten token or any exception but std::invalid_argument ends the run with the seed of the
+// call.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -45,9 +46,22 @@ class Random {
   bool chance(int64_t one_in) { return below(one_in) == 0; }
   // Values that break arithmetic: the ends of int32 and int64, powers of two, small ones.
   int64_t nasty() {
-    static const int64_t values[] = {
-        INT64_MIN, INT64_MIN + 1, INT64_MAX, INT64_MAX - 1, INT32_MAX, int64_t{INT32_MAX} + 1,
-        INT32_MIN, int64_t{1} << 32, int64_t{1} << 40, int64_t{1} << 62, -1, 0, 1, 2, 3, 7};
+    static const int64_t values[] = {INT64_MIN,
+                                     INT64_MIN + 1,
+                                     INT64_MAX,
+                                     INT64_MAX - 1,
+                                     INT32_MAX,
+                                     int64_t{INT32_MAX} + 1,
+                                     INT32_MIN,
+                                     int64_t{1} << 32,
+                                     int64_t{1} << 40,
+                                     int64_t{1} << 62,
+                                     -1,
+                                     0,
+                                     1,
+                                     2,
+                                     3,
+                                     7};
     const int64_t value = values[below(16)];
     return chance(4) ? static_cast<int64_t>(engine_()) : value;
   }
@@ -79,7 +93,9 @@ void spoil(Random& r, Ints& offsets) {
     case 2: offsets.pop_back(); break;
     case 3: std::swap(offsets[r.below(offsets.size())], offsets[r.below(offsets.size())]); break;
     case 4: offsets.push_back(offsets.back()); break;
-    case 5: for (auto& o : offsets) o += r.below(3) - 1; break;
+    case 5:
+      for (auto& o : offsets) o += r.below(3) - 1;
+      break;
     case 6: offsets.back() = int64_t{1} << (20 + r.below(43)); break;
     case 7: offsets[r.below(offsets.size())] += r.below(5) - 2; break;
   }
@@ -87,7 +103,8 @@ void spoil(Random& r, Ints& offsets) {
 
 PackCase pack_case(Random& r) {
   PackCase c;
-  const int64_t rows = r.below(r.chance(8) ? 200 : 12), longest = 1 + r.below(r.chance(8) ? 500 : 9);
+  const int64_t rows = r.below(r.chance(8) ? 200 : 12),
+                longest = 1 + r.below(r.chance(8) ? 500 : 9);
   c.prompts = rising(r, rows, longest);
   c.has_completions = r.chance(2);
   auto& o = c.options;
@@ -145,14 +162,15 @@ bool pack_valid(const PackCase& c, bool& exact) {
     }
     if (!o.oversize_alone && tokens > capacity) return false;
     if (tokens + o.multiple > INT32_MAX || keys + o.multiple > INT32_MAX) exact = false;
-    // several groups share a batch of at most `capacity` tokens, each of which may be a key g+1 times
+    // several groups share a batch of at most `capacity` tokens, each of which may be a key g+1
+    // times
     if (Wide(capacity) * (g + 1) > INT32_MAX) exact = false;
   }
   return true;
 }
 
-void check_batches(const PackCase& c, const r2ec::Plan& plan, const Arrays& a,
-                   const Ints& p_values, const Ints& c_values, const Ints* targets) {
+void check_batches(const PackCase& c, const r2ec::Plan& plan, const Arrays& a, const Ints& p_values,
+                   const Ints& c_values, const Ints* targets) {
   const auto& s = plan.starts();
   const int64_t g = c.options.num_generations;
   const bool share = c.options.share_prompts;
@@ -187,7 +205,8 @@ void check_batches(const PackCase& c, const r2ec::Plan& plan, const Arrays& a,
     for (int64_t i = s.groups[b]; i < s.groups[b + 1]; ++i) {
       const int64_t group = plan.groups()[i];
       if (seen.at(group)++) bug("a group is packed twice");
-      const Ints prompt(p_values.begin() + c.prompts[group], p_values.begin() + c.prompts[group + 1]);
+      const Ints prompt(p_values.begin() + c.prompts[group],
+                        p_values.begin() + c.prompts[group + 1]);
       const int64_t prefix_end = at + static_cast<int64_t>(prompt.size()) - 1;
       if (g == 0 || share) sequence_is(prompt.size(), prompt);
       if (g == 0 && a.readout[readout++] != at - 1) bug("readout");
@@ -211,7 +230,8 @@ void check_batches(const PackCase& c, const r2ec::Plan& plan, const Arrays& a,
     }
     if (plan.num_tokens()[b] != at) bug("num_tokens");
     if (at < length) sequence_is(length - at, Ints(length - at, 0));
-    if (at != length || sequence != s.sequences[b + 1] - s.sequences[b]) bug("a batch is cut short");
+    if (at != length || sequence != s.sequences[b + 1] - s.sequences[b])
+      bug("a batch is cut short");
   }
   if (std::count(seen.begin(), seen.end(), 1) != static_cast<int64_t>(seen.size()))
     bug("a group is missing");
@@ -225,9 +245,8 @@ void fuzz_pack(Random& r, Counts& counts) {
   try {
     const r2ec::Offsets prompts{c.prompts.data(), static_cast<int64_t>(c.prompts.size()),
                                 c.num_prompt_values};
-    const r2ec::Offsets completions{c.completions.data(),
-                                    static_cast<int64_t>(c.completions.size()),
-                                    c.num_completion_values};
+    const r2ec::Offsets completions{
+        c.completions.data(), static_cast<int64_t>(c.completions.size()), c.num_completion_values};
     const r2ec::Plan plan(prompts, c.has_completions ? &completions : nullptr, c.options);
     if (!valid) bug("a broken packing call was accepted");
     counts.batches += plan.num_batches();
@@ -267,7 +286,8 @@ r2ec::SegmentTable table(Random& r, int64_t size, int64_t longest) {
   out.offsets.push_back(0);
   for (int64_t i = 0; i < size; ++i) {
     const int64_t length = r.below(longest + 1);
-    for (int64_t j = 0; j < length; ++j) out.values.push_back(static_cast<int32_t>(r.below(1 << 20)));
+    for (int64_t j = 0; j < length; ++j)
+      out.values.push_back(static_cast<int32_t>(r.below(1 << 20)));
     out.offsets.push_back(static_cast<int64_t>(out.values.size()));
   }
   return out;
@@ -370,7 +390,8 @@ int expected_prompt(const Tables& t, const Events& e, int64_t x, Ints& out) {
         continue;
       }
       const int64_t second = static_cast<int64_t>(age % r2ec::kSecondsPerDay);
-      const int64_t unit = day == 0 ? t.within_unit[second] : r2ec::kHours + static_cast<int64_t>(day);
+      const int64_t unit =
+          day == 0 ? t.within_unit[second] : r2ec::kHours + static_cast<int64_t>(day);
       if (unit >= t.units.size()) {
         whole = true;  // reported as missing; the caller would add it
         continue;
@@ -406,10 +427,14 @@ int expected_prompt(const Tables& t, const Events& e, int64_t x, Ints& out) {
 void fuzz_assemble(Random& r, const Tables& t, const r2ec::Assembler& a, Counts& counts) {
   const Events e = make_events(r, t);
   const int64_t rows = static_cast<int64_t>(e.first.size());
-  const r2ec::Histories h{e.item.data(), e.timed ? e.timestamp.data() : nullptr,
+  const r2ec::Histories h{e.item.data(),
+                          e.timed ? e.timestamp.data() : nullptr,
                           e.rated ? e.rating.data() : nullptr,
-                          static_cast<int64_t>(e.item.size()), e.first.data(), e.last.data(),
-                          e.timed ? e.target.data() : nullptr, rows};
+                          static_cast<int64_t>(e.item.size()),
+                          e.first.data(),
+                          e.last.data(),
+                          e.timed ? e.target.data() : nullptr,
+                          rows};
   std::vector<Ints> expected(rows);
   Ints kind(rows);
   bool valid = true;
@@ -437,7 +462,8 @@ void fuzz_assemble(Random& r, const Tables& t, const r2ec::Assembler& a, Counts&
   a.write(h, measured.lines, offsets, out.get(), 1 + r.below(3));
   for (int64_t x = 0; x < rows; ++x)
     for (int64_t i = 0; i < offsets[x + 1] - offsets[x]; ++i)
-      if (out[offsets[x] + i] != (kind[x] == 2 ? -7777777 : expected[x][i])) bug("a token is wrong");
+      if (out[offsets[x] + i] != (kind[x] == 2 ? -7777777 : expected[x][i]))
+        bug("a token is wrong");
   counts.prompts += rows;
   ++counts.assembled;
   if (rows == 0) return;
@@ -471,15 +497,16 @@ int main(int argc, char** argv) {
       fuzz_assemble(r, tables, assembler, counts);
     }
   }
-  std::printf(
-      "fuzz: %.0f s of processor time, seeds %" PRIu64 "..%" PRIu64 "\n"
-      "packer: %" PRId64 " packed (%" PRId64 " batches, %" PRId64 " tokens checked), %" PRId64
-      " planned only, %" PRId64 " refused\n"
-      "assembler: %" PRId64 " calls (%" PRId64 " prompts checked), %" PRId64 " refused, %" PRId64
-      " writes refused\n",
-      elapsed(), seed, seed + round - 1, counts.packed, counts.batches, counts.tokens,
-      counts.planned_only, counts.pack_refused, counts.assembled, counts.prompts,
-      counts.assemble_refused, counts.write_refused);
+  std::printf("fuzz: %.0f s of processor time, seeds %" PRIu64 "..%" PRIu64
+              "\n"
+              "packer: %" PRId64 " packed (%" PRId64 " batches, %" PRId64
+              " tokens checked), %" PRId64 " planned only, %" PRId64
+              " refused\n"
+              "assembler: %" PRId64 " calls (%" PRId64 " prompts checked), %" PRId64
+              " refused, %" PRId64 " writes refused\n",
+              elapsed(), seed, seed + round - 1, counts.packed, counts.batches, counts.tokens,
+              counts.planned_only, counts.pack_refused, counts.assembled, counts.prompts,
+              counts.assemble_refused, counts.write_refused);
   const bool both = counts.packed > 0 && counts.pack_refused > 0 && counts.planned_only > 0 &&
                     counts.assembled > 0 && counts.assemble_refused > 0 && counts.write_refused > 0;
   if (!both) std::printf("the run was too short to reach every kind of call\n");

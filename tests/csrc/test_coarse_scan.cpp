@@ -6,9 +6,9 @@
 #include <thread>
 #include <vector>
 
-#include "exact_score.hpp"
 #include "check.hpp"
 #include "coarse_scan.hpp"
+#include "exact_score.hpp"
 
 using namespace r2ec;
 
@@ -233,7 +233,8 @@ TEST(stats_count_and_sum_what_competes) {
   std::vector<int64_t> left_out;
   for (int64_t q = 0; q < kQueries; ++q) {
     norms[q] = 1.01f * static_cast<float>(norm(values.data() + q * kColumns, kColumns));
-    const double raw = dot(rows.data() + (10 + q) * kColumns, values.data() + q * kColumns, kColumns);
+    const double raw =
+        dot(rows.data() + (10 + q) * kColumns, values.data() + q * kColumns, kColumns);
     targets.push_back({raw, static_cast<float>(raw), 1.0f});
     left_out.push_back((10 + q) * kQueries + q);
   }
@@ -279,7 +280,8 @@ TEST(stats_of_two_codes_are_those_of_the_rows_they_stand_for) {
   const auto score = [&](int64_t row, int64_t q) {
     double sum = 0.0;
     for (int64_t c = 0; c < kColumns; ++c)
-      sum += (high[row * kColumns + c] + low[row * kColumns + c] / 254.0) * values[q * kColumns + c];
+      sum +=
+          (high[row * kColumns + c] + low[row * kColumns + c] / 254.0) * values[q * kColumns + c];
     return sum * scale[row] * step[q];
   };
   std::vector<Target> targets;

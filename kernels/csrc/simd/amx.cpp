@@ -1,10 +1,11 @@
 // AMX: products by matrix units. An int16 query is 256 high + low with int8 parts, so that products
 // with int8 codes are exact sums of two integer products.
 //
-// For float32 rows the units take bfloat16: a number is split into parts, x = h + m (+ l). Two parts
-// miss at most 2^-16 of it; three nothing, or, of a query, 2^-24. Two parts: h h + (h m + m h), within
-// 3 * 2^-16; three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in brackets share a
-// tile of sums; h h has its own, so that the sum of the large terms has the error of any float32 sum.
+// For float32 rows the units take bfloat16: a number is split into parts, x = h + m (+ l). Two
+// parts miss at most 2^-16 of it; three nothing, or, of a query, 2^-24. Two parts: h h + (h m + m
+// h), within 3 * 2^-16; three: h h + (m h + m m) + (l h + h l) + h m, as good as float32. Terms in
+// brackets share a tile of sums; h h has its own, so that the sum of the large terms has the error
+// of any float32 sum.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -15,19 +16,20 @@
 
 #include "simd/tiles.hpp"
 
-#define TARGET \
-  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma")))
+#define TARGET           \
+  __attribute__((target( \
+      "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma")))
 
 namespace r2ec {
 
 namespace {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileColumns = 32;            // bfloat16 of a tile's row
+constexpr int64_t kTileColumns = 32;                 // bfloat16 of a tile's row
 constexpr int64_t kTile = kTileRows * kTileColumns;  // elements
-constexpr int64_t kAhead = 24;                  // rows that are fetched ahead
-constexpr int64_t kCodesAhead = 32;             // and of codes
-constexpr int64_t kFewQueries = 5;  // fewer are multiplied without matrix units: floats
+constexpr int64_t kAhead = 24;                       // rows that are fetched ahead
+constexpr int64_t kCodesAhead = 32;                  // and of codes
+constexpr int64_t kFewQueries = 5;      // fewer are multiplied without matrix units: floats
 constexpr int64_t kFewCodeQueries = 6;  // and codes
 constexpr int64_t kCodeTile = kTileRows * kCodeColumns;  // elements
 
@@ -69,8 +71,9 @@ class TileScope {
 
 int64_t chunks_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
-// Two times 16 floats as P times 32 parts, `kTile` apart: one of the first, one of the second and so on,
-// an order that rows and queries share. Parts are rounded, or cut off, so that three are the number itself.
+// Two times 16 floats as P times 32 parts, `kTile` apart: one of the first, one of the second and
+// so on, an order that rows and queries share. Parts are rounded, or cut off, so that three are the
+// number itself.
 template <int P, bool kRounds>
 TARGET inline void split(__m512 first, __m512 second, uint16_t* out) {
   const __m512i half = _mm512_set1_epi32(0x8000);
@@ -89,8 +92,8 @@ TARGET inline void split(__m512 first, __m512 second, uint16_t* out) {
   }
 }
 
-// Splits 16 rows into tiles [chunk][part], and takes their squared norms; beyond the block's last row
-// that one again. Four rows at a time, so that none waits for another.
+// Splits 16 rows into tiles [chunk][part], and takes their squared norms; beyond the block's last
+// row that one again. Four rows at a time, so that none waits for another.
 template <int P>
 TARGET void split_rows(const RowBlock<float>& block, int64_t first, int64_t columns,
                        uint16_t* tiles, float* squares) {
@@ -150,7 +153,8 @@ TARGET void transpose(const __m512* in, float* out, int64_t stride) {
   }
 }
 
-// The `tiles` tiles of sums [16 rows, 16 queries], added -> out[q * kGroup + row] of `count` queries.
+// The `tiles` tiles of sums [16 rows, 16 queries], added -> out[q * kGroup + row] of `count`
+// queries.
 TARGET void store_sums(const float* sums, int tiles, float* out, int64_t count) {
   __m512 rows[16];
   for (int i = 0; i < 16; ++i) {
@@ -169,8 +173,8 @@ TARGET void store_sums(const float* sums, int tiles, float* out, int64_t count) 
 }
 
 // Products of 16 rows in two parts with up to 16 (or 32) queries. Tiles (the intrinsics want their
-// numbers spelled out): 0 and 2 h h, 1 and 3 m h + h m; 4 and 5 the parts of the rows, 6 and 7 those of
-// 16 queries.
+// numbers spelled out): 0 and 2 h h, 1 and 3 m h + h m; 4 and 5 the parts of the rows, 6 and 7
+// those of 16 queries.
 template <bool kTwo>
 TARGET void multiply_two(const uint16_t* rows, const uint16_t* queries, int64_t chunks, float* out,
                          int64_t count) {
@@ -259,9 +263,10 @@ TARGET void store_code_sums(const int32_t* high, const int32_t* low, int32_t* ou
     _mm512_storeu_si512(out + q * kGroup, _mm512_load_si512(sums + 16 * q));
 }
 
-// Products of kGroup rows of codes with up to 16 queries, whose tiles serve both halves of the rows.
-// Tiles: 0 and 1 the sums of the high and low parts of the queries with the first 16 rows, 2 and 3
-// those of the others, 4 and 5 the rows, 6 and 7 the parts. Fetches the rows after them where asked to.
+// Products of kGroup rows of codes with up to 16 queries, whose tiles serve both halves of the
+// rows. Tiles: 0 and 1 the sums of the high and low parts of the queries with the first 16 rows, 2
+// and 3 those of the others, 4 and 5 the rows, 6 and 7 the parts. Fetches the rows after them where
+// asked to.
 template <bool kFetch>
 TARGET void multiply_code_tiles(const int8_t* rows, int64_t stride, const int8_t* queries,
                                 int64_t chunks, int32_t* out, int64_t count) {
@@ -299,14 +304,14 @@ bool has_amx() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tile = d & (1u << 24), bf16 = d & (1u << 22), int8 = d & (1u << 25);
   if (!tile || !bf16 || !int8 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-  const bool convert = a & (1u << 5);  // AVX512_BF16
+  const bool convert = a & (1u << 5);                // AVX512_BF16
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return convert && granted;
 }
 
-// Tiles [16 queries][chunk][high, low]; four neighbouring numbers of a query lie side by side, queries
-// beyond the last are zero.
+// Tiles [16 queries][chunk][high, low]; four neighbouring numbers of a query lie side by side,
+// queries beyond the last are zero.
 void amx_prepare_codes(CodeOperand& operand) {
   if (operand.num_queries < kFewCodeQueries) return;
   const int64_t chunks = operand.columns / kCodeColumns;
@@ -345,8 +350,9 @@ TARGET void amx_prepare_floats(FloatOperand& operand) {
   const int64_t parts = operand.parts, chunks = chunks_of(operand.columns);
   const int64_t groups = (operand.num_queries + 15) / 16;
   operand.split.assign(groups * chunks * parts * kTile, 0);
-  // The sum of h h; the small sums; what the parts leave out, 3 * 2^-16 or, with parts of rows up to
-  // 2^-7 and 2^-14 and of queries up to 2^-8 and 2^-16, m l + l m + l l and 2^-24: below 8 * 2^-24.
+  // The sum of h h; the small sums; what the parts leave out, 3 * 2^-16 or, with parts of rows up
+  // to 2^-7 and 2^-14 and of queries up to 2^-8 and 2^-16, m l + l m + l l and 2^-24: below 8 *
+  // 2^-24.
   const auto columns = static_cast<double>(operand.columns);
   operand.terms = columns + columns / 32.0 + 6.0 + (parts == 2 ? 768.0 : 8.0);
   std::vector<uint16_t> split_query(3 * kTile);
@@ -354,8 +360,8 @@ TARGET void amx_prepare_floats(FloatOperand& operand) {
     for (int64_t c = 0; c < operand.columns; c += kTileColumns) {
       const float* const from = operand.values.data() + q * operand.stride + c;
       const bool whole = c + 16 < operand.stride;
-      split<3, true>(_mm512_loadu_ps(from), whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(),
-               split_query.data());
+      split<3, true>(_mm512_loadu_ps(from),
+                     whole ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(), split_query.data());
       uint16_t* const tile =
           operand.split.data() + ((q / 16) * chunks + c / kTileColumns) * parts * kTile;
       for (int64_t part = 0; part < parts; ++part)

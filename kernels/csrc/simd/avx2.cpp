@@ -66,8 +66,7 @@ TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, i
     int64_t q = 0;
     for (; q + 2 <= num_queries; q += 2)
       codes_tile<2>(rows, queries + q * columns, columns, out + q * kGroup + i);
-    if (q < num_queries)
-      codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
+    if (q < num_queries) codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
   }
 }
 
@@ -143,9 +142,15 @@ TARGET int64_t fold(float* products, const float* scale, uint32_t allowed, Fold&
 
 }  // namespace
 
-extern const Tiles kAvx2Tiles = {
-    "avx2", keep_codes, multiply_codes,      prepare_lanes<8>,   multiply_floats,
-    reach_one, portable_reach_bf16, portable_reach_f32, fold};
+extern const Tiles kAvx2Tiles = {"avx2",
+                                 keep_codes,
+                                 multiply_codes,
+                                 prepare_lanes<8>,
+                                 multiply_floats,
+                                 reach_one,
+                                 portable_reach_bf16,
+                                 portable_reach_f32,
+                                 fold};
 
 }  // namespace r2ec
 #endif

@@ -30,8 +30,7 @@ TARGET void codes_tile(const FourRows<int8_t>& rows, const int16_t* queries, int
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.row[r] + at)));
       for (int q = 0; q < Q; ++q) {
         const __m512i query = _mm512_loadu_si512(queries + q * columns + at);
-        for (int r = 0; r < kRows; ++r)
-          sum[r][q] = _mm512_dpwssd_epi32(sum[r][q], row[r], query);
+        for (int r = 0; r < kRows; ++r) sum[r][q] = _mm512_dpwssd_epi32(sum[r][q], row[r], query);
       }
     }
     for (int r = 0; r < kRows; ++r)
@@ -51,8 +50,7 @@ TARGET void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, i
       codes_tile<4>(rows, queries + q * columns, columns, out + q * kGroup + i);
     for (; q + 2 <= num_queries; q += 2)
       codes_tile<2>(rows, queries + q * columns, columns, out + q * kGroup + i);
-    if (q < num_queries)
-      codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
+    if (q < num_queries) codes_tile<1>(rows, queries + q * columns, columns, out + q * kGroup + i);
   }
 }
 
@@ -206,9 +204,15 @@ void avx512_multiply_floats(RowBlock<float> block, const FloatOperand& operand, 
   multiply_floats(block, operand, out, squares);
 }
 
-extern const Tiles kAvx512Tiles = {
-    "avx512", keep_codes, multiply_codes,       prepare_lanes<16>, multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>, fold};
+extern const Tiles kAvx512Tiles = {"avx512",
+                                   keep_codes,
+                                   multiply_codes,
+                                   prepare_lanes<16>,
+                                   multiply_floats,
+                                   reach_one,
+                                   reach_many<Bfloat16>,
+                                   reach_many<float>,
+                                   fold};
 
 // All but the products.
 extern const Tiles kAmxTiles;
@@ -217,9 +221,15 @@ void amx_multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int3
 void amx_prepare_floats(FloatOperand& operand);
 void amx_multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* out,
                          float* squares);
-extern const Tiles kAmxTiles = {
-    "amx", amx_prepare_codes, amx_multiply_codes,       amx_prepare_floats, amx_multiply_floats,
-    reach_one, reach_many<Bfloat16>, reach_many<float>,  fold};
+extern const Tiles kAmxTiles = {"amx",
+                                amx_prepare_codes,
+                                amx_multiply_codes,
+                                amx_prepare_floats,
+                                amx_multiply_floats,
+                                reach_one,
+                                reach_many<Bfloat16>,
+                                reach_many<float>,
+                                fold};
 
 }  // namespace r2ec
 #endif

@@ -35,7 +35,8 @@ void multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* 
       float lanes[kLanes] = {};
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += row[c + lane] * other[c + lane];
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          lanes[lane] += row[c + lane] * other[c + lane];
       float sum = 0.0f;
       for (; c < columns; ++c) sum += row[c] * other[c];
       for (float lane : lanes) sum += lane;
@@ -91,9 +92,9 @@ uint32_t portable_reach_f32(const float* products, int64_t count, float scale, f
   return reach_many(products, count, scale, half, need, relative);
 }
 
-extern const Tiles kPortableTiles = {
-    "portable", keep_codes, multiply_codes,      prepare_lanes<1>,   multiply_floats,
-    reach_one,  portable_reach_bf16, portable_reach_f32, fold};
+extern const Tiles kPortableTiles = {"portable",          keep_codes,         multiply_codes,
+                                     prepare_lanes<1>,    multiply_floats,    reach_one,
+                                     portable_reach_bf16, portable_reach_f32, fold};
 
 const Tiles* find_tiles(const char* name) {
 #if defined(__x86_64__)

@@ -7,8 +7,8 @@
 
 namespace r2ec {
 
-constexpr int64_t kGroup = 32;      // rows of a tile
-constexpr int64_t kCodeColumns = 64;  // columns of codes and of their queries: a multiple of it
+constexpr int64_t kGroup = 32;         // rows of a tile
+constexpr int64_t kCodeColumns = 64;   // columns of codes and of their queries: a multiple of it
 constexpr int64_t kFloatColumns = 16;  // columns of float queries: padded with zeros to a multiple
 
 // Rows that are multiplied in the caller's layout: row i begins at rows + i * stride.
@@ -25,21 +25,23 @@ struct Finish {
   const float* half;
 };
 
-// int16 queries [num_queries, columns] as `multiply_codes` of the tiles that prepared them wants them.
+// int16 queries [num_queries, columns] as `multiply_codes` of the tiles that prepared them wants
+// them.
 struct CodeOperand {
   int64_t num_queries, columns;  // a multiple of kCodeColumns
   const int16_t* values;         // the caller's
   std::vector<int8_t> split;     // two int8 parts for matrix units, where they serve; else empty
 };
 
-// Float queries [num_queries, columns] as `multiply_floats` of the tiles that prepared them wants them.
+// Float queries [num_queries, columns] as `multiply_floats` of the tiles that prepared them wants
+// them.
 struct FloatOperand {
   int64_t num_queries, columns;
-  int64_t stride;             // of `values`: columns rounded up to kFloatColumns, zeros behind
-  std::vector<float> values;  // [num_queries, stride]
-  int parts;                  // bfloat16 numbers that a float may be split into: 2 or 3
+  int64_t stride;               // of `values`: columns rounded up to kFloatColumns, zeros behind
+  std::vector<float> values;    // [num_queries, stride]
+  int parts;                    // bfloat16 numbers that a float may be split into: 2 or 3
   std::vector<uint16_t> split;  // these parts for matrix units, where they serve; else empty
-  double terms = 0.0;  // products of an x have errors of at most terms * 2^-24 |q| |x|
+  double terms = 0.0;           // products of an x have errors of at most terms * 2^-24 |q| |x|
 
   FloatOperand(const float* queries, int64_t num_queries, int64_t columns, int parts);
 };
@@ -59,25 +61,29 @@ struct Bfloat16 {
 struct Tiles {
   const char* name;
   void (*prepare_codes)(CodeOperand& operand);
-  // out[q * kGroup + i] = row i . query q, exact: |code| <= 127, and queries so small that sums stay
-  // inside int32.
+  // out[q * kGroup + i] = row i . query q, exact: |code| <= 127, and queries so small that sums
+  // stay inside int32.
   void (*multiply_codes)(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out);
   // Readies queries beyond what FloatOperand's constructor does, and sets `terms`.
   void (*prepare_floats)(FloatOperand& operand);
   // The same in float32, and squares[i] = |row i|^2.
   void (*multiply_floats)(RowBlock<float> block, const FloatOperand& operand, float* out,
                           float* squares);
-  // Bit i of the result: s + relative |p| >= need for the raw score s of products[i]; false for NaN.
-  uint32_t (*reach)(const float* products, int64_t count, Finish finish, float need, float relative);
+  // Bit i of the result: s + relative |p| >= need for the raw score s of products[i]; false for
+  // NaN.
+  uint32_t (*reach)(const float* products, int64_t count, Finish finish, float need,
+                    float relative);
   // Bit q: the same for the products of one row with up to kGroup queries and need[q]; `scale` and
   // `half` are the row's.
   uint32_t (*reach_bf16)(const Bfloat16* products, int64_t count, float scale, float half,
                          const float* need, float relative);
   uint32_t (*reach_f32)(const float* products, int64_t count, float scale, float half,
                         const float* need, float relative);
-  // Adds the scores products[i] * scale[i] (scale may be null) of the rows in the bits of `allowed`;
-  // overwrites the products. `near`: rows between low and high. Returns how many are above high.
-  int64_t (*fold)(float* products, const float* scale, uint32_t allowed, Fold& fold, uint32_t& near);
+  // Adds the scores products[i] * scale[i] (scale may be null) of the rows in the bits of
+  // `allowed`; overwrites the products. `near`: rows between low and high. Returns how many are
+  // above high.
+  int64_t (*fold)(float* products, const float* scale, uint32_t allowed, Fold& fold,
+                  uint32_t& near);
 };
 
 // A bfloat16 number as a float.
