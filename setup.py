@@ -1,4 +1,4 @@
-"""Builds the C++ extensions r2ec_fast._packing and r2ec_kernels._first_pass;
+"""Builds the C++ extensions r2ec_fast._packing and r2ec_kernels._native;
 R2EC_BUILD_EXTENSION=0 installs without them.
 
 Neither torch nor anything but pybind11 and a C++17 compiler takes part. A failing build fails the
@@ -27,7 +27,7 @@ def extensions() -> list:
         cxx_std=17,
         extra_compile_args=native_build.OPTIMISE,
     )
-    return [packing, native_build.first_pass("kernels/csrc")]
+    return [packing, native_build.extension("kernels/csrc")]
 
 
 setup(ext_modules=extensions())

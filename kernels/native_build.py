@@ -28,13 +28,13 @@ def sources(folder: str, ending: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).rglob(f"*.{ending}"))
 
 
-def first_pass(folder: str):
-    """r2ec_kernels._first_pass from the sources in ``folder``."""
+def extension(folder: str):
+    """r2ec_kernels._native from the sources in ``folder``."""
     from pybind11.setup_helpers import Pybind11Extension
 
     parallel = ["-fopenmp"] if sys.platform == "linux" else []
     return Pybind11Extension(
-        "r2ec_kernels._first_pass",
+        "r2ec_kernels._native",
         sources(folder, "cpp"),
         depends=sources(folder, "hpp"),
         include_dirs=[folder],

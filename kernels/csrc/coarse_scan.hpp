@@ -1,112 +1,55 @@
-// First passes over a part of a table: scores of rows are offered to a Selection as they are made,
-// and no score is stored. Raw scores and their bounds: docs/search.md.
+// The coarse scan of a top-k search: approximate scores with error bounds, made on the fly.
+//
+// In: a table of N rows, M prepared queries. Out: in a TopkHeap, for each query every row that may
+// still be among its k best; an exact re-score of these few rows gives the result.
+//
+//            M queries
+//          +-----------+
+//   32     |  products |   q = 0 .. M-1:  score +- error against threshold(q);
+//   rows   |  32 x M   |                  the few rows that reach it go to the heap
+//          +-----------+
+//   next 32 rows ...                      (the products are overwritten: no score is stored)
+//
+// Bytes: the table once, N * D for int8 codes or 4 * N * D for float32, and nothing of size N * M.
+// FLOPs: 2 * N * M * D for the products, about 3 * N * M for the comparison.
+// Numerics: a raw score s, made of a product p, lies within s +- (error + relative |p|) of the
+// exact one. A row is dropped only where its upper bound is below the k-th largest lower bound, so
+// that ties are kept. docs/search.md derives raw scores and bounds.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "simd/tiles.hpp"
+#include "tables.hpp"
 #include "topk_heap.hpp"
 
 namespace r2ec {
 
-// A Selection and what a worker's passes offer to it; the bound of a raw score s made from a
-// product p is s +- (error + relative |p|).
-struct Offers {
-  Selection& selection;
-  const Tiles& tiles;
+// Where a worker's scores go, and the bounds of their errors.
+struct ScanSink {
+  TopkHeap& heap;
+  const TileKernels& kernels;
   int64_t worker;
   const float* error;  // of each query
   float relative;
 };
 
-// Rows as int8 codes: row i is scale[i] * code[i].
-struct CodeTable {
-  const int8_t* codes;
-  int64_t columns;      // a multiple of kCodeColumns; rows lie so far apart
-  Finish finish;        // of all rows
-  const bool* trusted;  // of each row, or null: rows that are not are left out
-};
-
-// Queries as step[q] times the operand's.
-struct CodeQueries {
-  const CodeOperand& operand;  // prepared by the tiles
-  const float* step;
-};
-
+// Each scans rows first..last-1 of a table.
 void scan_codes(const CodeTable& table, const CodeQueries& queries, int64_t first, int64_t last,
-                const Offers& offers);
-
-enum class Similarity { kDot, kCosine, kL2 };
-
-struct FloatTable {
-  const float* rows;
-  int64_t stride, columns;
-};
-
-// The bound of a row's raw score is unit * size + floor[q], the unit by the operand's terms; size
-// is norm[q] times the row's norm (dot), norm[q] (cosine), or the square of their sum (l2).
-// docs/search.md, section 1.
-struct FloatQueries {
-  const FloatOperand& operand;  // prepared by the tiles
-  const float* norm;
-  const float* floor;
-};
-
-// `offers.error` is not used. Rows whose norm float32 cannot be trusted with (outside 1/huge..huge)
-// are left out and appended to `doubtful`.
+                const ScanSink& sink);
+// `sink.error` is not used. Rows whose norm float32 may have lost (outside 1/huge..huge) have no
+// bound: they are left out and appended to `unbounded`.
 void scan_floats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-                 double huge, int64_t first, int64_t last, const Offers& offers,
-                 std::vector<int64_t>& doubtful);
+                 double huge, int64_t first, int64_t last, const ScanSink& sink,
+                 std::vector<int64_t>& unbounded);
 
-// Rows as two int8 codes: row i is scale[i] * (high[i] + low[i] / kLowParts), LOW_PARTS in Python.
-constexpr int kLowParts = 254;
-struct FineTable {
-  CodeTable high;  // scores are not halved: not for l2
-  const int8_t* low;
-};
-
-// What a log-softmax and a rank need of each query's target.
-struct Target {
-  double raw;            // its raw score
-  float rounded, logit;  // scores s weigh exp2((s - rounded) * logit)
-};
-
-// Pairs (row * queries + query, sorted) that do not compete, among them each query and its target.
-struct LeftOut {
-  const int64_t* pairs;
-  int64_t count;
-};
-
-struct Stats {
-  std::vector<Fold> folds;        // by query: peak and mass
-  std::vector<int64_t> ahead;     // by query: rows certainly ahead of the target
-  std::vector<int64_t> near;      // row * queries + query of pairs that the bound leaves open
-  std::vector<int64_t> doubtful;  // rows whose scores cannot be bounded; they are not counted
-};
-
-// What all rows are compared with, and how many open pairs a call may leave.
-struct Contest {
-  const std::vector<Target>& targets;
-  LeftOut left_out;
-  int64_t most_near;
-};
-
-// Add rows first..last-1 to `stats`; not for l2. Return false, and stop, where more pairs are open
-// than there may be. `error` is the bound of the codes' raw scores, of each query.
-bool add_stats(const FloatTable& table, const FloatQueries& queries, Similarity similarity,
-               double huge, const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
-               Stats& stats);
-bool add_code_stats(const FineTable& table, const CodeQueries& queries, const float* error,
-                    const Contest& contest, const Tiles& tiles, int64_t first, int64_t last,
-                    Stats& stats);
-
-// Products of rows start.. of a table with all queries, made by a matrix library; `finish` and
+// Products of rows start.. of a table with all queries, made by a matrix library; `epilogue` and
 // `first`, `last` count from `start`. [rows, queries] in memory, or [queries, rows].
 template <typename T>
-void scan_products(const T* products, int64_t stride, Finish finish, int64_t start, int64_t first,
-                   int64_t last, const Offers& offers);
-void scan_product_columns(const float* products, int64_t stride, Finish finish, int64_t start,
-                          int64_t first, int64_t last, const Offers& offers);
+void scan_products(const T* products, int64_t stride, Epilogue epilogue, int64_t start,
+                   int64_t first, int64_t last, const ScanSink& sink);
+void scan_product_columns(const float* products, int64_t stride, Epilogue epilogue, int64_t start,
+                          int64_t first, int64_t last, const ScanSink& sink);
 
 }  // namespace r2ec

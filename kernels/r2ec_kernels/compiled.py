@@ -13,9 +13,9 @@ import torch
 from .search.bounds import HUGE, Queries
 
 try:
-    from . import _first_pass
+    from . import _native
 except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
-    _first_pass = None
+    _native = None
 
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
 _cpu = ""  # the kind of CPU to run as; "": the best that this one can
@@ -26,12 +26,12 @@ _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 def available(device: torch.device) -> bool:
     """Whether tensors on ``device`` can be scanned by compiled code."""
-    return device.type == "cpu" and _first_pass is not None
+    return device.type == "cpu" and _native is not None
 
 
 def cpu_kind() -> str | None:
     """What the compiled passes run as: "amx", "avx512", "avx2" or "portable"; None without them."""
-    return None if _first_pass is None else _cpu or _first_pass.cpu_kinds()[0]
+    return None if _native is None else _cpu or _native.cpu_kinds()[0]
 
 
 class Codes(NamedTuple):
@@ -54,7 +54,7 @@ class Codes(NamedTuple):
 
     def arrays(self):
         codes, num_rows, *others = self
-        return _first_pass.CodeArrays(_array(codes), num_rows, *map(_array, others))
+        return _native.CodeArrays(_array(codes), num_rows, *map(_array, others))
 
 
 class Collector:
@@ -64,20 +64,18 @@ class Collector:
         """limit: candidates of a query beyond which it is given up; excluded: int64 [E], row *
         batch + query of pairs that are not wanted, in any order."""
         pairs = (excluded.sort().values if excluded.numel() else excluded).numpy()
-        self._collector = _first_pass.Collector(
-            batch, k, limit, torch.get_num_threads(), pairs, _cpu
-        )
+        self._scan = _native.TopkScan(batch, k, limit, torch.get_num_threads(), pairs, _cpu)
 
     def add_codes(self, codes: Codes) -> None:
         """Offer the raw scores of all rows."""
-        self._collector.codes(codes.arrays(), _ROUNDING)
+        self._scan.scan_codes(codes.arrays(), _ROUNDING)
 
     def add_rows(self, rows: torch.Tensor, query: Queries) -> torch.Tensor:
         """Offer the raw scores (``bounds``) of rows [N, d] that ``fits``.
 
         Returns the rows int64 [M] whose norms leave a score unbounded, in any order.
         """
-        return torch.from_numpy(self._collector.floats(_float_arrays(rows, query)))
+        return torch.from_numpy(self._scan.scan_floats(_float_arrays(rows, query)))
 
     def add_products(
         self,
@@ -99,13 +97,13 @@ class Collector:
         if products.dtype == torch.bfloat16:
             products = products.view(torch.uint16)
         own = map(_array, (scale, half, error))
-        self._collector.products(_array(products), start, num_rows, *own, relative + _ROUNDING)
+        self._scan.scan_products(_array(products), start, num_rows, *own, relative + _ROUNDING)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Candidate rows int64 [B, C], -1 behind the last; queries given up, bool [B]; how many
         scores met a threshold."""
-        rows, failed, opened = self._collector.finish()
-        return torch.from_numpy(rows), torch.from_numpy(failed), opened
+        rows, failed, accepted = self._scan.finish()
+        return torch.from_numpy(rows), torch.from_numpy(failed), accepted
 
 
 def reads(rows: torch.Tensor) -> bool:
@@ -147,7 +145,7 @@ class Contest(NamedTuple):
 
     def arrays(self):
         ordered = self._replace(left_out=self.left_out.sort().values)
-        return _first_pass.ContestArrays(*map(_array, ordered))
+        return _native.RankQueryArrays(*map(_array, ordered))
 
 
 class Stats(NamedTuple):
@@ -171,14 +169,14 @@ def stats(rows: torch.Tensor, query: Queries, contest: Contest, most_near: int) 
     has.
     """
     arrays = _float_arrays(rows, query), contest.arrays()
-    return _stats(_first_pass.stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    return _stats(_native.rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
 def code_stats(codes: Codes, low: torch.Tensor, contest: Contest, most_near: int) -> Stats:
     """The same over rows as two codes, scale * (code + low / ``LOW_PARTS``); low: int8, shaped as
     the codes."""
     arrays = codes.arrays(), _array(low), contest.arrays()
-    return _stats(_first_pass.code_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    return _stats(_native.code_rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
 def _stats(found: tuple) -> Stats:
@@ -192,7 +190,7 @@ def multiply_codes(
     """out float32 [B, n] = step * queries int16 [B, d] . codes int8 [n, d]; limits of their values
     as for ``Collector.add_codes``."""
     arrays = map(_array, (codes, queries, step, out))
-    _first_pass.multiply_codes(*arrays, torch.get_num_threads(), _cpu)
+    _native.multiply_codes(*arrays, torch.get_num_threads(), _cpu)
 
 
 def pair_scores(
@@ -204,10 +202,8 @@ def pair_scores(
     temperature: float,
 ) -> torch.Tensor:
     """As ``canonical.pair_scores``, for rows that it ``reads``."""
-    scoring = _first_pass.ScoringArrays(
-        _array(rows), _array(queries.double()), similarity, temperature
-    )
-    found = _first_pass.pair_scores(scoring, _array(of), _array(at), torch.get_num_threads())
+    scoring = _native.ScoringArrays(_array(rows), _array(queries.double()), similarity, temperature)
+    found = _native.pair_scores(scoring, _array(of), _array(at), torch.get_num_threads())
     return torch.from_numpy(found)
 
 
@@ -220,18 +216,16 @@ def best_keys(
 ) -> torch.Tensor:
     """The k largest order keys [B, k] of candidates int64 [B, C] (positions in ``rows``, -1 for
     none), for rows that it ``reads``; ``ids``: of each row, or None: its position."""
-    scoring = _first_pass.ScoringArrays(
+    scoring = _native.ScoringArrays(
         _array(rows), _array(query.original.double()), query.similarity, query.temperature
     )
-    found = _first_pass.best_keys(
-        scoring, _array(ids), _array(candidates), k, torch.get_num_threads()
-    )
+    found = _native.best_keys(scoring, _array(ids), _array(candidates), k, torch.get_num_threads())
     return torch.from_numpy(found)
 
 
 def _float_arrays(rows: torch.Tensor, query: Queries):
     arrays = map(_array, (rows, query.scaled, query.norm, query.floor))
-    return _first_pass.FloatArrays(*arrays, query.similarity, HUGE)
+    return _native.FloatArrays(*arrays, query.similarity, HUGE)
 
 
 def _array(tensor: torch.Tensor | None):

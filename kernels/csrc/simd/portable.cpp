@@ -1,14 +1,17 @@
-// Plain C++ for any CPU, and the choice among the kinds.
+// Plain C++ for any CPU. Rows and queries are multiplied one by one: codes in one int32 sum, floats
+// in eight float32 lanes and the rest of the columns in a sum of its own, all added in order. Fixed
+// trip counts let compilers vectorize the lanes.
+//
+// prepare_lanes<1> gives a bound for the worst order of summing, one sum over all columns.
+#include "simd/portable.hpp"
+
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <initializer_list>
 
 #include "online_softmax.hpp"
-#include "simd/tiles.hpp"
 
 namespace r2ec {
-
+namespace portable {
 namespace {
 
 void multiply_codes(RowBlock<int8_t> block, const CodeOperand& operand, int32_t* out) {
@@ -45,20 +48,9 @@ void multiply_floats(RowBlock<float> block, const FloatOperand& operand, float* 
   }
 }
 
-uint32_t reach_one(const float* products, int64_t count, Finish finish, float need,
-                   float relative) {
-  uint32_t rows = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float p = products[i] * (finish.scale ? finish.scale[i] : 1.0f);
-    const float least = need + (finish.half ? finish.half[i] : 0.0f);
-    rows |= static_cast<uint32_t>(p + relative * std::fabs(p) >= least) << i;
-  }
-  return rows;
-}
-
 template <typename T>
-uint32_t reach_many(const T* products, int64_t count, float scale, float half, const float* need,
-                    float relative) {
+uint32_t any_queries_above(const T* products, int64_t count, float scale, float half,
+                           const float* need, float relative) {
   uint32_t queries = 0;
   for (int64_t q = 0; q < count; ++q) {
     const float p = to_float(products[q]) * scale;
@@ -67,56 +59,45 @@ uint32_t reach_many(const T* products, int64_t count, float scale, float half, c
   return queries;
 }
 
-int64_t fold(float* products, const float* scale, uint32_t allowed, Fold& into, uint32_t& near) {
-  return fold_group(products, scale, allowed, into, near);
+int64_t update_softmax(float* products, const float* scale, uint32_t allowed,
+                       OnlineSoftmax& softmax, uint32_t& near_ties) {
+  return online_softmax_update(products, scale, allowed, softmax, near_ties);
 }
 
 }  // namespace
 
-FloatOperand::FloatOperand(const float* queries, int64_t num_queries, int64_t columns, int parts)
-    : num_queries(num_queries),
-      columns(columns),
-      stride((columns + kFloatColumns - 1) / kFloatColumns * kFloatColumns),
-      values(num_queries * stride, 0.0f),
-      parts(parts) {
-  for (int64_t q = 0; q < num_queries; ++q)
-    std::copy(queries + q * columns, queries + (q + 1) * columns, values.begin() + q * stride);
+uint32_t rows_above(const float* products, int64_t count, Epilogue epilogue, float need,
+                    float relative) {
+  uint32_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float p = products[i] * (epilogue.scale ? epilogue.scale[i] : 1.0f);
+    const float least = need + (epilogue.half ? epilogue.half[i] : 0.0f);
+    rows |= static_cast<uint32_t>(p + relative * std::fabs(p) >= least) << i;
+  }
+  return rows;
 }
 
-uint32_t portable_reach_bf16(const Bfloat16* products, int64_t count, float scale, float half,
-                             const float* need, float relative) {
-  return reach_many(products, count, scale, half, need, relative);
-}
-uint32_t portable_reach_f32(const float* products, int64_t count, float scale, float half,
+uint32_t queries_above_bf16(const Bfloat16* products, int64_t count, float scale, float half,
                             const float* need, float relative) {
-  return reach_many(products, count, scale, half, need, relative);
+  return any_queries_above(products, count, scale, half, need, relative);
+}
+uint32_t queries_above_f32(const float* products, int64_t count, float scale, float half,
+                           const float* need, float relative) {
+  return any_queries_above(products, count, scale, half, need, relative);
 }
 
-extern const Tiles kPortableTiles = {"portable",          keep_codes,         multiply_codes,
-                                     prepare_lanes<1>,    multiply_floats,    reach_one,
-                                     portable_reach_bf16, portable_reach_f32, fold};
+}  // namespace portable
 
-const Tiles* find_tiles(const char* name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni");
-  if (avx512 && !std::strcmp(name, kAmxTiles.name) && has_amx()) return &kAmxTiles;
-  if (avx512 && !std::strcmp(name, kAvx512Tiles.name)) return &kAvx512Tiles;
-  if (avx2 && !std::strcmp(name, kAvx2Tiles.name)) return &kAvx2Tiles;
-#endif
-  return std::strcmp(name, kPortableTiles.name) ? nullptr : &kPortableTiles;
-}
-
-const Tiles& best_tiles() {
-  static const Tiles* const best = [] {
-    for (const char* name : {"amx", "avx512", "avx2"})
-      if (const Tiles* found = find_tiles(name)) return found;
-    return &kPortableTiles;
-  }();
-  return *best;
-}
+extern const TileKernels kPortableKernels = {
+    "portable",
+    keep_codes,
+    portable::multiply_codes,
+    prepare_lanes<1>,
+    portable::multiply_floats,
+    portable::rows_above,
+    portable::queries_above_bf16,
+    portable::queries_above_f32,
+    portable::update_softmax,
+};
 
 }  // namespace r2ec

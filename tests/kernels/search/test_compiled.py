@@ -16,8 +16,8 @@ NO_PAIRS = torch.empty(0, dtype=torch.int64)
 
 def run_as(cpu, monkeypatch):
     if cpu == "torch":
-        monkeypatch.setattr(compiled, "_first_pass", None)
-    elif cpu not in compiled._first_pass.cpu_kinds():
+        monkeypatch.setattr(compiled, "_native", None)
+    elif cpu not in compiled._native.cpu_kinds():
         pytest.skip(f"this CPU is not of the kind {cpu}")
     else:
         monkeypatch.setattr(compiled, "_cpu", cpu)
