@@ -65,7 +65,7 @@ class TileScope {
 };
 
 // 16 x 16 floats, rows to columns; row i of the result goes to out + i * stride.
-TARGET inline void transpose(const __m512* in, float* out, int64_t stride) {
+TARGET void transpose(const __m512* in, float* out, int64_t stride) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_ps(in[i], in[i + 1]);
