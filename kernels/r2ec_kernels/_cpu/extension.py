@@ -65,18 +65,18 @@ class Collector:
         """limit: candidates of a query beyond which it is given up; excluded: int64 [E], row *
         batch + query of pairs that are not wanted, in any order."""
         pairs = (excluded.sort().values if excluded.numel() else excluded).numpy()
-        self._collector = _native.Collector(batch, k, limit, torch.get_num_threads(), pairs, _cpu)
+        self._scan = _native.TopkScan(batch, k, limit, torch.get_num_threads(), pairs, _cpu)
 
     def add_codes(self, codes: Codes) -> None:
         """Offer the raw scores of all rows."""
-        self._collector.codes(codes.arrays(), _ROUNDING)
+        self._scan.scan_codes(codes.arrays(), _ROUNDING)
 
     def add_rows(self, rows: torch.Tensor, query: Queries) -> torch.Tensor:
         """Offer the raw scores (``bounds``) of rows [N, d] that ``fits``.
 
         Returns the rows int64 [M] whose norms leave a score unbounded, in any order.
         """
-        return torch.from_numpy(self._collector.floats(_float_arrays(rows, query)))
+        return torch.from_numpy(self._scan.scan_floats(_float_arrays(rows, query)))
 
     def add_products(
         self,
@@ -98,13 +98,13 @@ class Collector:
         if products.dtype == torch.bfloat16:
             products = products.view(torch.uint16)
         own = map(_array, (scale, half, error))
-        self._collector.products(_array(products), start, num_rows, *own, relative + _ROUNDING)
+        self._scan.scan_products(_array(products), start, num_rows, *own, relative + _ROUNDING)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Candidate rows int64 [B, C], -1 behind the last; queries given up, bool [B]; how many
         scores met a threshold."""
-        rows, failed, opened = self._collector.finish()
-        return torch.from_numpy(rows), torch.from_numpy(failed), opened
+        rows, failed, accepted = self._scan.finish()
+        return torch.from_numpy(rows), torch.from_numpy(failed), accepted
 
 
 def reads(rows: torch.Tensor) -> bool:
@@ -146,7 +146,7 @@ class Contest(NamedTuple):
 
     def arrays(self):
         ordered = self._replace(left_out=self.left_out.sort().values)
-        return _native.ContestArrays(*map(_array, ordered))
+        return _native.RankQueryArrays(*map(_array, ordered))
 
 
 class Stats(NamedTuple):
@@ -170,14 +170,14 @@ def stats(rows: torch.Tensor, query: Queries, contest: Contest, most_near: int) 
     has.
     """
     arrays = _float_arrays(rows, query), contest.arrays()
-    return _stats(_native.stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    return _stats(_native.rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
 def code_stats(codes: Codes, low: torch.Tensor, contest: Contest, most_near: int) -> Stats:
     """The same over rows as two codes, scale * (code + low / ``LOW_PARTS``); low: int8, shaped as
     the codes."""
     arrays = codes.arrays(), _array(low), contest.arrays()
-    return _stats(_native.code_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    return _stats(_native.code_rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
 def _stats(found: tuple) -> Stats:
