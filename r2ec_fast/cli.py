@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from r2ec_fast.serve.display import show_recommendations
-from r2ec_fast.utils.atomic_files import check_writable, replaced_file
+from r2ec_fast.utils.atomic_files import check_directory, check_writable, replaced_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -247,10 +247,14 @@ def index(
     target = output_dir or model
     if output_dir is None and not Path(model).is_dir():
         raise ValueError(f"output_dir: needed, because {model!r} is not a directory")
+    check_directory(target, "output_dir")
     catalog = RecDataset.load(data).data.catalog
     r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
     r2ec.set_items(r2ec.encode_items(catalog, max_tokens=max_tokens), scan=scan)
-    r2ec.save_pretrained(target, catalog)
+    if output_dir is None and gguf_file is None:
+        r2ec.save_items(target, catalog)  # the weights are there already
+    else:
+        r2ec.save_pretrained(target, catalog)
     _say(f"encoded {len(catalog):,} items, wrote {target}")
 
 

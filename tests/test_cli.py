@@ -239,3 +239,31 @@ def test_a_table_of_another_size_is_refused(folder, capsys):
 def test_run_command_raises():
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         run_command(["recommend", "--model", "m", "--items", "[a]", "--k", "0"])
+
+
+@pytest.mark.parametrize("target", ["own", "other"])
+def test_index_keeps_what_else_is_in_the_directory(folder, tmp_path, target):
+    clone = tmp_path / "clone"
+    toy_model(dtype=torch.float32).save_pretrained(clone)
+    place = clone if target == "own" else tmp_path / "place"
+    for name in ("README.md", "LICENSE", "weights.gguf", ".git/config", "photos/cat.png"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("a user's")
+    weights = (clone / "model.safetensors").read_bytes()
+    output = [] if target == "own" else ["--output_dir", place]
+    assert run("index", "--model", clone, "--data", folder / "data", *output) == 0
+    for name in ("README.md", "LICENSE", "weights.gguf", ".git/config", "photos/cat.png"):
+        assert (place / name).read_text() == "a user's"
+    assert (place / "item_index.safetensors").is_file()
+    assert (clone / "model.safetensors").read_bytes() == weights
+
+
+def test_index_refuses_a_file(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("a user's")
+    line = error_line(
+        capsys,
+        *("index", "--model", folder / "model", "--data", folder / "data"),
+        *("--output_dir", tmp_path / "file"),
+    )
+    assert "output_dir: cannot write to " in line and "it is a file" in line
+    assert (tmp_path / "file").read_text() == "a user's"

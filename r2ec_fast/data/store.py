@@ -17,7 +17,7 @@ import polars as pl
 
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.types import Catalog, Examples, IdMap, InteractionData, RecDataset
-from r2ec_fast.utils.atomic_files import replaced_directory
+from r2ec_fast.utils.atomic_files import finish_interrupted, updated_directory
 
 FORMAT = "r2ec-fast dataset"
 FORMAT_VERSION = 1
@@ -31,7 +31,8 @@ def save_dataset(
     extra: dict[str, bytes] | None = None,
     argument: str = "directory",
 ) -> None:
-    """Write `dataset` into `directory`; an older dataset there is replaced in one rename.
+    """Write `dataset` into `directory`; the files of an older dataset there are replaced, all other
+    files stay.
 
     The bytes depend on the dataset alone: no clock, no host, no path enters a file.
 
@@ -48,7 +49,11 @@ def save_dataset(
     directory = Path(directory)
     refuse_foreign(directory)
     tables = _tables(dataset)
-    with write_errors(directory), replaced_directory(directory, argument) as temporary:
+    owned = _listed(directory)
+    with (
+        write_errors(directory),
+        updated_directory(directory, argument, owned=owned.__contains__) as temporary,
+    ):
         for name, table in tables.items():
             with open(temporary / name, "wb") as file:
                 table.write_parquet(file, compression="zstd")
@@ -67,6 +72,7 @@ def load_dataset(directory: str | Path) -> RecDataset:
         ValueError: the manifest or a table is damaged, or of another format version.
     """
     directory = Path(directory)
+    finish_interrupted(directory)
     manifest = read_manifest(directory)
     tables = {}
     for name in FILES:
@@ -214,6 +220,14 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(directory: Path) -> set[str]:
+    """The files of the dataset in `directory`, by its manifest; none where there is no dataset."""
+    try:
+        return {"manifest.json", *read_manifest(directory)["files"]}
+    except (FileNotFoundError, ValueError):
+        return {"manifest.json"}
 
 
 def refuse_foreign(directory: Path) -> None:

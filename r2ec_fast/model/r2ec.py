@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from r2ec_fast.model.hf_compat import (
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
 from r2ec_fast.prompts.builder import PromptBuilder, PromptConfig
+from r2ec_fast.utils.atomic_files import finish_interrupted, updated_directory
 from r2ec_kernels import ItemIndex, TargetStats, TopK
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "r2ec_config.json"
 INDEX_FILE = "item_index.safetensors"
 CATALOG_FILE = "catalog.parquet"
+ITEM_FILES = (CONFIG_FILE, INDEX_FILE, CATALOG_FILE)
+_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_*")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -277,6 +281,7 @@ class R2ecModel(nn.Module):
         found, ValueError where the backbone's head is of an unknown kind.
         """
         path = Path(name_or_path)
+        finish_interrupted(path)
         saved = path / CONFIG_FILE
         settings = json.loads(saved.read_text()) if saved.is_file() else {}
         backbone, tokenizer = _load_backbone(str(name_or_path), hf_kwargs)
@@ -297,25 +302,36 @@ class R2ecModel(nn.Module):
         With ``catalog`` the items' ids and texts go beside the table, so that a recommender can
         name what it recommends.
 
-        Everything goes to a temporary directory first, so an interrupted call leaves ``directory``
-        as it was.
-        """
-        from r2ec_fast.data.store import save_catalog
-        from r2ec_fast.utils.atomic_files import replaced_directory
+        An earlier model in ``directory`` is replaced; every other file and folder there stays, a
+        README.md too. Everything is written to a temporary folder first, so an interrupted call
+        leaves the model as it was.
 
-        with replaced_directory(directory) as temporary:
+        Raises OSError, naming ``directory``, where it is a file or cannot be written.
+        """
+        with updated_directory(directory, owned=_is_model_file, kept=_is_card) as temporary:
             self.backbone.save_pretrained(temporary, safe_serialization=True)
             self.tokenizer.save_pretrained(temporary)
-            settings = {
-                "similarity": self.similarity,
-                "temperature": self.temperature,
-                "prompts": asdict(self.prompts),
-            }
-            (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-            if self.index is not None:
-                self.index.save(temporary / INDEX_FILE)
-            if catalog is not None:
-                save_catalog(catalog, temporary / CATALOG_FILE)
+            self._save_items(temporary, catalog)
+
+    def save_items(self, directory: str | os.PathLike[str], catalog: Catalog) -> None:
+        """Write settings, item table and catalog beside a model that is already in ``directory``;
+        no other file is touched. Raises as :meth:`save_pretrained`."""
+        with updated_directory(directory, owned=ITEM_FILES.__contains__) as temporary:
+            self._save_items(temporary, catalog)
+
+    def _save_items(self, directory: Path, catalog: Catalog | None) -> None:
+        from r2ec_fast.data.store import save_catalog
+
+        settings = {
+            "similarity": self.similarity,
+            "temperature": self.temperature,
+            "prompts": asdict(self.prompts),
+        }
+        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        if self.index is not None:
+            self.index.save(directory / INDEX_FILE)
+        if catalog is not None:
+            save_catalog(catalog, directory / CATALOG_FILE)
 
     def add_lora(
         self,
@@ -336,6 +352,15 @@ class R2ecModel(nn.Module):
             task_type="CAUSAL_LM",
         )
         self.backbone = get_peft_model(self.backbone, config)
+
+
+def _is_model_file(name: str) -> bool:
+    """Whether a file of this name would be read as part of a saved model."""
+    return name in ITEM_FILES or any(fnmatch(name, pattern) for pattern in _WEIGHT_FILES)
+
+
+def _is_card(name: str) -> bool:
+    return name == "README.md"  # peft writes one; a user's own is worth more
 
 
 def _storable(states: torch.Tensor) -> torch.Tensor:

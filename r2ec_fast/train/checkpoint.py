@@ -10,9 +10,10 @@ checkpoint-N/
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,13 +22,19 @@ from torch import nn
 from r2ec_fast.model.r2ec import INDEX_FILE, R2ecModel
 from r2ec_fast.train import distributed
 from r2ec_fast.train.fsdp import like, whole
-from r2ec_fast.utils.atomic_files import replaced_directory
+from r2ec_fast.utils.atomic_files import (
+    finish_interrupted,
+    remove_owned,
+    remove_partial,
+    updated_directory,
+)
 from r2ec_kernels import ItemIndex
 
 STATE_FILE = "trainer_state.json"
 TRAINABLE_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 LOOP_FILE = "loop.safetensors"
+FILES = (TRAINABLE_FILE, OPTIMIZER_FILE, LOOP_FILE, INDEX_FILE, STATE_FILE)
 
 
 class CheckpointError(ValueError):
@@ -65,7 +72,7 @@ def save_checkpoint(
     index: ItemIndex | None,
     state: dict,
 ) -> None:
-    """Write a checkpoint; ``directory`` appears only when it is whole.
+    """Write a checkpoint; it is there only when it is whole. Other files in ``directory`` stay.
 
     ``tensors`` as :func:`checkpoint_tensors` gives them; ``state`` holds JSON values and, on its
     first level, tensors.
@@ -79,7 +86,7 @@ def save_checkpoint(
     loop = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     values = {k: v for k, v in state.items() if k not in loop}
     try:
-        with replaced_directory(directory) as temporary:
+        with updated_directory(directory, owned=FILES.__contains__) as temporary:
             for file, content in {**tensors, LOOP_FILE: loop}.items():
                 save_file(content, temporary / file)
             if index is not None:
@@ -162,8 +169,10 @@ def keep_best(best: Mapping[str, float], wanted: str, output_dir: Path) -> bool:
         # as text: standard errors may be NaN
         if json.dumps(_read_state(directory / STATE_FILE).get("best")) == json.dumps(best):
             if directory != output_dir / "best":
-                with replaced_directory(output_dir / "best", "output_dir") as temporary:
-                    shutil.copytree(directory, temporary, dirs_exist_ok=True)
+                target = output_dir / "best"
+                with updated_directory(target, "output_dir", owned=FILES.__contains__) as temporary:
+                    for name in filter(lambda name: (directory / name).is_file(), FILES):
+                        shutil.copy2(directory / name, temporary / name)
             return True
     return False
 
@@ -233,24 +242,62 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+def checkpoints(output_dir: Path, run: str | None = None) -> list[Path]:
+    """The complete checkpoints in ``output_dir``, oldest first; with ``run`` only those of the run
+    of this id."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
-    return sorted((p for p in found if (p / STATE_FILE).is_file()), key=lambda p: int(p.name[11:]))
+    found = [p for p in found if (p / STATE_FILE).is_file()]
+    if run is not None:
+        found = [p for p in found if _run_of(p) == run]
+    return sorted(found, key=lambda p: int(p.name[11:]))
 
 
-def prune_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for path in checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(path)
+def _run_of(directory: Path) -> str | None:
+    try:
+        return _read_state(directory / STATE_FILE).get("run")
+    except CheckpointError:
+        return None
 
 
-def clear_interrupted(output_dir: Path, names: Sequence[str] = ("best", "model")) -> None:
-    """Remove what a killed process was writing, and put back a directory it was replacing."""
-    for name in names:
-        for old in Path(output_dir).glob(f".{name}.old.*/old"):
-            if not (output_dir / name).exists():
-                old.replace(output_dir / name)
-    for pattern in (".checkpoint-*", *(f".{name}.*" for name in names)):
-        for path in Path(output_dir).glob(pattern):
-            shutil.rmtree(path)
+def refuse_results(output_dir: Path, run: str | None = None) -> None:
+    """Raise ValueError where ``output_dir`` holds results that a run would replace, or that would
+    pass for its own: any of a new run's (``run`` None), another run's where ``run`` goes on."""
+    found = checkpoints(output_dir)
+    if run is not None:  # checkpoints of version 0.1.0 name no run
+        found = [path for path in found if _run_of(path) not in (None, run)]
+    elif (Path(output_dir) / "best" / STATE_FILE).is_file():
+        found.append(Path(output_dir) / "best")
+    if found:
+        names = ", ".join(path.name for path in found[:4]) + (", ..." if found[4:] else "")
+        raise ValueError(
+            f"output_dir: {output_dir} holds results of another run ({names}) that this one "
+            "would replace; go on with it (resume_from_checkpoint=latest), choose another "
+            "output_dir, or move them away"
+        )
+
+
+def set_aside(output_dir: Path, step: int) -> list[str]:
+    """Rename the checkpoints after ``step``, from which a run now goes on in another way, so that
+    none of them passes for its latest; returns their new names."""
+    moved = []
+    for path in checkpoints(output_dir):
+        if int(path.name[11:]) > step:
+            names = (f"aside-{number}-{path.name}" for number in itertools.count(1))
+            name = next(name for name in names if not (path.parent / name).exists())
+            path.rename(path.parent / name)
+            moved.append(name)
+    return moved
+
+
+def prune_checkpoints(output_dir: Path, keep: int, run: str) -> None:
+    """Delete all but the newest ``keep`` checkpoints of the run ``run``: the files that checkpoints
+    consist of, and their directories where nothing else is in them."""
+    for path in checkpoints(output_dir, run)[:-keep]:
+        remove_owned(path, FILES.__contains__)
+
+
+def clear_interrupted(output_dir: Path) -> None:
+    """Finish what a killed process had written whole, and remove what it had not."""
+    for path in [Path(output_dir), *Path(output_dir).glob("*/")]:
+        finish_interrupted(path)
+    remove_partial(output_dir)

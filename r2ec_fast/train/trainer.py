@@ -14,6 +14,7 @@ import logging
 import math
 import signal
 import time
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -39,8 +40,10 @@ from r2ec_fast.train.checkpoint import (
     load_checkpoint,
     load_wanted,
     prune_checkpoints,
+    refuse_results,
     restore_generators,
     save_checkpoint,
+    set_aside,
     trainable_parameters,
 )
 from r2ec_fast.train.dynamic_sampling import ResamplingCost, resample_ties, round_key
@@ -101,6 +104,7 @@ class RecPOTrainer:
             model, self.builder, config, len(data.data.catalog), self.update.budget
         )
         self.run_log = RunLog(config, self.accelerator)
+        self.run_id = uuid.uuid4().hex  # of the main process: it writes the checkpoints
         self.step, self.validated_at = 0, -1
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
@@ -354,6 +358,7 @@ class RecPOTrainer:
         budget = self.update.budget
         return {
             "step": self.step,
+            "run": self.run_id,
             "best": self.best,
             "bad_evaluations": self.bad_evaluations,
             "refreshed_at": self.table.refreshed_at,
@@ -371,16 +376,24 @@ class RecPOTrainer:
             if self.accelerator.is_main_process:
                 target = self.output_dir / (name or f"checkpoint-{self.step}")
                 save_checkpoint(target, tensors, self.model.index, state)
-                prune_checkpoints(self.output_dir, self.config.save_total_limit)
+                prune_checkpoints(self.output_dir, self.config.save_total_limit, self.run_id)
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
         if self.accelerator.is_main_process:
             clear_interrupted(self.output_dir)
         if wanted is None:
+            with together("output_dir"):
+                if self.accelerator.is_main_process:
+                    refuse_results(self.output_dir)
             self.run_log.open(None)
             return
         state = load_wanted(wanted, self.output_dir, self.model, self.optimizer)
+        with together("output_dir"):
+            if self.accelerator.is_main_process:
+                refuse_results(self.output_dir, state.get("run") or self.run_id)
+                if moved := set_aside(self.output_dir, state["step"]):
+                    log.warning("later checkpoints are kept as %s", ", ".join(moved))
         restore_generators(state)
         self.scheduler.load_state_dict(state["scheduler"])
         # a scheduler counts on the optimiser to remember the rate it last set
@@ -389,6 +402,7 @@ class RecPOTrainer:
         ):
             group["lr"] = rate
         self.step, self.best = state["step"], state["best"]
+        self.run_id = state.get("run") or self.run_id  # checkpoints of 0.1.0 name none
         self.bad_evaluations = state["bad_evaluations"]
         if state["token_budget"] is not None:
             self.update.budget.lower(state["token_budget"])

@@ -1,42 +1,109 @@
-"""Files that are either whole or absent: written under a temporary name, then renamed."""
+"""Files that are either whole or absent: written under a temporary name, then renamed.
+
+A directory that is new appears by one rename. One that exists may hold what others put there, so
+nothing in it is touched but the files of this program: the new ones are written to a folder inside
+it, that folder is renamed to COMMITTED once they are whole, and then each file is renamed into its
+place. A process killed before the first rename has changed nothing; one killed later has left
+COMMITTED behind, and :func:`finish_interrupted` ends its work.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PARTIAL = ".r2ec-partial-"  # how a folder of unfinished files begins
+COMMITTED = ".r2ec-committed"  # the folder of files that are whole and on their way
+_OBSOLETE = ".obsolete.json"  # in it: the names that go
+
 
 @contextmanager
-def replaced_directory(
-    directory: str | os.PathLike[str], argument: str = "directory"
+def updated_directory(
+    directory: str | os.PathLike[str],
+    argument: str = "directory",
+    *,
+    owned: Callable[[str], bool],
+    kept: Callable[[str], bool] = lambda name: False,
 ) -> Iterator[Path]:
-    """Yield a temporary directory that takes the place of ``directory`` when the block succeeds.
+    """Yield a temporary directory whose files come into ``directory`` when the block succeeds.
 
-    Raises OSError, naming ``directory`` and the caller's ``argument``, where its parent cannot be
-    written.
+    Args:
+        directory: made if it does not exist.
+        argument: what the caller calls it, for messages.
+        owned: whether a name is one that the program writes here. Files of such names that are not
+            written anew are removed; every other file, folder or link stays.
+        kept: names that stay as they are where they exist, even if they are written anew.
+
+    Raises:
+        NotADirectoryError: ``directory`` is a file.
+        OSError: it cannot be written; both name ``directory`` and ``argument``.
     """
     target = Path(directory)
     with _named_errors(target, argument):
+        _refuse_file(target)
+        new = not target.exists()
+        finish_interrupted(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        beside = target.parent if new else target
+        prefix = f"{PARTIAL}{target.name}-" if new else PARTIAL
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "old")
-        os.replace(temporary, target)
-        if old is not None:
-            shutil.rmtree(old)
+        if new and not target.exists():
+            temporary.chmod(0o755)
+            os.replace(temporary, target)
+            return
+        written = {path.name for path in temporary.iterdir()}
+        for name in filter(kept, written & _names(target)):
+            _remove(temporary / name)
+        obsolete = sorted(name for name in _names(target) - written if owned(name))
+        (temporary / _OBSOLETE).write_text(json.dumps(obsolete))
+        with _named_errors(target, argument):
+            os.replace(temporary, target / COMMITTED)
+            finish_interrupted(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def finish_interrupted(directory: str | os.PathLike[str]) -> None:
+    """Bring into place what a process that was killed had written whole; drop what it had not."""
+    target = Path(directory)
+    committed = target / COMMITTED
+    if committed.is_dir():
+        if (committed / _OBSOLETE).is_file():
+            for name in json.loads((committed / _OBSOLETE).read_text()):
+                _remove(target / name)
+            (committed / _OBSOLETE).unlink()
+        for path in sorted(committed.iterdir()):
+            place = target / path.name
+            if place.is_dir() and not place.is_symlink():
+                _remove(place)  # a folder is no target of a rename
+            os.replace(path, place)
+        committed.rmdir()
+
+
+def remove_partial(directory: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left unfinished in ``directory`` and its subfolders."""
+    for path in [*Path(directory).glob(f"{PARTIAL}*"), *Path(directory).glob(f"*/{PARTIAL}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_owned(directory: str | os.PathLike[str], owned: Callable[[str], bool]) -> bool:
+    """Remove the program's own files of a directory, and it too if nothing else was in it; returns
+    whether it is gone."""
+    target = Path(directory)
+    for name in filter(owned, _names(target)):
+        _remove(target / name)
+    with suppress(OSError):
+        target.rmdir()
+    return not target.exists()
 
 
 @contextmanager
@@ -71,12 +138,29 @@ def check_writable(path: str | os.PathLike[str] | None, argument: str = "path") 
 def check_directory(directory: str | os.PathLike[str], argument: str = "directory") -> None:
     """Make a directory that can be written to, or raise OSError that names it and ``argument``."""
     with _named_errors(Path(directory), argument):
+        _refuse_file(Path(directory))
         _write_into(Path(directory))
 
 
 def _write_into(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=directory).close()
+
+
+def _refuse_file(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file, expected a directory")
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} - {COMMITTED}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

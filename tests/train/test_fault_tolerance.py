@@ -58,15 +58,18 @@ def test_killed_at_a_random_point_then_resumed(tmp_path, whole, seed):
 
 
 def test_what_a_killed_process_was_writing_is_cleared(tmp_path):
-    (tmp_path / ".checkpoint-4.abc").mkdir()
-    (tmp_path / ".best.old.abc" / "old").mkdir(parents=True)
-    (tmp_path / ".best.old.abc" / "old" / "file").touch()
-    (tmp_path / ".best.abc").mkdir()
+    (tmp_path / ".r2ec-partial-checkpoint-4-abc").mkdir()
+    best = tmp_path / "best"
+    (best / ".r2ec-partial-abc").mkdir(parents=True)
+    (best / "loop.safetensors").write_text("old")
+    (best / "notes.txt").write_text("a user's")
+    committed = best / ".r2ec-committed"
+    committed.mkdir()
+    (committed / "trainer_state.json").write_text("new")
+    (committed / ".obsolete.json").write_text('["loop.safetensors"]')
     checkpoint.clear_interrupted(tmp_path)
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
-        "best",
-        "best/file",
-    ]
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")}
+    assert found == {"best", "best/notes.txt", "best/trainer_state.json"}
 
 
 def fail_at(monkeypatch, name: str, error: OSError) -> None:
@@ -76,7 +79,7 @@ def fail_at(monkeypatch, name: str, error: OSError) -> None:
     save = safetensors.torch.save_file
 
     def full(tensors, path, *rest, **options):
-        if f".{name}." in str(path):
+        if f"-{name}-" in str(path):
             save(tensors, path, *rest, **options)  # some of it lies there already
             raise error
         return save(tensors, path, *rest, **options)
@@ -234,3 +237,45 @@ def test_sigterm_to_one_process_ends_all_with_a_checkpoint(tmp_path):
     assert [p.wait(timeout=240) for p in processes] == [0, 0]
     (saved,) = checkpoint.checkpoints(out)
     assert json.loads((saved / checkpoint.STATE_FILE).read_text())["step"] >= 2
+
+
+def tree_of(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_new_run_does_not_touch_the_results_of_an_earlier_one(tmp_path):
+    run(tmp_path, max_steps=4)
+    before = tree_of(tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir: .* results of another run \(checkpoint-2"):
+        run(tmp_path, max_steps=3, save_steps=1, learning_rate=1e-5)
+    assert tree_of(tmp_path) == before
+
+
+def test_another_runs_checkpoints_are_neither_latest_nor_pruned(tmp_path):
+    run(tmp_path / "one", max_steps=4)
+    run(tmp_path / "two", max_steps=2)
+    shutil.copytree(tmp_path / "one" / "checkpoint-4", tmp_path / "two" / "checkpoint-9")
+    with pytest.raises(ValueError, match=r"output_dir: .* results of another run"):
+        start = tmp_path / "two" / "checkpoint-2"
+        run(tmp_path / "two", max_steps=6, resume_from_checkpoint=str(start))
+    assert (tmp_path / "two" / "checkpoint-9").is_dir()
+    checkpoint.prune_checkpoints(tmp_path / "two", 1, "a run that wrote none of them")
+    assert (tmp_path / "two" / "checkpoint-2").is_dir()
+
+
+def test_going_back_keeps_the_later_checkpoints_aside(tmp_path):
+    run(tmp_path, max_steps=6, save_total_limit=3)
+    (tmp_path / "checkpoint-4" / "notes.txt").write_text("a user's")
+    start = str(tmp_path / "checkpoint-2")
+    run(tmp_path, max_steps=4, resume_from_checkpoint=start, save_total_limit=1)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"aside-1-checkpoint-4", "aside-1-checkpoint-6", "checkpoint-4"} <= names
+    assert (tmp_path / "aside-1-checkpoint-4" / "notes.txt").read_text() == "a user's"
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "checkpoint-4"
+
+
+def test_pruning_keeps_a_users_files(tmp_path):
+    run(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-2" / "notes.txt").write_text("a user's")
+    run(tmp_path, max_steps=6, resume_from_checkpoint="latest", save_total_limit=1)
+    assert [p.name for p in (tmp_path / "checkpoint-2").iterdir()] == ["notes.txt"]
