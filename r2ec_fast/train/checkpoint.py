@@ -41,6 +41,14 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, or belongs to another model."""
 
 
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint is whole, but not of this model or these settings."""
+
+
+# settings that decide which tensors a checkpoint holds; any other may change on the way
+_FIXED = ("use_lora", "lora_r", "optim")
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name, in a fixed order."""
     return {n: p for n, p in sorted(model.named_parameters()) if p.requires_grad}
@@ -100,17 +108,22 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, model: R2ecModel, optimizer: torch.optim.Optimizer | None = None
+    directory: Path,
+    model: R2ecModel,
+    optimizer: torch.optim.Optimizer | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> dict:
     """Put a checkpoint back into ``model`` (and ``optimizer``); returns its state.
 
     Everything is read and checked before anything changes. Raises FileNotFoundError where there is
-    none, CheckpointError where a file is damaged or belongs to another model.
+    none, CheckpointError where a file is damaged, CheckpointMismatch where it belongs to another
+    model or was written with other ``settings`` that decide what it holds.
     """
     directory = Path(directory)
     if not (directory / STATE_FILE).is_file():
         raise FileNotFoundError(f"resume_from_checkpoint: no checkpoint in {directory}")
     state = _read_state(directory / STATE_FILE)
+    _check_settings(directory, state.get("config", {}), settings or {})
     parameters = trainable_parameters(model)
     saved = _read_tensors(directory / TRAINABLE_FILE)
     _check_parameters(directory, saved, parameters)
@@ -133,7 +146,11 @@ def load_checkpoint(
 
 
 def load_wanted(
-    wanted: str, output_dir: Path, model: R2ecModel, optimizer: torch.optim.Optimizer
+    wanted: str,
+    output_dir: Path,
+    model: R2ecModel,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, object],
 ) -> dict:
     """The checkpoint that ``resume_from_checkpoint`` names: a directory, or "latest".
 
@@ -141,12 +158,14 @@ def load_wanted(
     program to decide.
     """
     if wanted != "latest":
-        return load_checkpoint(Path(wanted), model, optimizer)
+        return load_checkpoint(Path(wanted), model, optimizer, settings)
     found = checkpoints(output_dir)
     if not found:
         raise FileNotFoundError(f"resume_from_checkpoint: no checkpoint in {output_dir}")
     try:
-        return load_checkpoint(found[-1], model, optimizer)
+        return load_checkpoint(found[-1], model, optimizer, settings)
+    except CheckpointMismatch:
+        raise
     except CheckpointError as error:
         way_on = (
             f"the one before it: resume_from_checkpoint={found[-2]}"
@@ -195,17 +214,28 @@ def restore_generators(state: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state[f"{own}cuda"])
 
 
+def _check_settings(
+    directory: Path, saved: Mapping[str, object], now: Mapping[str, object]
+) -> None:
+    for name in _FIXED:
+        if name in saved and name in now and saved[name] != now[name]:
+            raise CheckpointMismatch(
+                f"{name}: {directory} was written with {saved[name]!r}, this run asks for "
+                f"{now[name]!r}; resume with the old value, or start a new run"
+            )
+
+
 def _check_parameters(
     directory: Path, saved: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> None:
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())[:3]
-        raise CheckpointError(
+        raise CheckpointMismatch(
             f"{directory}: trained parameters of another model or adapter: {', '.join(odd)} ..."
         )
     for name, parameter in parameters.items():
         if saved[name].shape != parameter.shape:
-            raise CheckpointError(
+            raise CheckpointMismatch(
                 f"{directory}: {name} has shape {tuple(saved[name].shape)}, "
                 f"expected {tuple(parameter.shape)}"
             )

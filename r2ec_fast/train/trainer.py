@@ -15,9 +15,10 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -388,19 +389,16 @@ class RecPOTrainer:
                     refuse_results(self.output_dir)
             self.run_log.open(None)
             return
-        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer)
+        settings = self.config.to_dict()
+        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer, settings)
         with together("output_dir"):
             if self.accelerator.is_main_process:
                 refuse_results(self.output_dir, state.get("run") or self.run_id)
                 if moved := set_aside(self.output_dir, state["step"]):
                     log.warning("later checkpoints are kept as %s", ", ".join(moved))
         restore_generators(state)
-        self.scheduler.load_state_dict(state["scheduler"])
-        # a scheduler counts on the optimiser to remember the rate it last set
-        for group, rate in zip(
-            self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
+        _resume_schedule(self.scheduler, self.optimizer, state["scheduler"])
+        self._say_changed_settings(state["config"], settings)
         self.step, self.best = state["step"], state["best"]
         self.run_id = state.get("run") or self.run_id  # checkpoints of 0.1.0 name none
         self.bad_evaluations = state["bad_evaluations"]
@@ -411,6 +409,12 @@ class RecPOTrainer:
         self._resume_best(wanted)
         self.run_log.open(self.step)
         log.info("resumed after step %d", self.step)
+
+    def _say_changed_settings(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        names = [name for name in now if name in saved and saved[name] != now[name]]
+        for name in names:
+            if name not in ("output_dir", "resume_from_checkpoint"):
+                log.info("%s: %s from here on (%s before)", name, now[name], saved[name])
 
     def _resume_best(self, wanted: str) -> None:
         kept = False
@@ -462,6 +466,19 @@ def _scheduler(config: RecPOConfig, optimizer: torch.optim.Optimizer, steps: int
         num_warmup_steps=config.warmup_steps,
         num_training_steps=steps * config.num_iterations,
     )
+
+
+def _resume_schedule(scheduler, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Go on at the step of a saved schedule, with the rates of this run's settings."""
+    scheduler.load_state_dict({**saved, "base_lrs": scheduler.base_lrs})
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    # a scheduler counts on the optimiser to remember the rate it last set
+    scheduler._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _main_thread() -> bool:

@@ -279,3 +279,34 @@ def test_pruning_keeps_a_users_files(tmp_path):
     (tmp_path / "checkpoint-2" / "notes.txt").write_text("a user's")
     run(tmp_path, max_steps=6, resume_from_checkpoint="latest", save_total_limit=1)
     assert [p.name for p in (tmp_path / "checkpoint-2").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"learning_rate": 1e-6}, 1e-6),
+        ({"learning_rate": 1e-6, "lr_scheduler_type": "linear"}, 1e-6 * 3 / 6),
+        ({"warmup_steps": 6}, 3e-3 * 3 / 6),
+        ({}, 3e-3),
+    ],
+)
+def test_resume_takes_the_new_rate(tmp_path, changes, rate):
+    run(tmp_path, max_steps=3, save_steps=3)
+    run(tmp_path, max_steps=6, resume_from_checkpoint="latest", **changes)
+    found = {line["step"]: line for line in lines(tmp_path) if "learning_rate" in line}
+    assert found[4]["learning_rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "old", "new"),
+    [({"lora_r": 8}, "4", "8"), ({"use_lora": False}, "True", "False")],
+)
+def test_resume_with_another_kind_of_adapter_names_both(tmp_path, changes, old, new):
+    run(tmp_path, max_steps=2)
+    for wanted in ("latest", str(tmp_path / "checkpoint-2")):
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            run(tmp_path, max_steps=4, resume_from_checkpoint=wanted, **changes)
+        text = str(caught.value)
+        [name] = changes
+        assert text.startswith(f"{name}: ") and f"{old}, " in text and f" {new};" in text
+        assert "damaged" not in text
