@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "r2ec_config.json"
 INDEX_FILE = "item_index.safetensors"
 CATALOG_FILE = "catalog.parquet"
+ADAPTER_FILE = "adapter_config.json"
 ITEM_FILES = (CONFIG_FILE, INDEX_FILE, CATALOG_FILE)
 _WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_*")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,6 +73,7 @@ class R2ecModel(nn.Module):
         self.temperature = temperature
         self.prompts = prompts or PromptConfig()
         self.index: ItemIndex | None = None
+        self._check_adapters()
         self._check_head()
 
     # ---- the language model inside, whatever wraps it -------------------------------------------
@@ -114,6 +116,19 @@ class R2ecModel(nn.Module):
     @property
     def _text_config(self):
         return self.language_model.config.get_text_config()
+
+    def _check_adapters(self) -> None:
+        # the losses read the token tables themselves: an adapter around one would not be seen
+        tables = {
+            "lm_head": self.language_model.get_output_embeddings(),
+            "the token embeddings": self.language_model.get_input_embeddings(),
+        }
+        for name, module in tables.items():
+            if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+                raise ValueError(
+                    f"target_modules: adapters on {name} are not supported, because the losses and "
+                    "the item head use the table itself; expected layers of attention and MLP only"
+                )
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -310,6 +325,7 @@ class R2ecModel(nn.Module):
         """
         with updated_directory(directory, owned=_is_model_file, kept=_is_card) as temporary:
             self.backbone.save_pretrained(temporary, safe_serialization=True)
+            _fix_base_path(temporary / ADAPTER_FILE)
             self.tokenizer.save_pretrained(temporary)
             self._save_items(temporary, catalog)
 
@@ -351,7 +367,21 @@ class R2ecModel(nn.Module):
             target_modules=list(target_modules),
             task_type="CAUSAL_LM",
         )
+        self._refuse_token_tables(target_modules)
         self.backbone = get_peft_model(self.backbone, config)
+        self._check_adapters()
+
+    def _refuse_token_tables(self, target_modules: Sequence[str]) -> None:
+        model = self.language_model
+        tables = (model.get_output_embeddings(), model.get_input_embeddings())
+        for name, module in model.named_modules():
+            if module in tables and any(
+                name == target or name.endswith(f".{target}") for target in target_modules
+            ):
+                raise ValueError(
+                    f"target_modules: expected layers of attention and MLP, got {name}: the "
+                    "losses use the token table itself and would not see an adapter on it"
+                )
 
 
 def _is_model_file(name: str) -> bool:
@@ -368,14 +398,40 @@ def _storable(states: torch.Tensor) -> torch.Tensor:
     return states.float() if states.dtype == torch.float64 else states
 
 
+def _fix_base_path(adapter: Path) -> None:
+    """Write a base model that is a directory with its whole path: the adapter may be loaded from
+    elsewhere, and a relative one would then name a model of the Hub."""
+    if adapter.is_file():
+        settings = json.loads(adapter.read_text())
+        base = settings["base_model_name_or_path"]
+        if base and Path(base).is_dir():
+            settings["base_model_name_or_path"] = str(Path(base).resolve())
+            adapter.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _base_of(adapter: Path) -> str:
+    """The base model of a saved adapter. Raises FileNotFoundError where it was a directory that is
+    no longer there."""
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if not base:
+        raise ValueError(f"{adapter}: base_model_name_or_path: expected a base model, got {base!r}")
+    is_path = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1
+    if is_path and not os.path.isdir(base):
+        raise FileNotFoundError(
+            f"{adapter}: its base model {base!r} is not there; put it back, or write its "
+            "place into base_model_name_or_path"
+        )
+    return base
+
+
 def _load_backbone(path: str, hf_kwargs: dict):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {
         k: hf_kwargs[k] for k in ("gguf_file", "revision", "trust_remote_code") if k in hf_kwargs
     }
-    adapter = Path(path) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+    adapter = Path(path) / ADAPTER_FILE
+    base = _base_of(adapter) if adapter.is_file() else path
     backbone = AutoModelForCausalLM.from_pretrained(base, **hf_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path, **names)
     if adapter.is_file():
