@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 @contextmanager
@@ -89,6 +90,25 @@ def cache_argument(kind: type[nn.Module]) -> str:
     transformers 5.24 on, ``past_key_values`` before."""
     names = inspect.signature(kind.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """The longest row a model reads, tokens; None: the configuration names none.
+
+    Rotary frequencies that follow the length of a row (dynamic NTK, LongRoPE) would be taken from
+    the longest row of a packed batch. Such models read rows of the length they were trained on
+    first: within it the frequencies are fixed, and no row depends on its neighbours.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope] if "rope_type" in rope else [v for v in rope.values() if isinstance(v, dict)]
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope" or "dynamic" in str(kind.get("rope_type")):
+            trained = kind.get("original_max_position_embeddings")
+            trained = trained or getattr(text, "original_max_position_embeddings", None) or limit
+            limit = trained if limit is None else min(limit, trained)
+    return limit
 
 
 def base_causal_lm(model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from r2ec_fast.model.hf_compat import (
     attention_implementation,
     base_causal_lm,
     cache_argument,
+    context_limit,
     eval_mode,
     last_layer_at,
 )
@@ -162,6 +163,7 @@ class R2ecModel(nn.Module):
         With a complete ``prefix`` the first sequence begins with it, and the states are those
         of the tokens behind it; one that is not takes up the batch's keys and values.
         """
+        self._check_positions(batch)
         layout = VarlenLayout.from_batch(batch)
         known = len(prefix) if prefix is not None and prefix.complete else 0
         if known:
@@ -176,6 +178,17 @@ class R2ecModel(nn.Module):
                 **{cache_argument(type(self._decoder)): prefix},
             )
         return out.last_hidden_state[0]
+
+    def _check_positions(self, batch: PackedBatch) -> None:
+        limit = context_limit(self.language_model.config)
+        if limit is None or batch.position_ids.device.type != "cpu" or not batch.num_tokens:
+            return
+        longest = int(batch.position_ids[0, : batch.num_tokens].max()) + 1
+        if longest > limit:
+            raise ValueError(
+                f"rows: expected at most {limit} tokens, the context of the model, got one of "
+                f"{longest}; lower max_user_tokens, max_item_tokens or max_completion_length"
+            )
 
     def read_out(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from r2ec_fast.model.hf_compat import base_causal_lm, eval_mode
+from r2ec_fast.model.hf_compat import base_causal_lm, context_limit, eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
@@ -238,8 +238,7 @@ class TransformersEngine:
     def _check_positions(
         self, prompts: Sequence[Sequence[int]], max_completion_length: int
     ) -> None:
-        config = base_causal_lm(self.model).config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = context_limit(base_causal_lm(self.model).config)
         longest = max(map(len, prompts), default=0)
         if limit is not None and longest + max_completion_length > limit:
             raise ValueError(
