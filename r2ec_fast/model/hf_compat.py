@@ -1,26 +1,48 @@
-"""Put a model into another mode for a while, and back exactly as it was; what models differ in."""
+"""Put a model into another mode for a while, and back exactly as it was; what models differ in.
+
+A mode is state of modules that threads share. So whoever changes one holds the model's lock until
+it is put back: passes of several threads over one model run one after another, each in its mode.
+"""
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_locks_guard = Lock()
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Hold the lock of a model, the same for its decoder and for what wraps it (peft, R2ecModel);
+    a thread that holds it may take it again."""
+    module = getattr(model, "backbone", model)
+    key = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else module
+    with _locks_guard:
+        lock = _locks.setdefault(key, RLock())
+    with lock:
+        yield
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode: no dropout, no checkpointing. Restores each module's own flag."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    with exclusive(model):
+        training = [module for module in model.modules() if module.training]
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextmanager
@@ -30,6 +52,12 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     Raises:
         ValueError: the model cannot switch its attention implementation.
     """
+    with exclusive(model), _switched_attention(model, name):
+        yield
+
+
+@contextmanager
+def _switched_attention(model: nn.Module, name: str) -> Iterator[None]:
     configs = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -72,16 +100,17 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
         return (inputs[0][:, rows],)
 
     length = 0
-    try:
-        for part in filter(None, parts):
-            handles += [
-                part.register_forward_pre_hook(select),
-                part.register_forward_hook(spread),
-            ]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with exclusive(decoder):
+        try:
+            for part in filter(None, parts):
+                handles += [
+                    part.register_forward_pre_hook(select),
+                    part.register_forward_hook(spread),
+                ]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @cache
