@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from r2ec_fast.serve.display import show_recommendations
-from r2ec_fast.utils.atomic_files import check_writable, replaced_file
+from r2ec_fast.utils.atomic_files import check_writable, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,7 +176,7 @@ def _report_ranks(
     if ranks_file is not None:
         save_ranks(table, ranks_file, "ranks_file")
     if output_file is not None:
-        _write_json(Path(output_file), rows)
+        write_whole(output_file, json.dumps(rows, indent=2) + "\n", "output_file")
     if compared := differences(table, before, "compare_with"):
         _say("\n" + metrics_table(compared, differences=True))
     return rows
@@ -329,11 +329,6 @@ def _quiet_progress_bars() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-
-
-def _write_json(path: Path, value: object) -> None:
-    with replaced_file(path, "output_file") as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _say(text: str) -> None:
