@@ -105,7 +105,7 @@ class CatalogTable:
         }
 
     def _encode(self, items: Sequence[int]) -> torch.Tensor:
-        own = distributed.shard(items)
+        own = distributed.own_part(items)
         with gathered(self.model), together("catalog refresh") as section:
             section.smallest = "lower max_tokens_per_microbatch"
             states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)

@@ -299,7 +299,7 @@ class RecPOTrainer:
             self.data, split, self.config.eval_samples if samples is None else samples,
             self.config.seed,
         )  # fmt: skip
-        own = distributed.shard(np.arange(len(examples)))
+        own = distributed.own_part(np.arange(len(examples)))
         with gathered(self.model), together("evaluation") as section:
             section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
             ranks, _ = rank_examples(
