@@ -1,33 +1,23 @@
 """Log-probabilities of given completions by one packed pass of the training model."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from r2ec_fast.model.hf_compat import eval_mode
-from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.packer import pack_histories
 from r2ec_fast.rollout.base import Rollouts
 from r2ec_kernels import linear_logprob
 
-
-class HiddenStateModel(Protocol):
-    """What scoring needs of a model; `R2ecModel` is one."""
-
-    lm_head_weight: Tensor
-    lm_head_bias: Tensor | None
-    softcap: float | None
-
-    def __call__(self, batch: PackedBatch) -> Tensor: ...
-
-    def modules(self) -> Sequence[nn.Module]: ...
+if TYPE_CHECKING:
+    from r2ec_fast.model.r2ec import R2ecModel
 
 
 @torch.no_grad()
 def score_rollouts(
-    model: HiddenStateModel,
+    model: "R2ecModel",
     prompts: Sequence[Sequence[int]],
     rollouts: Rollouts,
     *,
@@ -37,7 +27,7 @@ def score_rollouts(
     """Log-probabilities of the sampled tokens: full vocabulary, at `temperature`.
 
     Args:
-        model: maps a `PackedBatch` to the states after the final norm, [T, d].
+        model: the training model.
         prompts: the B prompts the B * G rows continue; each is computed once.
         max_tokens: tokens in one forward pass.
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
-from r2ec_fast.model.hf_compat import base_causal_lm, eval_mode
+from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
-from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
+from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, causal_lm, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.onednn_linear import MIN_STEPS, PackedLinears
@@ -23,7 +24,8 @@ from r2ec_fast.utils.memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-DECODERS = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
+Decoder = SharedPromptDecoder | PlainDecoder
+DECODERS: dict[str, type[Decoder]] = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
 
 
 class TransformersEngine:
@@ -156,9 +158,7 @@ class TransformersEngine:
             self.max_tokens_in_flight = min(self.max_tokens_in_flight, budget)
             logger.warning("out of memory in a rollout: max_tokens_in_flight is now %d", budget)
 
-    def _run(
-        self, decoder: SharedPromptDecoder | PlainDecoder, plan: list[list[int]], job: "_Job"
-    ) -> Rollouts:
+    def _run(self, decoder: Decoder, plan: list[list[int]], job: "_Job") -> Rollouts:
         rows, group = [Trajectory() for _ in job.keys], job.num_generations
         packed, steps = self._packed, MIN_STEPS
         if packed is None:
@@ -180,7 +180,7 @@ class TransformersEngine:
 
     def _decode(
         self,
-        decoder: SharedPromptDecoder | PlainDecoder,
+        decoder: Decoder,
         logits: torch.Tensor,
         rows: list[Trajectory],
         keys: torch.Tensor,
@@ -198,14 +198,15 @@ class TransformersEngine:
             last = position + 1 >= job.max_completion_length
             alive = []
             for local, row in enumerate(rows):
-                if unread[local] is None:
+                rest = unread[local]
+                if rest is None:
                     goes_on = self._goes_on(row, tokens[local], log_probs[local])
                     if not goes_on or last:
-                        unread[local] = self._ending(row) if job.wants_states else []
-                if unread[local]:
-                    tokens[local] = unread[local].pop(0)
+                        rest = unread[local] = self._ending(row) if job.wants_states else []
+                if rest is None:
                     alive.append(local)
-                elif unread[local] is None:
+                elif rest:
+                    tokens[local] = rest.pop(0)
                     alive.append(local)
             if not alive:
                 return
@@ -213,7 +214,8 @@ class TransformersEngine:
             if len(alive) < len(rows):
                 keep = torch.tensor(alive, device=logits.device)
                 keys = keys[keep]
-                rows, unread, tokens = ([x[i] for i in alive] for x in (rows, unread, tokens))
+                rows, unread = [rows[i] for i in alive], [unread[i] for i in alive]
+                tokens = [tokens[i] for i in alive]
             logits = decoder.step(torch.tensor(tokens, device=logits.device), keep)
             for row, rest, state in zip(rows, unread, newest[0], strict=True):
                 if rest == []:  # it has read its last token
@@ -238,7 +240,7 @@ class TransformersEngine:
     def _check_positions(
         self, prompts: Sequence[Sequence[int]], max_completion_length: int
     ) -> None:
-        config = base_causal_lm(self.model).config.get_text_config()
+        config = causal_lm(self.model).config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         longest = max(map(len, prompts), default=0)
         if limit is not None and longest + max_completion_length > limit:
@@ -269,10 +271,10 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     row's newest token, [n, d]."""
     kept: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple, out: object) -> None:
+    def keep(module: nn.Module, inputs: tuple, out: BaseModelOutput) -> None:
         kept[:] = [out.last_hidden_state[:, -1]]
 
-    handle = base_causal_lm(model).get_decoder().register_forward_hook(keep)
+    handle = causal_lm(model).get_decoder().register_forward_hook(keep)
     try:
         yield kept
     finally:
@@ -299,7 +301,7 @@ def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
 
 
 def _default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    generation = getattr(base_causal_lm(model), "generation_config", None)
+    generation = getattr(causal_lm(model), "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     ids = [] if found is None else [found] if isinstance(found, int) else list(found)
     if tokenizer.eos_token_id is not None:
