@@ -1,5 +1,6 @@
 """Interaction files -> id map, splits, next-item examples; a generated catalog."""
 
+from r2ec_fast.data.dataset import RecDataset
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
 from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.generic import load_interactions
@@ -11,7 +12,6 @@ from r2ec_fast.data.types import (
     History,
     IdMap,
     InteractionData,
-    RecDataset,
     UnknownIdError,
 )
 

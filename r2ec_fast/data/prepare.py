@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r2ec_fast.data.categories import category_words
+from r2ec_fast.data.dataset import RecDataset
 from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.amazon import AMAZON_URL, AmazonRules, amazon_urls, load_amazon
 from r2ec_fast.data.sources.download import download
@@ -19,11 +20,9 @@ from r2ec_fast.data.store import (
     file_sha256,
     read_manifest,
     refuse_foreign,
-    save_dataset,
     write_errors,
 )
 from r2ec_fast.data.summary import summary_png, summary_text
-from r2ec_fast.data.types import RecDataset
 
 # users, items, train, valid, test of the paper's table
 PAPER: dict[str, tuple[int, int, int, int, int]] = {
@@ -235,7 +234,7 @@ def _write(
     dataset = replace(dataset, settings=everything)
     report = summary_text(dataset)
     extra = {"report.txt": f"{report}\n".encode(), "report.png": summary_png(dataset)}
-    save_dataset(dataset, output, extra, argument="output_dir")
+    dataset.save(output, extra, argument="output_dir")
     return Prepared(output, dataset, report)
 
 

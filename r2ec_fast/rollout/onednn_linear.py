@@ -9,7 +9,7 @@ would round most of it away. The model's own weights are not touched.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,12 @@ def _linear_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _lora_forward(module: "LoraLinear") -> Callable[[Tensor], Tensor]:
-    weight = module.base_layer.weight.detach()
+    base = cast(nn.Linear, module.base_layer)  # _foldable has looked
+    weight = base.weight.detach()
     for adapter in module.active_adapters:
         if adapter in module.lora_A:
             weight = weight + module.get_delta_weight(adapter)
-    return _packed(weight, module.base_layer.bias)
+    return _packed(weight, base.bias)
 
 
 def _stamp(module: nn.Module) -> tuple:

@@ -4,12 +4,11 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
 
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
@@ -271,7 +270,7 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     row's newest token, [n, d]."""
     kept: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple, out: BaseModelOutput) -> None:
+    def keep(module: nn.Module, inputs: tuple, out: Any) -> None:
         kept[:] = [out.last_hidden_state[:, -1]]
 
     handle = causal_lm(model).get_decoder().register_forward_hook(keep)

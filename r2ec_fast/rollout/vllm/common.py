@@ -6,6 +6,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -16,8 +17,23 @@ from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 Scorer = Callable[[Sequence[Sequence[int]], Rollouts, float], np.ndarray]
 Completion = tuple[list[int], list[float]]  # token ids and their log-probabilities
+
+
+def _one_adapter(policy: nn.Module | None) -> "PeftModel | None":
+    if policy is None:
+        return None
+    from peft import PeftModel
+
+    if not isinstance(policy, PeftModel) or len(policy.active_adapters) != 1:
+        raise ValueError(
+            f"policy must be a PeftModel with one active adapter, got {type(policy).__name__}"
+        )
+    return policy
 
 
 class VLLMBase(ABC):
@@ -43,17 +59,13 @@ class VLLMBase(ABC):
         scorer: Scorer | None,
         adapter_dir: str | None = None,
     ) -> None:
-        if policy is not None and len(getattr(policy, "active_adapters", ())) != 1:
-            raise ValueError(
-                f"policy must be a PeftModel with one active adapter, got {type(policy).__name__}"
-            )
         self.stop = MarkerStop(tokenizer, marker)
         if marker_ids is None:
             marker_ids = tokenizer.encode(marker, add_special_tokens=False)
         self.marker_ids = [int(token) for token in marker_ids]
         eos = [tokenizer.eos_token_id] if eos_token_ids is None else eos_token_ids
         self.eos_token_ids = frozenset(int(token) for token in eos if token is not None)
-        self.policy = policy
+        self.policy = _one_adapter(policy)
         self.scorer = scorer
         self._adapters = tempfile.TemporaryDirectory(prefix="r2ec-adapters-", dir=adapter_dir)
         self._version = 0
