@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from r2ec_fast.data.blocks import ReadStats
 from r2ec_fast.data.build import (
     CodedEvents,
     EventCollector,
@@ -23,17 +24,11 @@ from r2ec_fast.data.build import (
     to_interactions,
 )
 from r2ec_fast.data.categories import AMAZON_CATEGORIES
+from r2ec_fast.data.formats import TextFormat, guess_format
 from r2ec_fast.data.items import clean_items, resolve_columns, unique_items
 from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_prices
 from r2ec_fast.data.progress import reading
-from r2ec_fast.data.reader import (
-    ReadStats,
-    TextFormat,
-    add_read_lines,
-    column_names,
-    guess_format,
-    read_blocks,
-)
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.settings import EventRules
 from r2ec_fast.data.text import clean_column

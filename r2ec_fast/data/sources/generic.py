@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from r2ec_fast.data.blocks import ReadStats
 from r2ec_fast.data.build import (
     CodedEvents,
     EventCollector,
@@ -17,15 +18,9 @@ from r2ec_fast.data.build import (
     sort_events,
     to_interactions,
 )
+from r2ec_fast.data.formats import TextFormat, guess_format
 from r2ec_fast.data.items import clean_items, load_items, resolve_columns, unique_items
-from r2ec_fast.data.reader import (
-    ReadStats,
-    TextFormat,
-    add_read_lines,
-    column_names,
-    guess_format,
-    read_blocks,
-)
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.settings import LoadSettings
 from r2ec_fast.data.sources.movielens import MovieLensLayout, find_movielens
