@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 
 from r2ec_fast.model.hf_compat import base_causal_lm
 
-FINISH_REASONS = ("answer", "eos", "length")
-
 
 @dataclass(frozen=True)
 class Rollouts:
