@@ -6,10 +6,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from r2ec_fast.model.hf_compat import base_causal_lm
 
 
 @dataclass(frozen=True)
@@ -102,14 +98,6 @@ def assemble(rows: Sequence[Trajectory], marker_ids: Sequence[int]) -> Rollouts:
         finish_reason=[row.finish_reason for row in rows],
         states=torch.stack(states) if states else None,
     )
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, or the model itself; TypeError for another."""
-    inner = base_causal_lm(model)
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model, got {type(inner).__name__}")
-    return inner
 
 
 def check_request(

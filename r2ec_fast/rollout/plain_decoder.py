@@ -9,11 +9,11 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from r2ec_fast.model.hf_compat import (
     attention_implementation,
+    base_causal_lm,
     cache_argument,
     model_device,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
-from r2ec_fast.rollout.base import causal_lm
 
 
 def plain_attention_name(config: PreTrainedConfig) -> str:
@@ -36,11 +36,13 @@ class PlainDecoder:
 
     def __init__(self, model: nn.Module, prefix: KnownPrefix | None = None) -> None:
         self._model = model  # the model's own cache knows no prefix: it is computed with the rest
-        self._config = causal_lm(model).config
+        self._config = base_causal_lm(model).config
 
     def session(self) -> AbstractContextManager[None]:
         """The attention implementation this decoder needs, restored afterwards."""
-        return attention_implementation(causal_lm(self._model), plain_attention_name(self._config))
+        return attention_implementation(
+            base_causal_lm(self._model), plain_attention_name(self._config)
+        )
 
     @staticmethod
     def batches(
@@ -86,6 +88,6 @@ class PlainDecoder:
             position_ids=positions.expand(n, width),
             use_cache=True,
             logits_to_keep=1,
-            **{cache_argument(type(causal_lm(self._model))): self._cache},
+            **{cache_argument(type(base_causal_lm(self._model))): self._cache},
         )
         return out.logits[:, -1]

@@ -27,7 +27,7 @@ def score_rollouts(
     """Log-probabilities of the sampled tokens: full vocabulary, at `temperature`.
 
     Args:
-        model: the training model.
+        model: its states are read with gradients off, in evaluation mode.
         prompts: the B prompts the B * G rows continue; each is computed once.
         max_tokens: tokens in one forward pass.
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from r2ec_fast.model.hf_compat import eval_mode
+from r2ec_fast.model.hf_compat import base_causal_lm, eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
-from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, causal_lm, check_request
+from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.onednn_linear import MIN_STEPS, PackedLinears
@@ -239,7 +239,7 @@ class TransformersEngine:
     def _check_positions(
         self, prompts: Sequence[Sequence[int]], max_completion_length: int
     ) -> None:
-        config = causal_lm(self.model).config.get_text_config()
+        config = base_causal_lm(self.model).config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         longest = max(map(len, prompts), default=0)
         if limit is not None and longest + max_completion_length > limit:
@@ -273,7 +273,7 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     def keep(module: nn.Module, inputs: tuple, out: Any) -> None:
         kept[:] = [out.last_hidden_state[:, -1]]
 
-    handle = causal_lm(model).get_decoder().register_forward_hook(keep)
+    handle = base_causal_lm(model).get_decoder().register_forward_hook(keep)
     try:
         yield kept
     finally:
@@ -300,7 +300,7 @@ def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
 
 
 def _default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    generation = getattr(causal_lm(model), "generation_config", None)
+    generation = getattr(base_causal_lm(model), "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     ids = [] if found is None else [found] if isinstance(found, int) else list(found)
     if tokenizer.eos_token_id is not None:

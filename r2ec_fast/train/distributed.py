@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-Part = TypeVar("Part", Sequence, np.ndarray)
+Items = TypeVar("Items", np.ndarray, Sequence[Any])
 
 
 class PeerError(RuntimeError):
@@ -66,7 +66,7 @@ def gather_objects(value: object) -> list[Any]:
     return out
 
 
-def own_part(items: Part) -> Part:
+def own_part(items: Items) -> Items:
     """This process's contiguous part of ``items``; the parts of all processes make the whole."""
     rank, size = world()
     return items[len(items) * rank // size : len(items) * (rank + 1) // size]

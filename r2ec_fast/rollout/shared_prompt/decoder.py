@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from r2ec_fast.model.hf_compat import (
     attention_implementation,
+    base_causal_lm,
     cache_argument,
     model_device,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
-from r2ec_fast.rollout.base import causal_lm
 from r2ec_fast.rollout.shared_prompt import attention
 from r2ec_fast.rollout.shared_prompt.cache import SharedPromptCache
 
@@ -30,7 +30,7 @@ class SharedPromptDecoder:
     @staticmethod
     def refuses(model: nn.Module) -> str | None:
         """Why this decoder cannot run `model`; None if it can."""
-        config = causal_lm(model).config
+        config = base_causal_lm(model).config
         if config.model_type not in MODEL_TYPES:
             return f"model type {config.model_type!r} is not among {sorted(MODEL_TYPES)}"
         if getattr(config, "use_bidirectional_attention", False):
@@ -40,7 +40,7 @@ class SharedPromptDecoder:
     def session(self) -> AbstractContextManager[None]:
         """The attention implementation this decoder needs, restored afterwards."""
         attention.register()
-        return attention_implementation(causal_lm(self._model), attention.NAME)
+        return attention_implementation(base_causal_lm(self._model), attention.NAME)
 
     @staticmethod
     def batches(
@@ -92,6 +92,6 @@ class SharedPromptDecoder:
             rollout_cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
-            **{cache_argument(type(causal_lm(self._model))): self._cache},
+            **{cache_argument(type(base_causal_lm(self._model))): self._cache},
         )
         return out.logits[:, -1]
