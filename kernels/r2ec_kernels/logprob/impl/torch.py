@@ -225,7 +225,7 @@ def head_backward(
 ) -> HeadGradients:
     """Gradients from stored or recomputed logits: one unit, and one each for hidden and weight.
 
-    Rows whose incoming gradient is zero are left out.
+    Rows whose incoming gradient is zero are skipped.
     """
     stored = forward.logits.shape[0] > 0
     if stored:

@@ -53,7 +53,7 @@ class Pool:
             # maxima of groups are scores too, and few; the k best of a block rarely share a group
             few = best if best.shape[0] >= self.k else scores
             self.raise_threshold(few, error, fresh.nonzero()[:, 0])
-        # Above -inf, so that masked rows never pass.
+        # Above -inf, so that masked rows never meet it.
         cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
         met, group = (best >= cut).T.nonzero(as_tuple=True)
         if not met.numel():
