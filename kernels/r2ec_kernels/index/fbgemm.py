@@ -1,8 +1,8 @@
 """Half-precision codes in the packed blocks of FBGEMM, torch's CPU kernels for narrow weights.
 
-Products Q C^T [B, n] of queries Q [B, d] and codes C [n, d], block by block of BLOCK rows: 2 bytes a
-column read, 2 B BLOCK d operations. Numerics: float32 sums of fused multiply-adds, one rounding a
-term.
+Products Q C^T [B, n] of queries Q [B, d] and codes C [n, d], block by block of BLOCK rows: 2 bytes
+a column read, 2 B BLOCK d operations. Numerics: float32 sums of fused multiply-adds, one rounding
+a term.
 
 FBGEMM reads float16 weights, widens them in registers and accumulates in float32: half the bytes of
 a float32 table for a few queries, and its kernels are the faster ones for many. It only multiplies
