@@ -1,7 +1,12 @@
-"""Settings of a training run. Names follow TRL and transformers where the meaning is equal."""
+"""Settings of a training run.
+
+A setting of TRL's GRPOConfig or transformers' TrainingArguments has its name there where it means
+the same. Ours are the item action, the rewards, the item table, packing, and the rest of what those
+trainers do not have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -14,13 +19,32 @@ from r2ec_fast.utils.settings import (
     OneOf,
     PositiveFloat,
     PositiveInt,
+    Renamed,
+    accept_old_names,
     check_ranges,
 )
 from r2ec_kernels import RecPOLossConfig
+from r2ec_kernels._dispatch import IMPLEMENTATIONS
 from r2ec_kernels.index.index import SCANS
-from r2ec_kernels.loss.config import ESTIMATORS, ITEM_NEGATIVES, REDUCTIONS
+from r2ec_kernels.loss.config import ESTIMATORS, ITEM_NEGATIVES, RATIO_LEVELS
+
+# TRL's loss types, and the paper's "sum" -> `reduction` of r2ec_kernels.recpo_loss
+REDUCTIONS = {
+    "dapo": "token",
+    "grpo": "sequence",
+    "dr_grpo": "constant",
+    "sum": "sum",
+}
+RENAMED = {
+    "kl_weight": Renamed("beta"),
+    "importance_cap": Renamed("vllm_importance_sampling_cap"),
+    "reduction": Renamed(
+        "loss_type", {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo", "sum": "sum"}
+    ),
+}
 
 
+@accept_old_names(RENAMED, removed_in="0.3.0")
 @dataclass
 class RecPOConfig:
     """Everything a run depends on; written beside every checkpoint. Defaults are the paper's.
@@ -75,8 +99,13 @@ class RecPOConfig:
     """Advantage: "grpo" (reward less the group's mean, divided by its standard deviation) or "rloo"
     (less the mean of the group's others, not scaled). TRL has no such setting: its GRPOTrainer
     knows the first (scale_rewards "group"), its RLOOTrainer the second."""
-    reduction: Annotated[str, OneOf(*REDUCTIONS)] = "token"
-    """Of the token terms: "token", "sequence", "constant" or "sum" (the paper's weights)."""
+    loss_type: Annotated[str, OneOf(*REDUCTIONS)] = "dapo"
+    """What the token terms are divided by, TRL's names: "dapo" (tokens of the whole step), "grpo"
+    (each reasoning's tokens, then the mean over reasonings), "dr_grpo" (max_completion_length); and
+    "sum", the paper's, not in TRL (reasonings of the step, for the item action too)."""
+    importance_sampling_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
+    """The ratio new to old policy: one a "token", or one a "sequence", the geometric mean of its
+    tokens' (GSPO)."""
     epsilon: NonNegativeFloat = 0.2
     """Lower clip range of the ratios."""
     epsilon_high: NonNegativeFloat = 0.2
@@ -89,10 +118,14 @@ class RecPOConfig:
     sampled_negatives: NonNegativeInt = 0
     """Items of the catalog, drawn uniformly in every step and encoded with it, that join the
     in-batch candidates; for steps of few users."""
-    kl_weight: NonNegativeFloat = 0.0
-    """Weight of the KL term to the backbone without adapters; 0 = none (the paper)."""
-    importance_cap: Annotated[float | None, MoreThan(0)] = None
-    """Largest correction of a token for an engine with other numerics (vLLM); none = no bound."""
+    beta: NonNegativeFloat = 0.0
+    """KL coefficient: weight of the KL term to the backbone without adapters; 0 = none (the paper,
+    whose β is reward_softmax_weight)."""
+    vllm_importance_sampling_cap: Annotated[float | None, MoreThan(0)] = None
+    """Largest correction of a token for an engine with other numerics (vLLM), a ratio; none = no
+    bound. Larger ones become it, as in TRL's mode "token_truncate"."""
+    impl: Annotated[str, OneOf(*IMPLEMENTATIONS)] = "auto"
+    """Kernels of the loss: "auto", "triton", "torch" or "reference"; equal but for rounding."""
     dynamic_sampling_rounds: NonNegativeInt = 0
     """Sample groups whose rewards tie again, at most so many times a step; 0 = never. Each round
     costs its tokens and a scoring pass."""
@@ -197,7 +230,8 @@ class RecPOConfig:
         return RecPOLossConfig(
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
-            reduction=self.reduction,
+            reduction=REDUCTIONS[self.loss_type],
+            ratio_level=self.importance_sampling_level,
             estimator=self.estimator,
             best=self.relabel_topk,
             item_weight=self.item_weight,
@@ -207,14 +241,21 @@ class RecPOConfig:
             temperature=self.temperature / logit_scale,
             item_negatives=self.item_negatives,
             max_completion_length=self.max_completion_length,
-            kl_weight=self.kl_weight,
-            importance_cap=self.importance_cap,
+            kl_weight=self.beta,
+            importance_cap=self.vllm_importance_sampling_cap,
             entropy=self.log_entropy,
+            impl=self.impl,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecPOConfig:
+        """The settings that `to_dict` wrote, in this release or the one before, such as "config"
+        of a checkpoint's trainer_state.json."""
+        return cls(**values)
 
 
 @dataclass
