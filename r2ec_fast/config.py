@@ -31,6 +31,7 @@ from r2ec_kernels.loss.config import ESTIMATORS, ITEM_NEGATIVES, RATIO_LEVELS
 # TRL's loss types, and the paper's "sum" -> `reduction` of r2ec_kernels.recpo_loss
 REDUCTIONS = {
     "dapo": "token",
+    "bnpo": "token",  # divided by another count, see PolicyUpdate
     "grpo": "sequence",
     "dr_grpo": "constant",
     "sum": "sum",
@@ -100,8 +101,9 @@ class RecPOConfig:
     (less the mean of the group's others, not scaled). TRL has no such setting: its GRPOTrainer
     knows the first (scale_rewards "group"), its RLOOTrainer the second."""
     loss_type: Annotated[str, OneOf(*REDUCTIONS)] = "dapo"
-    """What the token terms are divided by, TRL's names: "dapo" (tokens of the whole step), "grpo"
-    (each reasoning's tokens, then the mean over reasonings), "dr_grpo" (max_completion_length); and
+    """What the token terms are divided by, TRL's names: "dapo" (tokens of the whole step), "bnpo"
+    (tokens of one accumulation step of a process, then the mean over these), "grpo" (each
+    reasoning's tokens, then the mean over reasonings), "dr_grpo" (max_completion_length); and
     "sum", the paper's, not in TRL (reasonings of the step, for the item action too)."""
     importance_sampling_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
     """The ratio new to old policy: one a "token", or one a "sequence", the geometric mean of its

@@ -117,7 +117,7 @@ def test_old_name_in_the_json_of_a_checkpoint(old, value, new, expected):
 
 
 def test_present_settings_survive_a_file():
-    config = RecPOConfig(loss_type="grpo", beta=0.5, eval_reasoning=False)
+    config = RecPOConfig(loss_type="bnpo", beta=0.5, eval_reasoning=False)
     stored = json.loads(json.dumps(config.to_dict()))
     assert future_warnings(lambda: RecPOConfig.from_dict(stored)) == []
     assert RecPOConfig.from_dict(stored) == config
@@ -167,7 +167,7 @@ def test_old_and_new_name_together(trained, tmp_path, old, value, new, expected)
 def test_old_names_take_old_values_only():
     with pytest.raises(ValueError, match=r"reduction: expected one of token, .*, got 'dapo'"):
         RecPOConfig(reduction="dapo")
-    with pytest.raises(ValueError, match=r"loss_type: expected one of dapo, .* got 'token'"):
+    with pytest.raises(ValueError, match=r"loss_type: expected one of dapo, bnpo, .* got 'token'"):
         RecPOConfig(loss_type="token")
 
 

@@ -204,14 +204,21 @@ class PolicyUpdate:
         counts = distributed.sum_(
             torch.tensor([int(sum(targets)), users], device=self.model.device)
         )
-        num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
+        num_tokens, num_selected = [counts[0]] * len(targets), counts[1] * self.config.relabel_topk
+        if self.config.loss_type == "bnpo":  # a mean over means, one an accumulation step
+            steps = len(targets) * distributed.world()[1]
+            num_tokens = [counts.new_tensor(max(int(n), 1) * steps) for n in targets]
         stats = UpdateStats()
-        batches = [(e, batch) for e in experiences for batch in self._pack(e)]
+        batches = [
+            (e, batch, n)
+            for e, n in zip(experiences, num_tokens, strict=True)
+            for batch in self._pack(e)
+        ]
         idle = self._idle_passes(len(batches))
         with together("micro-batches", linked=self.sharded) as section:
-            for experience, batch in batches:
+            for experience, batch, count in batches:
                 section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
-                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
+                self._micro_batch(experience, batch, candidates, count, num_selected, stats)
             for _ in range(idle):
                 self._idle_pass(reference=self.config.beta > 0)
         for experience in experiences:
