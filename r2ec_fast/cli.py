@@ -6,11 +6,12 @@ user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 s
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionSubCommands, ArgumentParser, Namespace, set_parsing_settings
 
@@ -46,12 +47,22 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(message) from ex
 
+    def dump(self, namespace: Namespace, *arguments: Any, **settings: Any) -> str:
+        """What `--print_config` prints: old names of settings become the present ones."""
+        from r2ec_fast.config import RENAMED
+
+        namespace = namespace.clone()
+        for old, new in RENAMED.items():
+            if old in namespace:
+                namespace[new.name] = new.now(old, namespace.pop(old))
+        return super().dump(namespace, *arguments, **settings)
+
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands. Settings, defaults and help come from signatures and
     docstrings.
     """
-    from r2ec_fast.config import ModelConfig, RecPOConfig
+    from r2ec_fast.config import RENAMED, ModelConfig, RecPOConfig
     from r2ec_fast.data import prepare as sources
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -83,6 +94,10 @@ def build_parser() -> ArgumentParser:
     sub.add_argument("--data", type=str, required=True, help="Prepared data set (directory).")
     sub.add_class_arguments(ModelConfig, "model", as_positional=False)
     sub.add_class_arguments(RecPOConfig, as_positional=False)
+    kinds_of = get_type_hints(RecPOConfig)
+    for old, new in RENAMED.items():  # taken, not shown
+        kind = str if new.values else kinds_of[new.name]
+        sub.add_argument(f"--{old}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     function("report", positional=True)
     for name in ("evaluate", "recommend", "index"):
         function(name)
@@ -91,7 +106,7 @@ def build_parser() -> ArgumentParser:
 
 def run_command(arguments: Sequence[str] | None = None) -> None:
     """Parse and run one command; errors are exceptions."""
-    from r2ec_fast.config import ModelConfig, RecPOConfig
+    from r2ec_fast.config import RENAMED, ModelConfig, RecPOConfig
     from r2ec_fast.prompts.builder import PromptConfig
 
     parser = build_parser()
@@ -103,8 +118,10 @@ def run_command(arguments: Sequence[str] | None = None) -> None:
         prepare(source, **_values(settings.prepare[source]))
     elif name == "train":
         values = _values(settings.train)
-        data, model = values.pop("data"), values.pop("model")
-        prompts = PromptConfig(**model.pop("prompts"))
+        if any(old in values for old in RENAMED):  # then a new one must have been given to count
+            values = _values(parser.parse_args(arguments, defaults=False).train)
+        data, model = values.pop("data"), values.pop("model", {})
+        prompts = PromptConfig(**model.pop("prompts", {}))
         train(data, ModelConfig(**model, prompts=prompts), RecPOConfig(**values))
     else:
         FUNCTIONS[name](**_values(settings[name]))

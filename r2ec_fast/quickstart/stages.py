@@ -223,7 +223,7 @@ def recpo_trainer(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) ->
         # write within a few steps of reward otherwise
         lora_r=16,
         lora_alpha=32,
-        kl_weight=0.5,
+        beta=0.5,
         learning_rate=1e-3,
         warmup_steps=4,
         temperature=1.0,

@@ -204,16 +204,23 @@ class PolicyUpdate:
         counts = distributed.sum_(
             torch.tensor([int(sum(targets)), users], device=self.model.device)
         )
-        num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
+        num_tokens, num_selected = [counts[0]] * len(targets), counts[1] * self.config.relabel_topk
+        if self.config.loss_type == "bnpo":  # a mean over means, one an accumulation step
+            steps = len(targets) * distributed.world()[1]
+            num_tokens = [counts.new_tensor(max(int(n), 1) * steps) for n in targets]
         stats = UpdateStats()
-        batches = [(e, batch) for e in experiences for batch in self._pack(e)]
+        batches = [
+            (e, batch, n)
+            for e, n in zip(experiences, num_tokens, strict=True)
+            for batch in self._pack(e)
+        ]
         idle = self._idle_passes(len(batches))
         with together("micro-batches", linked=self.sharded) as section:
-            for experience, batch in batches:
+            for experience, batch, count in batches:
                 section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
-                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
+                self._micro_batch(experience, batch, candidates, count, num_selected, stats)
             for _ in range(idle):
-                self._idle_pass(reference=self.config.kl_weight > 0)
+                self._idle_pass(reference=self.config.beta > 0)
         for experience in experiences:
             experience.scored = True
         candidates.backward()
@@ -312,7 +319,7 @@ class PolicyUpdate:
         if not experience.scored:
             self._score(experience, groups, states.detach())
         rows = batch.groups
-        kl_weight, source = self.config.kl_weight, batch.source.cpu()
+        beta, source = self.config.beta, batch.source.cpu()
         rollouts = experience.rollouts
         old = torch.from_numpy(rollouts.log_prob)[source].to(model.device)
         sampler = rollouts.sampler_log_prob
@@ -333,7 +340,7 @@ class PolicyUpdate:
             old_log_prob=old,
             old_item_log_prob=experience.old_item_log_prob[rows] if experience.scored else None,
             sampler_log_prob=sampler,
-            ref_log_prob=self._reference_log_prob(batch) if kl_weight else None,
+            ref_log_prob=self._reference_log_prob(batch) if beta else None,
             item_table=model.index.items if self.config.item_negatives == "catalog" else None,
             num_tokens=num_tokens,
             num_selected=num_selected,
@@ -368,7 +375,7 @@ class PolicyUpdate:
         model = self.model
         disabled = getattr(model.backbone, "disable_adapter", None)
         if disabled is None:
-            raise ValueError("kl_weight: the reference is the backbone without adapters; use_lora")
+            raise ValueError("beta: the reference is the backbone without adapters; use_lora")
         with disabled() if disabled is not None else nullcontext():
             hidden = model(batch)
         return linear_logprob(
@@ -378,6 +385,7 @@ class PolicyUpdate:
             bias=model.lm_head_bias,
             softcap=model.softcap,
             temperature=self.loss_config.temperature,
+            impl=self.config.impl,
         ).log_prob
 
     def _item_loss(self, states, candidates, targets, total) -> RecPOLoss:

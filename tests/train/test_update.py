@@ -1,6 +1,7 @@
 """One optimiser step of RecPO against the equations, and its traps (docs/method.md)."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.rollout import Rollouts, TransformersEngine
+from r2ec_fast.train import update as update_module
 from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch, select_rows
 
 G = 3
@@ -219,11 +221,78 @@ def test_a_sampler_with_other_numerics_is_corrected(step, cap, factor):
     plain, _ = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
     other = replace(rollouts, sampler_log_prob=rollouts.log_prob - np.float32(0.3))
     experience = Experience.of(users, other, model.device)
-    stats, _ = gradients(model, [experience], rows, config(importance_cap=cap))
+    stats, _ = gradients(model, [experience], rows, config(vllm_importance_sampling_cap=cap))
     assert abs(plain["token_loss"]) > 1e-3
     assert stats["token_loss"] == pytest.approx(factor * plain["token_loss"], rel=1e-4)
     assert stats["item_loss"] == pytest.approx(plain["item_loss"])
     assert stats["importance_ratio"] == pytest.approx(factor, rel=1e-4)
+
+
+def test_bnpo_is_the_mean_over_accumulation_steps(step):
+    # TRL's: each accumulation step of a process divides by its own tokens
+    model, users, rollouts, rows = step
+    cfg = config(item_weight=0.0, loss_type="bnpo", max_tokens_per_microbatch=1)
+    parts = [part(users, rollouts, of) for of in ((0, 1), (1, 4))]
+    assert len({len(own.values) for _, own in parts}) == 2
+    alone = [
+        gradients(model, [Experience.of(*own, model.device)], rows, config(item_weight=0.0))
+        for own in parts
+    ]
+    both = [Experience.of(*own, model.device) for own in parts]
+    stats, got = gradients(model, both, rows, cfg)
+    assert stats["token_loss"] == pytest.approx(
+        sum(s["token_loss"] for s, _ in alone) / 2, rel=1e-4, abs=1e-6
+    )
+    for name in got:
+        want = (alone[0][1][name] + alone[1][1][name]) / 2
+        torch.testing.assert_close(got[name], want, **FLOAT32_INSIDE)
+    whole, _ = gradients(model, both, rows, config(item_weight=0.0))
+    assert abs(whole["token_loss"] - stats["token_loss"]) > 1e-4
+
+
+def part(users, rollouts, of):
+    """Users of[0] to of[1] and their rollouts."""
+    first, last = of
+    bounds = rollouts.offsets[first * G : last * G + 1]
+    own = slice(bounds[0], bounds[-1])
+    some = UserBatch(
+        users.prompts[first:last],
+        users.targets[first:last],
+        select_rows(users.exclude, np.arange(first, last)),
+        users.keys[first:last],
+    )
+    return some, Rollouts(
+        values=rollouts.values[own],
+        offsets=bounds - bounds[0],
+        sampled=rollouts.sampled[own],
+        log_prob=rollouts.log_prob[own],
+        finish_reason=rollouts.finish_reason[first * G : last * G],
+    )
+
+
+def test_impl_reaches_the_loss_and_the_reference(step, monkeypatch):
+    model, users, rollouts, rows = step
+    _, want = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
+    used = []
+    linear_logprob = update_module.linear_logprob
+
+    def spied(*args, impl, **settings):
+        used.append(impl)
+        return linear_logprob(*args, impl=impl, **settings)
+
+    monkeypatch.setattr(update_module, "linear_logprob", spied)
+    monkeypatch.setattr(model.backbone, "disable_adapter", nullcontext, raising=False)
+    cfg = config(impl="reference", beta=0.1)
+    experience = Experience.of(users, rollouts, model.device)
+    update = PolicyUpdate(model, cfg)
+    model.zero_grad()
+    update.recpo([experience], rows)
+    assert used and set(used) == {"reference"}
+    assert update.loss_config.impl == "reference"
+    # the reference is here the policy itself: the KL term's gradient is zero
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, want[name], **FLOAT32_INSIDE)
 
 
 def test_contrastive_is_the_softmax_cross_entropy(step):
