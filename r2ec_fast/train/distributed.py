@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+Items = TypeVar("Items", np.ndarray, Sequence[Any])
 
 
 class PeerError(RuntimeError):
@@ -62,7 +66,7 @@ def gather_objects(value: object) -> list:
     return out
 
 
-def shard(items: Sequence, rank: int | None = None) -> Sequence:
+def shard(items: Items, rank: int | None = None) -> Items:
     """This process's contiguous part of ``items``; the parts of all processes make the whole."""
     own, size = world()
     rank = own if rank is None else rank
