@@ -38,6 +38,8 @@ NO_TIME = np.iinfo(np.int64).min
 SECONDS_PER_DAY = 86_400
 HOURS = 24
 MAX_DAYS = 20_000  # events older than 54 years are bad data: not worth a table
+CHECK_COST = 40_000  # of checking the segments, in lines of a prompt tokenised as whole text
+ITEM_COST = 4  # of tokenising one item of the catalog, in the same
 RATING, NEWLINE, CLOSING = range(3)  # what follows an item on its line
 _AGES = ("7.5min ago:", "5h 12.0min ago:", "3d 4.2h ago:")
 _LINES = ("[x]\n", "(4.5)\n")  # how a line may begin, and end
@@ -62,8 +64,8 @@ class PromptAssembler:
         threads: C++ threads.
         sample: random histories compared with the whole-text path before segments are used.
         ahead: check the segments now, and tokenise the whole catalog for the first prompts, as
-            pays off for many. False: only for a call that shows as many events as the catalog has
-            items; other calls take the whole-text path, so that no single request waits for it.
+            pays off for many. False: only in a call that is large enough to pay for it by itself;
+            smaller calls take the whole-text path, so that no single request waits.
 
     `reason` says why every prompt takes the whole-text path; None where segments can be used.
     """
@@ -116,7 +118,8 @@ class PromptAssembler:
 
     def _rows(self, events: _Events, history_of: Callable[[int], "History"]) -> Ragged:
         shown = np.minimum(events.last - events.first, self.builder.config.window)
-        building = self.ahead or shown.sum() >= len(self._titles)
+        cost = CHECK_COST + ITEM_COST * len(self._titles)
+        building = self.ahead or shown.sum() >= cost
         if building and not self._checked and self._core is not None:
             self._check()
         return self._assemble(events, history_of, building)

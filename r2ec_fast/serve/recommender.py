@@ -180,19 +180,27 @@ class Recommender:
                 f"histories: expected a list of user ids or of item lists, got {histories!r}"
             )
         resolved = [self._history(entry, now) for entry in histories]
+        prompts = self.assembler.history_rows(resolved)
         out: list[Recommendations] = []
         for start in range(0, len(resolved), batch_size):
-            part = resolved[start : start + batch_size]
-            out += self._recommend_batch(part, k, reasoning, max_completion_length)
+            part = slice(start, start + batch_size)
+            out += self._recommend_batch(
+                resolved[part], prompts[part], k, reasoning, max_completion_length
+            )
         return out
 
     def _recommend_batch(
-        self, histories: Sequence[History], k: int, reasoning: bool, max_completion_length: int
+        self,
+        histories: Sequence[History],
+        prompts: Ragged,
+        k: int,
+        reasoning: bool,
+        max_completion_length: int,
     ) -> list[Recommendations]:
         users = user_states(
             self.model,
             self.builder,
-            self.assembler.history_rows(histories),
+            prompts,
             engine=self.engine if reasoning else None,
             max_completion_length=max_completion_length,
             prefix=self.prefix,

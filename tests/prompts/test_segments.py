@@ -269,22 +269,23 @@ def test_old_events_and_odd_ratings(monkeypatch):
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_only_a_large_call_waits_for_the_catalog(monkeypatch, timed):
-    titles = [f"thing {i}" for i in range(50)]
+    monkeypatch.setattr("r2ec_fast.prompts.segments.CHECK_COST", 0)
+    titles = [f"thing {i}" for i in range(25)]
     builder = PromptBuilder(TOKENIZERS["gpt2"](), catalog(titles))
     tokenised, whole_text = [], builder.user_ids
     assembler = PromptAssembler(builder, sample=2, ahead=False)
     tokenize = assembler._tokenize
     monkeypatch.setattr(assembler, "_tokenize", lambda t: tokenised.append(t) or tokenize(t))
-    times, target = (np.arange(15), 99) if timed else (None, None)
-    histories = [History(np.arange(i, i + 15), times, None, target) for i in range(8)]
+    times, target = (np.arange(20), 99) if timed else (None, None)
+    histories = [History(np.arange(i, i + 20), times, None, target) for i in range(5)]
     asked = []
     monkeypatch.setattr(builder, "user_ids", lambda h: asked.append(h) or whole_text(h))
-    for history in histories:  # 15 lines
+    for history in histories:  # 20 lines; the catalog costs 100
         assert_rows(assembler.history_rows([history]), [whole_text(history)])
     assert asked == histories and not tokenised
-    with pytest.raises(ValueError, match="history 0: item 50 is outside 0..49"):
-        assembler.history_rows([History(np.array([50]))])
-    assert_rows(assembler.history_rows(histories[:4]), [whole_text(h) for h in histories[:4]])
+    with pytest.raises(ValueError, match="history 0: item 25 is outside 0..24"):
+        assembler.history_rows([History(np.array([25]))])
+    assert_rows(assembler.history_rows(histories), [whole_text(h) for h in histories])
     asked.clear()
     assert_rows(assembler.history_rows(histories[:1]), [whole_text(histories[0])])
     assert tokenised and not asked
