@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from r2ec_fast.quickstart.world import PROMPTS, Sizes, reasoning_text
+from r2ec_fast.quickstart.world import Sizes, reasoning_text
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.data import Examples, RecDataset
     from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_fast.packing.ragged import Ragged
     from r2ec_fast.prompts.builder import PromptBuilder
     from r2ec_fast.train.trainer import RecPOTrainer
     from r2ec_fast.train.update import PolicyUpdate
@@ -62,10 +62,13 @@ def warm_up(
     from transformers import get_cosine_schedule_with_warmup
 
     from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.packing.ragged import Ragged
+    from r2ec_fast.prompts.segments import PromptAssembler
     from r2ec_fast.train.update import PolicyUpdate
 
     rng = np.random.default_rng([seed, 1])
     builder = model.prompt_builder(dataset.data.catalog)
+    assembler = PromptAssembler(builder)
     update = PolicyUpdate(model, RecPOConfig(objective="contrastive"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -73,9 +76,12 @@ def warm_up(
     losses = []
     for _ in range(steps):
         chosen = dataset.train[rng.integers(0, len(dataset.train), batch_size)]
-        prompts, latest = _prompts(builder, dataset, chosen)
+        prompts = assembler.example_rows(dataset, chosen)
+        # the latest items of each history, oldest first
+        latest = Ragged.of(dataset.exclude(chosen, NAMED_EVENTS))
         guesses = [rng.choice(items, 3) for items in latest]
-        language = _language_step(model, prompts, _reasonings(builder, guesses))
+        reasonings = _reasonings(builder, guesses).append(builder.marker_ids)
+        language = _language_step(model, prompts, reasonings)
         contrast = _item_step(update, builder, dataset, chosen, prompts, latest)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -85,28 +91,27 @@ def warm_up(
     return losses
 
 
-def _language_step(
-    model: R2ecModel, prompts: list[list[int]], reasonings: list[list[int]]
-) -> float:
+def _language_step(model: R2ecModel, prompts: Ragged, reasonings: Ragged) -> float:
     """Accumulate the gradient of next-token prediction; returns the loss."""
     import torch
 
     from r2ec_fast.packing.packer import pack_histories
+    from r2ec_fast.packing.ragged import common_prefix
     from r2ec_kernels import linear_logprob
 
     # the instruction, which all prompts begin with, is computed once
-    shared = os.path.commonprefix(prompts)
-    rows = [p[len(shared) :] + r for p, r in zip(prompts, reasonings, strict=True)]
+    shared = common_prefix(prompts)
+    histories = prompts.tail(shared)
+    rows = histories.join(reasonings)
     (batch,) = pack_histories(
-        [shared], rows, num_generations=len(rows), max_tokens=1, oversize="alone"
+        [prompts[0][:shared]], rows, num_generations=len(rows), max_tokens=1, oversize="alone"
     )
-    in_reasoning = np.concatenate(
-        [np.arange(len(row)) >= len(row) - len(r) for row, r in zip(rows, reasonings, strict=True)]
-    )
+    parts = np.stack([histories.lengths, reasonings.lengths], axis=1)
+    of_reasoning = np.repeat(np.tile([False, True], len(rows)), parts.ravel())
     hidden = model(batch).index_select(0, batch.predict_from)
     log_prob = linear_logprob(hidden, model.lm_head_weight, batch.targets).log_prob
     # history and reasoning weigh the same, though a history has more tokens
-    written = torch.from_numpy(in_reasoning)[batch.source]
+    written = torch.from_numpy(of_reasoning)[batch.source]
     loss = -(log_prob[written].mean() + log_prob[~written].mean()) / 2
     loss.backward()
     return loss.item()
@@ -117,13 +122,14 @@ def _item_step(
     builder: PromptBuilder,
     dataset: RecDataset,
     examples: Examples,
-    prompts: list[list[int]],
-    latest: Sequence[np.ndarray],
+    prompts: Ragged,
+    latest: Ragged,
 ) -> float:
     """Accumulate the gradient of the contrastive objective; returns the loss.
 
     The first half of the users is read out after a reasoning in hindsight, without its marker.
     """
+    from r2ec_fast.packing.ragged import Ragged
     from r2ec_fast.train.update import UserBatch
 
     targets, half = dataset.target(examples), len(examples) // 2
@@ -131,12 +137,10 @@ def _item_step(
         (target, target, items[-1])
         for target, items in zip(targets[:half], latest[:half], strict=True)
     ]
-    ends = len(builder.marker_ids)
-    known = [row[:-ends] for row in _reasonings(builder, hindsight)]
     users = UserBatch(
-        [p + r for p, r in zip(prompts[:half], known, strict=True)] + prompts[half:],
+        Ragged.stack([prompts[:half].join(_reasonings(builder, hindsight)), prompts[half:]]),
         targets,
-        exclude=dataset.exclude(examples),
+        exclude=Ragged.of(dataset.exclude(examples)),
         keys=list(range(len(examples))),
     )
     items = np.unique(targets).tolist()
@@ -144,24 +148,13 @@ def _item_step(
     return update.contrastive([users], rows, builder.marker_ids)["loss"]
 
 
-def _prompts(
-    builder: PromptBuilder, dataset: RecDataset, examples: Examples
-) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Token ids of the user prompts, and the latest items of each history, oldest first."""
-    pairs = zip(examples.user, examples.position, strict=True)
-    histories = [dataset.history(u, p, PROMPTS.window) for u, p in pairs]
-    latest = [history.items[-NAMED_EVENTS:] for history in histories]
-    return [builder.user_ids(history) for history in histories], latest
+def _reasonings(builder: PromptBuilder, named: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
+    """Token ids of reasonings that name (brand, colour, product) of items, one row each."""
+    from r2ec_fast.packing.ragged import Ragged
 
-
-def _reasonings(
-    builder: PromptBuilder, named: Sequence[Sequence[int] | np.ndarray]
-) -> list[list[int]]:
-    """Token ids of reasonings that name (brand, colour, product) of items, and of the marker."""
     fields = builder.catalog.fields
     texts = [reasoning_text(*(fields.row(int(i), named=True) for i in items)) for items in named]
-    written = builder.tokenizer(texts, add_special_tokens=False).input_ids
-    return [[*ids, *builder.marker_ids] for ids in written]
+    return Ragged.of(builder.tokenizer(texts, add_special_tokens=False).input_ids)
 
 
 # ---- contrastive and RecPO ----------------------------------------------------------------------

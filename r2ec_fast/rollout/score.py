@@ -1,6 +1,5 @@
 """Log-probabilities of given completions by one packed pass of the training model."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.packing.packer import pack_histories
+from r2ec_fast.packing.ragged import Rows
 from r2ec_fast.rollout.base import Rollouts
 from r2ec_kernels import linear_logprob
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def score_rollouts(
     model: "R2ecModel",
-    prompts: Sequence[Sequence[int]],
+    prompts: Rows,
     rollouts: Rollouts,
     *,
     temperature: float,
@@ -35,11 +35,11 @@ def score_rollouts(
         float32 [E], aligned with `rollouts.values`; 0 where not sampled.
     """
     out = np.zeros(len(rollouts.values), np.float32)
-    if not prompts:
+    if not len(prompts):
         return out
     batches = pack_histories(
-        [list(prompt) for prompt in prompts],
-        (rollouts.values, rollouts.offsets),
+        prompts,
+        rollouts.tokens,
         num_generations=len(rollouts) // len(prompts),
         max_tokens=max_tokens,
         completion_targets=rollouts.targets,

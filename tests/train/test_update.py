@@ -10,9 +10,11 @@ import torch
 from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.config import RecPOConfig
+from r2ec_fast.packing import Ragged
+from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import Rollouts, TransformersEngine
 from r2ec_fast.train import update as update_module
-from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch, select_rows
+from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch
 
 G = 3
 # transformers computes norms in float32 whatever the type of the model
@@ -26,11 +28,10 @@ def step():
     builder = model.prompt_builder(data.data.catalog)
     model.set_items(model.encode_items(data.data.catalog))
     examples = data.train[np.array([0, 3, 6, 9])]
-    pairs = zip(examples.user, examples.position, strict=True)
     users = UserBatch(
-        prompts=[builder.user_ids(data.history(u, p, 3)) for u, p in pairs],
+        prompts=PromptAssembler(builder).example_rows(data, examples),
         targets=data.target(examples),
-        exclude=data.exclude(examples),
+        exclude=Ragged.of(data.exclude(examples)),
         keys=[0, 3, 6, 9],
     )
     engine = TransformersEngine(model.backbone, model.tokenizer, marker_ids=builder.marker_ids)
@@ -84,8 +85,7 @@ def by_hand(model, users, rollouts, rows, cfg, used):
     losses, rewards = [], torch.zeros(len(users.targets), G)
     token_terms, item_terms = [], []
     for b, target in enumerate(users.targets.tolist()):
-        values, offsets = users.exclude
-        seen = set(values[offsets[b] : offsets[b + 1]].tolist()) - {target}
+        seen = set(users.exclude[b].tolist()) - {target}
         for g in range(G):
             r = b * G + g
             own = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
@@ -170,12 +170,8 @@ def test_order_of_users_does_not_matter(step):
         log_prob=np.concatenate([rollouts.log_prob[p] for p in pieces]),
         finish_reason=[rollouts.finish_reason[r] for r in trajectories],
     )
-    permuted = UserBatch(
-        [users.prompts[b] for b in turned],
-        users.targets[turned],
-        select_rows(users.exclude, np.array(turned)),
-        [users.keys[b] for b in turned],
-    )
+    permuted = users.select(np.array(turned))
+    assert permuted.keys == [6, 0, 9, 3]
     _, got = gradients(model, [Experience.of(permuted, again, model.device)], rows, config())
     for name in want:
         torch.testing.assert_close(got[name], want[name], **FLOAT32_INSIDE)
@@ -258,7 +254,7 @@ def part(users, rollouts, of):
     some = UserBatch(
         users.prompts[first:last],
         users.targets[first:last],
-        select_rows(users.exclude, np.arange(first, last)),
+        users.exclude[first:last],
         users.keys[first:last],
     )
     return some, Rollouts(
@@ -325,13 +321,6 @@ def test_equal_targets_are_one_candidate(step):
     assert len(candidates.ids) == len(set(candidates.ids.tolist()))
 
 
-def test_select_rows():
-    values, offsets = torch.tensor([5, 6, 7, 8]), torch.tensor([0, 1, 1, 4])
-    got, bounds = select_rows((values, offsets), np.array([2, 1, 0, 2]))
-    assert got.tolist() == [6, 7, 8, 5, 6, 7, 8]
-    assert bounds.tolist() == [0, 3, 3, 4, 7]
-
-
 def test_same_step_same_bits_on_two_threads():
     # the prompt's last state predicts a token of every completion: its gradient is a sum whose
     # order must not depend on the threads
@@ -342,9 +331,9 @@ def test_same_step_same_bits_on_two_threads():
     example = data.train[np.array([1])]
     user, position = int(example.user[0]), int(example.position[0])
     users = UserBatch(
-        [builder.user_ids(data.history(user, position, 3))],
+        Ragged.of([builder.user_ids(data.history(user, position, 3))]),
         data.target(example),
-        data.exclude(example),
+        Ragged.of(data.exclude(example)),
         [1],
     )
     values = np.random.default_rng(0).integers(4, 400, generations * length)

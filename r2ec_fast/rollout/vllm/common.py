@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.packing.ragged import Ragged, Rows
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
@@ -20,7 +21,7 @@ from r2ec_fast.rollout.sampling import SamplingParams
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Scorer = Callable[[Sequence[Sequence[int]], Rollouts, float], np.ndarray]
+Scorer = Callable[[Ragged, Rollouts, float], np.ndarray]
 Completion = tuple[list[int], list[float]]  # token ids and their log-probabilities
 
 
@@ -72,7 +73,7 @@ class VLLMBase(ABC):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         *,
         user_keys: Sequence[int],
         num_generations: int,
@@ -91,14 +92,14 @@ class VLLMBase(ABC):
         Raises:
             ValueError: bad arguments, or `top_k > 0` without a scorer.
         """
-        check_request(prompts, user_keys, num_generations, max_completion_length)
+        prompts = check_request(prompts, user_keys, num_generations, max_completion_length)
         params = SamplingParams(temperature, top_k, greedy)
         if self.scorer is None and not greedy and top_k > 0:
             raise ValueError(
                 f"top_k={top_k} needs a scorer: vLLM's log-probabilities are renormalised to the "
                 "top-k; give the engine a scorer or sample with top_k=0"
             )
-        if not prompts:
+        if not len(prompts):
             return assemble([], self.marker_ids)
         # the samples of a request use its seed + 0 .. G - 1
         seeds = (row_keys(user_keys, 1, seed=seed, step=step) & (2**62 - 1)).tolist()
@@ -118,7 +119,7 @@ class VLLMBase(ABC):
     @abstractmethod
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Ragged,
         seeds: Sequence[int],
         num_generations: int,
         max_completion_length: int,
