@@ -5,15 +5,15 @@ it is put back: passes of several threads over one model run one after another, 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock, RLock
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _locks_guard = Lock()
@@ -23,12 +23,16 @@ _locks_guard = Lock()
 def exclusive(model: nn.Module) -> Iterator[None]:
     """Hold the lock of a model, the same for its decoder and for what wraps it (peft, R2ecModel);
     a thread that holds it may take it again."""
-    module = getattr(model, "backbone", model)
+    module: Any = getattr(model, "backbone", model)
     key = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else module
     with _locks_guard:
         lock = _locks.setdefault(key, RLock())
     with lock:
         yield
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @contextmanager
@@ -46,7 +50,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+def attention_implementation(model: "PreTrainedModel", name: str) -> Iterator[None]:
     """Run with attention implementation `name`; restores what each (sub-)config had.
 
     Raises:
@@ -57,10 +61,10 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _switched_attention(model: nn.Module, name: str) -> Iterator[None]:
-    configs = {}
+def _switched_attention(model: "PreTrainedModel", name: str) -> Iterator[None]:
+    configs: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             configs.setdefault(id(config), (config, config._attn_implementation))
     if all(current == name for _, current in configs.values()):
@@ -90,6 +94,7 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     last = layers[-1] if layers is not None and len(layers) else None
     parts = [getattr(getattr(last, "self_attn", None), "o_proj", None), getattr(last, "mlp", None)]
     handles = []
+    length = 0
 
     def spread(module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
         return out.new_zeros(1, length, out.shape[-1]).index_copy(1, rows, out)
@@ -113,15 +118,18 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
                 handle.remove()
 
 
-@cache
 def cache_argument(kind: type[nn.Module]) -> str:
     """What a causal LM or decoder of this class calls the cache of keys and values: ``cache`` from
     transformers 5.24 on, ``past_key_values`` before."""
-    names = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    return "cache" if "cache" in _argument_names(kind.forward) else "past_key_values"
 
 
-def context_limit(config: PreTrainedConfig) -> int | None:
+@cache
+def _argument_names(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def context_limit(config: "PreTrainedConfig") -> int | None:
     """The longest row a model reads, tokens; None: the configuration names none.
 
     Rotary frequencies that follow the length of a row (dynamic NTK, LongRoPE) would be taken from
@@ -140,11 +148,12 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     return limit
 
 
-def base_causal_lm(model: nn.Module) -> nn.Module:
+def base_causal_lm(model: nn.Module) -> "PreTrainedModel":
     """The Hugging Face causal LM inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model  # peft is optional
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def model_device(model: nn.Module) -> torch.device:
     """Where the token embeddings live: the device of the model's inputs."""
-    return model.get_input_embeddings().weight.device
+    return next(base_causal_lm(model).get_input_embeddings().parameters()).device

@@ -15,6 +15,7 @@ from r2ec_fast.utils.atomic_files import (
     check_directory,
     finish_interrupted,
     updated_directory,
+    write_whole,
 )
 
 
@@ -168,3 +169,21 @@ def test_a_data_set_is_replaced_among_other_files(tmp_path):
 
 def tree_names(directory) -> set[str]:
     return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "new" / "notes.txt"
+    write_whole(path, "é\n")
+    write_whole(path, "ü\n")
+    assert path.read_bytes() == "ü\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_there_stays_where_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "notes.txt"
+    write_whole(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match=r"output_file: cannot write to .*notes.txt"):
+        write_whole(path, "new", "output_file")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
