@@ -63,6 +63,7 @@ def evaluate(
     max_tokens: int = 16384,
     batch_size: int = 64,
     seed: int = 42,
+    allow_non_finite: bool = False,
     dtype: str = "auto",
     gguf_file: str | None = None,
     output_file: str | None = None,
@@ -84,6 +85,8 @@ def evaluate(
         max_tokens: token budget of a forward pass.
         batch_size: users computed together.
         seed: of the sample.
+        allow_non_finite: rank the targets of states that hold NaN or infinity last, instead of an
+            error.
         dtype: "auto", "float32", "bfloat16" or "float16".
         gguf_file: read the weights from this GGUF file of the model's directory.
         output_file: also write the metrics as JSON.
@@ -111,7 +114,7 @@ def evaluate(
     if before is not None:
         check_examples(ranks_table(dataset, examples, {}), before, "compare_with")
     r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
-    _give_items(r2ec, dataset, model, max_tokens)
+    _give_items(r2ec, dataset, max_tokens)
     window = r2ec.prompts.window if exclude_window else None
     fitted = counting_baselines(dataset) if baselines else []
     ranks = {b.name: b.ranks(examples, window=window) for b in fitted}
@@ -129,6 +132,7 @@ def evaluate(
             max_tokens=max_tokens,
             exclude_window=exclude_window,
             batch_size=batch_size,
+            allow_non_finite=allow_non_finite,
         )
     return _report_ranks(ranks_table(dataset, examples, ranks), before, output_file, ranks_file)
 
@@ -291,13 +295,9 @@ def _model_to_train(config: ModelConfig, dataset: RecDataset) -> R2ecModel:
     return model
 
 
-def _give_items(model: R2ecModel, dataset: RecDataset, name: str, max_tokens: int) -> None:
-    """Encode the catalog unless the model brings its table; ValueError for one of another size."""
+def _give_items(model: R2ecModel, dataset: RecDataset, max_tokens: int) -> None:
+    """Encode the catalog unless the model brings its table; ValueError for another catalog's."""
     catalog = dataset.data.catalog
+    model.check_catalog(catalog, "data")
     if model.index is None:
         model.set_items(model.encode_items(catalog, max_tokens=max_tokens))
-    elif len(model.index) != len(catalog):
-        raise ValueError(
-            f"data: {name} holds a table of {len(model.index)} items, "
-            f"the data set has {len(catalog)}; run `r2ec-fast index` first"
-        )

@@ -231,7 +231,7 @@ def test_a_table_of_another_size_is_refused(folder, capsys):
     model.set_items(model.encode_items(data.data.catalog)[:9])
     model.save_pretrained(folder / "nine", data.data.catalog)
     arguments = ["--model", folder / "nine", "--data", folder / "data"]
-    assert "holds a table of 9 items, the data set has 16" in error_line(
+    assert "expected the 9 items of the model's item table, got 16" in error_line(
         capsys, "evaluate", *arguments
     )
 
@@ -267,3 +267,14 @@ def test_index_refuses_a_file(folder, tmp_path, capsys):
     )
     assert "output_dir: cannot write to " in line and "it is a file" in line
     assert (tmp_path / "file").read_text() == "a user's"
+
+
+def test_evaluate_refuses_the_table_of_another_catalog(folder, tmp_path, capsys):
+    for name in ("log.csv", "items.csv"):
+        text = (folder / name).read_text()
+        (tmp_path / name).write_text(re.sub(r"\bi3,", "a3,", text))
+    arguments = ["--path", tmp_path / "log.csv", "--items", tmp_path / "items.csv"]
+    assert run("prepare", "generic", *arguments, "--output_dir", tmp_path / "data") == 0
+    line = error_line(capsys, "evaluate", "--model", folder / "model", "--data", tmp_path / "data")
+    assert line.startswith("data: its items are not those of the model's item table")
+    assert "in the table and 'a3' here" in line

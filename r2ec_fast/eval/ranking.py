@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from r2ec_fast.prompts.segments import PromptAssembler
     from r2ec_fast.rollout import RolloutEngine, TransformersEngine, VLLMServerEngine
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class UserStates:
@@ -29,6 +32,10 @@ class UserStates:
     states: torch.Tensor
     reasoning: Ragged
     finish_reason: list[str]
+
+    def finite(self) -> torch.Tensor:
+        """bool [B]: whether all numbers of a state are finite."""
+        return torch.isfinite(self.states).all(1)
 
 
 def transformers_engine(
@@ -130,17 +137,21 @@ def rank_examples(
     max_tokens: int = 8192,
     exclude_window: bool = False,
     batch_size: int = 64,
+    allow_non_finite: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank (from 1) and log-probability of each example's target in the whole catalog.
 
     The items of the user's earlier events are excluded (``exclude_window``: only those shown). The
-    item table is ``model.index`` as it stands. Returns (rank int64 [X], log_prob float32 [X]);
-    raises RuntimeError where the model has no item table. ``progress`` is called with the number
-    of examples done in each batch.
+    item table is ``model.index`` as it stands. ``progress`` is called with the number of examples
+    done in each batch. Returns (rank int64 [X], log_prob float32 [X]).
+
+    Raises RuntimeError where the model has no item table, and ValueError with their number where
+    user states hold NaN or infinity; with ``allow_non_finite`` it is logged, and those targets rank
+    last.
     """
     window = model.prompts.window
-    ranks, log_probs = [], []
+    ranks, log_probs, non_finite = [], [], 0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         users = user_states(
@@ -151,6 +162,7 @@ def rank_examples(
             max_completion_length=max_completion_length,
             max_tokens=max_tokens,
         )
+        non_finite += int((~users.finite()).sum())
         stats = model.target_stats(
             users.states,
             torch.from_numpy(dataset.target(part)).to(model.device),
@@ -160,6 +172,13 @@ def rank_examples(
         log_probs.append(stats.log_prob.cpu().numpy())
         if progress is not None:
             progress(len(part))
+    if non_finite:
+        text = f"model: {non_finite} of {len(examples)} user states hold NaN or infinity"
+        if not allow_non_finite:
+            raise ValueError(
+                f"{text}; its numbers would mean nothing (allow_non_finite ranks them)"
+            )
+        log.warning("%s; their targets rank last", text)
     if not ranks:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
     return np.concatenate(ranks), np.concatenate(log_probs)

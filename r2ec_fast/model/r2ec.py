@@ -7,12 +7,9 @@ item ``v``'s own prompt.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from r2ec_fast.model import pretrained
 from r2ec_fast.model.attention import VARLEN, VarlenLayout, register
 from r2ec_fast.model.hf_compat import (
     attention_implementation,
@@ -30,10 +28,11 @@ from r2ec_fast.model.hf_compat import (
     last_layer_at,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
+from r2ec_fast.model.pretrained import INDEX_FILE, TableIds
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
 from r2ec_fast.packing.ragged import Ragged, Rows, common_prefix
 from r2ec_fast.prompts.builder import PromptBuilder, PromptConfig
-from r2ec_fast.utils.atomic_files import finish_interrupted, updated_directory
+from r2ec_fast.utils.atomic_files import finish_interrupted
 from r2ec_kernels import ItemIndex, TargetStats, TopK
 
 if TYPE_CHECKING:
@@ -42,12 +41,6 @@ if TYPE_CHECKING:
 
     from r2ec_fast.data import Catalog
 
-CONFIG_FILE = "r2ec_config.json"
-INDEX_FILE = "item_index.safetensors"
-CATALOG_FILE = "catalog.parquet"
-ADAPTER_FILE = "adapter_config.json"
-ITEM_FILES = (CONFIG_FILE, INDEX_FILE, CATALOG_FILE)
-_WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "adapter_*")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,6 +69,7 @@ class R2ecModel(nn.Module):
         self.temperature = temperature
         self.prompts = prompts or PromptConfig()
         self.index: ItemIndex | None = None
+        self.table_ids: TableIds | None = None  # whose rows a saved table holds, where it is known
         self._check_adapters()
         self._check_head()
 
@@ -277,6 +271,7 @@ class R2ecModel(nn.Module):
 
     def set_items(self, table: torch.Tensor, *, scan: str = "auto") -> ItemIndex:
         """Build the item head's index over ``table`` [N, d] and keep it as ``index``."""
+        self.table_ids = None
         self.index = ItemIndex(
             _storable(table), similarity=self.similarity, temperature=self.temperature, scan=scan
         )
@@ -318,16 +313,12 @@ class R2ecModel(nn.Module):
         """
         path = Path(name_or_path)
         finish_interrupted(path)
-        saved = path / CONFIG_FILE
-        settings = json.loads(saved.read_text()) if saved.is_file() else {}
-        backbone, tokenizer = _load_backbone(str(name_or_path), hf_kwargs)
-        if "prompts" in settings:
-            fields = settings["prompts"]
-            fields["item_fields"] = tuple(fields["item_fields"])
-            settings["prompts"] = PromptConfig(**fields)
-        model = cls(backbone, tokenizer, **settings)
+        settings = pretrained.read_settings(path)
+        backbone, tokenizer = pretrained.load_backbone(str(name_or_path), hf_kwargs)
+        model = cls(backbone, tokenizer, **settings.head)
         if (path / INDEX_FILE).is_file():
             model.index = ItemIndex.load(path / INDEX_FILE)
+            model.table_ids = settings.table_ids
         return model
 
     def save_pretrained(
@@ -335,8 +326,8 @@ class R2ecModel(nn.Module):
     ) -> None:
         """Write model (or adapter), tokenizer, settings and item table, in the Hub's layout.
 
-        With ``catalog`` the items' ids and texts go beside the table, so that a recommender can
-        name what it recommends.
+        With ``catalog``, that of the item table, the items' ids and texts go beside the table, so
+        that a recommender can name what it recommends.
 
         An earlier model in ``directory`` is replaced; every other file and folder there stays, a
         README.md too. Everything is written to a temporary folder first, so an interrupted call
@@ -344,31 +335,18 @@ class R2ecModel(nn.Module):
 
         Raises OSError, naming ``directory``, where it is a file or cannot be written.
         """
-        with updated_directory(directory, owned=_is_model_file, kept=_is_card) as temporary:
-            self.backbone.save_pretrained(str(temporary), safe_serialization=True)
-            _fix_base_path(temporary / ADAPTER_FILE)
-            self.tokenizer.save_pretrained(temporary)
-            self._save_items(temporary, catalog)
+        pretrained.save_model(self, directory, catalog)
 
     def save_items(self, directory: str | os.PathLike[str], catalog: Catalog) -> None:
         """Write settings, item table and catalog beside a model that is already in ``directory``;
         no other file is touched. Raises as :meth:`save_pretrained`."""
-        with updated_directory(directory, owned=ITEM_FILES.__contains__) as temporary:
-            self._save_items(temporary, catalog)
+        pretrained.save_items(self, directory, catalog)
 
-    def _save_items(self, directory: Path, catalog: Catalog | None) -> None:
-        from r2ec_fast.data.store import save_catalog
-
-        settings = {
-            "similarity": self.similarity,
-            "temperature": self.temperature,
-            "prompts": asdict(self.prompts),
-        }
-        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        if self.index is not None:
-            self.index.save(directory / INDEX_FILE)
-        if catalog is not None:
-            save_catalog(catalog, directory / CATALOG_FILE)
+    def check_catalog(self, catalog: Catalog, argument: str = "catalog") -> None:
+        """Raise ValueError, naming ``argument`` and the first difference, unless the item table is
+        that of ``catalog``: the same ids in the same order. Where the ids are not known (a table
+        of version 0.1.0, or one set from a tensor) the numbers of rows are compared."""
+        pretrained.check_catalog(self, catalog, argument)
 
     def add_lora(
         self,
@@ -405,61 +383,9 @@ class R2ecModel(nn.Module):
                 )
 
 
-def _is_model_file(name: str) -> bool:
-    """Whether a file of this name would be read as part of a saved model."""
-    return name in ITEM_FILES or any(fnmatch(name, pattern) for pattern in _WEIGHT_FILES)
-
-
-def _is_card(name: str) -> bool:
-    return name == "README.md"  # peft writes one; a user's own is worth more
-
-
 def _storable(states: torch.Tensor) -> torch.Tensor:
     # a table holds 16 or 32 bits; float64 models are for tests of the mathematics
     return states.float() if states.dtype == torch.float64 else states
-
-
-def _fix_base_path(adapter: Path) -> None:
-    """Write a base model that is a directory with its whole path: the adapter may be loaded from
-    elsewhere, and a relative one would then name a model of the Hub."""
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text())
-        base = settings["base_model_name_or_path"]
-        if base and Path(base).is_dir():
-            settings["base_model_name_or_path"] = str(Path(base).resolve())
-            adapter.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-
-
-def _base_of(adapter: Path) -> str:
-    """The base model of a saved adapter. Raises FileNotFoundError where it was a directory that is
-    no longer there."""
-    base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    if not base:
-        raise ValueError(f"{adapter}: base_model_name_or_path: expected a base model, got {base!r}")
-    is_path = os.path.isabs(base) or base.startswith(".") or base.count("/") > 1
-    if is_path and not os.path.isdir(base):
-        raise FileNotFoundError(
-            f"{adapter}: its base model {base!r} is not there; put it back, or write its "
-            "place into base_model_name_or_path"
-        )
-    return base
-
-
-def _load_backbone(path: str, hf_kwargs: dict):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    names = {
-        k: hf_kwargs[k] for k in ("gguf_file", "revision", "trust_remote_code") if k in hf_kwargs
-    }
-    adapter = Path(path) / ADAPTER_FILE
-    base = _base_of(adapter) if adapter.is_file() else path
-    backbone = AutoModelForCausalLM.from_pretrained(base, **hf_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(path, **names)
-    if not adapter.is_file():
-        return backbone, tokenizer
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(backbone, path, is_trainable=True), tokenizer
 
 
 def _pack_rows(

@@ -12,6 +12,7 @@ import torch
 
 from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
 from r2ec_fast.eval.ranking import transformers_engine, user_states
+from r2ec_fast.model.hf_compat import exclusive
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 
@@ -67,6 +68,9 @@ class Recommender:
     """Recommends items of a catalog with a trained model, whose weights stay as they are here: the
     item table, and what all prompts begin with, are computed once.
 
+    Several threads may call one Recommender, and several Recommenders may share a model: passes
+    over the model run one after another, searches of the item table together.
+
     Args:
         model: a model; without an item table the whole catalog is encoded here, once.
         catalog: the items, in the order of the model's item table.
@@ -74,7 +78,7 @@ class Recommender:
         engine: writes the reasoning; default: transformers, on the model itself.
 
     Raises:
-        ValueError: the item table has another number of rows than the catalog.
+        ValueError: the item table is that of another catalog.
     """
 
     def __init__(
@@ -87,14 +91,9 @@ class Recommender:
     ) -> None:
         self.model, self.catalog, self.data = model, catalog, data
         self.builder = model.prompt_builder(catalog)
-        index = model.index
-        if index is None:
-            index = model.set_items(model.encode_items(catalog))
-        if len(index) != len(catalog):
-            raise ValueError(
-                f"catalog: expected the {len(index)} items of the model's item table, "
-                f"got {len(catalog)}; re-encode the catalog (r2ec-fast index)"
-            )
+        if model.index is None:
+            model.set_items(model.encode_items(catalog))
+        model.check_catalog(catalog)
         if data is not None and data.data.catalog.ids != catalog.ids:
             raise ValueError("data: its items are not those of the model's catalog")
         self.assembler = PromptAssembler(self.builder, ahead=False)
@@ -124,7 +123,8 @@ class Recommender:
             OSError, ValueError: a file cannot be read or is damaged.
         """
         from r2ec_fast.data.store import load_catalog
-        from r2ec_fast.model.r2ec import CATALOG_FILE, R2ecModel
+        from r2ec_fast.model import R2ecModel
+        from r2ec_fast.model.pretrained import CATALOG_FILE
 
         if data is not None and not isinstance(data, RecDataset):
             data = RecDataset.load(os.fspath(data))
@@ -175,12 +175,13 @@ class Recommender:
         for name, value in (("k", k), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence):
+        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence | np.ndarray):
             raise TypeError(
                 f"histories: expected a list of user ids or of item lists, got {histories!r}"
             )
         resolved = [self._history(entry, now) for entry in histories]
-        prompts = self.assembler.history_rows(resolved)
+        with exclusive(self.model):  # a tokenizer serves one thread at a time
+            prompts = self.assembler.history_rows(resolved)
         out: list[Recommendations] = []
         for start in range(0, len(resolved), batch_size):
             part = slice(start, start + batch_size)
@@ -197,14 +198,22 @@ class Recommender:
         reasoning: bool,
         max_completion_length: int,
     ) -> list[Recommendations]:
-        users = user_states(
-            self.model,
-            self.builder,
-            prompts,
-            engine=self.engine if reasoning else None,
-            max_completion_length=max_completion_length,
-            prefix=self.prefix,
-        )
+        with exclusive(self.model):
+            users = user_states(
+                self.model,
+                self.builder,
+                prompts,
+                engine=self.engine if reasoning else None,
+                max_completion_length=max_completion_length,
+                prefix=self.prefix,
+            )
+            texts = [self._reasoning_text(tokens) for tokens in users.reasoning]
+        finite = users.finite()
+        if not bool(finite.all()):
+            raise ValueError(
+                f"model: the states of {int((~finite).sum())} of {len(histories)} histories hold "
+                "NaN or infinity; nothing can be recommended from them"
+            )
         seen = Ragged.of([np.unique(history.items) for history in histories])
         best = self.model.top_items(users.states, k, exclude=seen.tensors())
         titles = self.catalog.titles
@@ -216,7 +225,7 @@ class Recommender:
                 for rank, (item, score) in enumerate(pairs, start=1)
                 if item >= 0
             )
-            text = self._reasoning_text(users.reasoning[row]) if reasoning else None
+            text = texts[row] if reasoning else None
             shown = history.items[-self.model.prompts.window :]
             out.append(Recommendations(items, text, tuple(titles[i] for i in shown)))
         return out
@@ -229,11 +238,16 @@ class Recommender:
     def _history(self, entry: UserHistory, now: int | None) -> History:
         if isinstance(entry, History):
             history = entry
-        elif isinstance(entry, list | tuple):
+        elif isinstance(entry, list | tuple | np.ndarray):
             items = [self._item(item) for item in entry]
             history = History(items=np.asarray(items, dtype=np.int64))
-        else:
+        elif isinstance(entry, Hashable):
             history = self._history_of_user(entry)
+        else:
+            raise TypeError(
+                "histories: expected a user id, a list of items or a History for each user, got "
+                f"{type(entry).__name__}"
+            )
         if len(history) == 0:
             raise ValueError("histories: every history needs at least one item, got an empty one")
         if history.timestamps is None or (history.target_time is not None and now is None):
@@ -247,18 +261,22 @@ class Recommender:
                 "pass data=..., or a list of items"
             )
         data = self.data.data
+        user = user.item() if isinstance(user, np.generic) else user
         internal = int(data.users.encode([user])[0])
         events = int(data.offsets[internal + 1] - data.offsets[internal])
         return self.data.history(internal, events)
 
     def _item(self, item: Hashable) -> int:
         """Internal id of an item given by external id, or else by title (case is ignored)."""
+        if isinstance(item, np.generic):
+            item = item.item()
         if item in self.catalog.ids:
             return int(self.catalog.ids.encode([item])[0])
         if self._titles is None:
-            self._titles = {}
+            titles: dict[str, list[int]] = {}
             for i, title in enumerate(self.catalog.titles):
-                self._titles.setdefault(title.casefold(), []).append(i)
+                titles.setdefault(title.casefold(), []).append(i)
+            self._titles = titles  # whole: another thread may be looking
         found = self._titles.get(str(item).casefold(), [])
         if not found:
             raise UnknownIdError(f"unknown item {item!r}: neither an item id nor a title")
