@@ -170,6 +170,7 @@ def with_peak(run: Callable[[], object], device: str) -> tuple[object, float, fl
 
 def torch_peak_mib(run: Callable[[], object]) -> float:
     """MiB that torch allocated at most during one call on a CPU, above what it held before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no line for every profile on the terminal
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:

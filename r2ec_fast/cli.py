@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, get_type_hints
 from jsonargparse import ActionSubCommands, ArgumentParser, Namespace, set_parsing_settings
 
 from r2ec_fast.commands import evaluate, index, prepare, quickstart, recommend, report, train
+from r2ec_fast.utils.signals import RunStopped
 
 PROG = "r2ec-fast"
 TRACEBACK_VARIABLE = "R2EC_TRACEBACK"
@@ -157,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         sys.stderr.write(f"{PROG}: error: {message}\n")
         return 2
+    except RunStopped as stop:
+        sys.stderr.write(f"{PROG}: {stop}\n")
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROG}: interrupted\n")
         return 130

@@ -5,6 +5,7 @@ it is put back: passes of several threads over one model run one after another, 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -127,6 +128,15 @@ def cache_argument(kind: type[nn.Module]) -> str:
 @cache
 def _argument_names(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
+
+
+@contextmanager
+def quiet_renames() -> Iterator[None]:
+    """Without the warnings that peft, not its caller, uses old names of transformers."""
+    with warnings.catch_warnings():
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            warnings.filterwarnings("ignore", f".*{name}.*deprecated", FutureWarning)
+        yield
 
 
 def context_limit(config: "PreTrainedConfig") -> int | None:

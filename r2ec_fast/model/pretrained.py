@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from r2ec_fast.model.hf_compat import quiet_renames
 from r2ec_fast.prompts import PromptConfig
 from r2ec_fast.utils.atomic_files import updated_directory
 
@@ -173,4 +174,5 @@ def load_backbone(path: str, hf_kwargs: dict):
         return backbone, tokenizer
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(backbone, path, is_trainable=True), tokenizer
+    with quiet_renames():
+        return PeftModel.from_pretrained(backbone, path, is_trainable=True), tokenizer

@@ -26,6 +26,7 @@ from r2ec_fast.model.hf_compat import (
     context_limit,
     eval_mode,
     last_layer_at,
+    quiet_renames,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.model.pretrained import INDEX_FILE, TableIds
@@ -367,7 +368,8 @@ class R2ecModel(nn.Module):
             task_type="CAUSAL_LM",
         )
         self._refuse_token_tables(target_modules)
-        self.backbone = get_peft_model(self.backbone, config)
+        with quiet_renames():
+            self.backbone = get_peft_model(self.backbone, config)
         self._check_adapters()
 
     def _refuse_token_tables(self, target_modules: Sequence[str]) -> None:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from r2ec_fast.quickstart import stages, world
+from r2ec_fast.quickstart.progress import Progress
 from r2ec_fast.quickstart.world import Sizes
+from r2ec_fast.utils.signals import RunStopped
 from r2ec_fast.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -39,13 +41,18 @@ def run(
     """Run the quick start and print what it does.
 
     Args:
-        output_dir: gets `data/`, `contrastive/`, `recpo/` (each with its model and metrics.jsonl),
-            `results.json` and `training.png`.
+        output_dir: gets `data/`, `warmup/`, `contrastive/` and `recpo/` with their models,
+            `results.json`, `training.png`, and `quickstart.json`, which lists the finished stages:
+            a run that was stopped goes on after them.
         seed: of data, model and training: the same seed gives the same numbers on one machine.
         sizes: how much to train.
 
     Returns:
         Method -> test metrics (`ranking_metrics`).
+
+    Raises:
+        RunStopped: SIGTERM came while a stage trained.
+        ValueError: `output_dir` holds a finished quick start, or one of other settings.
     """
     import torch
 
@@ -55,6 +62,7 @@ def run(
     # one line a step is for long runs
     logging.getLogger("r2ec_fast").setLevel(logging.WARNING)
     say(NOTICE)
+    progress = Progress(output, seed, sizes)
     dataset = world.generate(sizes, seed)
     data = dataset.data
     say(
@@ -62,11 +70,40 @@ def run(
         f"{len(dataset.train):,} / {len(dataset.valid):,} / {len(dataset.test):,} examples by time"
     )
     dataset.save(output / "data")
-    torch.manual_seed(seed)
-    model = world.new_model(data.catalog, sizes)
-    say(f"model: Qwen2, {sum(p.numel() for p in model.parameters()):,} parameters, random weights")
     rows = stages.baselines(dataset, sizes, seed)
+    if "warm-up" not in progress:
+        _warm_up(dataset, sizes, seed, output)
+        progress.finish("warm-up")
+    if "contrastive" not in progress:
+        trainer = stages.contrastive_trainer(dataset, sizes, seed, output)
+        first, last, seconds = _train(trainer, "contrastive", "loss")
+        say(
+            f"contrastive: {sizes.contrastive_steps} steps, loss {first:.2f} -> {last:.2f}, "
+            f"{seconds:.0f} s"
+        )
+        progress.finish("contrastive", stages.evaluate(trainer, sizes, reasoning=False))
+    rows["contrastive (direct)"] = progress["contrastive"]
+    trainer = stages.recpo_trainer(dataset, sizes, seed, output)
+    first, last, seconds = _train(trainer, "RecPO", "reward")
+    say(
+        f"RecPO: {sizes.recpo_steps} steps, mean reward of the first quarter {first:.3f}, "
+        f"of the last {last:.3f}, {seconds:.0f} s"
+    )
+    rows["RecPO (direct)"] = stages.evaluate(trainer, sizes, reasoning=False)
+    rows["RecPO (reasoned)"] = stages.evaluate(trainer, sizes, reasoning=True)
+    _report(rows, output, dataset)
+    progress.finish("report")
+    say(f"total: {time.perf_counter() - started:.0f} s, written to {output}")
+    return rows
 
+
+def _warm_up(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) -> None:
+    """Make a model, warm it up, and leave it in `output/warmup`."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = world.new_model(dataset.data.catalog, sizes)
+    say(f"model: Qwen2, {sum(p.numel() for p in model.parameters()):,} parameters, random weights")
     clock = time.perf_counter()
     losses = stages.warm_up(
         model, dataset, steps=sizes.warmup_steps, batch_size=sizes.batch, seed=seed
@@ -75,33 +112,21 @@ def run(
         f"warm-up: {len(losses)} steps, token loss {losses[0][0]:.2f} -> {losses[-1][0]:.2f}, item "
         f"loss {losses[0][1]:.2f} -> {losses[-1][1]:.2f}, {time.perf_counter() - clock:.0f} s"
     )
-    trainer = stages.contrastive_trainer(model, dataset, sizes, seed, output)
-    first, last, seconds = _train(trainer, "loss")
-    say(
-        f"contrastive: {sizes.contrastive_steps} steps, loss {first:.2f} -> {last:.2f}, "
-        f"{seconds:.0f} s"
-    )
-    rows["contrastive (direct)"] = stages.evaluate(trainer, sizes, reasoning=False)
-    trainer = stages.recpo_trainer(dataset, sizes, seed, output)
-    first, last, seconds = _train(trainer, "reward")
-    say(
-        f"RecPO: {sizes.recpo_steps} steps, mean reward of the first quarter {first:.3f}, "
-        f"of the last {last:.3f}, {seconds:.0f} s"
-    )
-    rows["RecPO (direct)"] = stages.evaluate(trainer, sizes, reasoning=False)
-    rows["RecPO (reasoned)"] = stages.evaluate(trainer, sizes, reasoning=True)
-    _report(rows, output, dataset)
-    say(f"total: {time.perf_counter() - started:.0f} s, written to {output}")
-    return rows
+    model.save_pretrained(output / "warmup")
 
 
-def _train(trainer: RecPOTrainer, shown: str) -> tuple[float, float, float]:
+def _train(trainer: RecPOTrainer, stage: str, shown: str) -> tuple[float, float, float]:
     """Train; returns the means of the logged values `shown` over the first and the last quarter of
-    the run, and its seconds."""
+    the run, and its seconds. Raises RunStopped where SIGTERM ended it before its time."""
     from r2ec_fast.report.plots import read_log
 
     clock = time.perf_counter()
     trainer.train()
+    if trainer.stopped:
+        raise RunStopped(
+            f"{stage} stopped by SIGTERM after step {trainer.step} of {trainer.max_steps}; the "
+            "same command goes on from there"
+        )
     seconds = time.perf_counter() - clock
     records = read_log(trainer.config.output_dir)
     first, last = ends([record[shown] for record in records if shown in record])

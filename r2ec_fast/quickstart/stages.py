@@ -162,10 +162,12 @@ def _reasonings(builder: PromptBuilder, named: Sequence[Sequence[int] | np.ndarr
 
 def _config(output: Path, seed: int, sizes: Sizes, **changes: Any) -> RecPOConfig:
     from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.train.checkpoint import checkpoints
 
     return RecPOConfig(
         output_dir=str(output),
-        save_steps=0,
+        resume_from_checkpoint="latest" if checkpoints(output) else None,
+        save_total_limit=1,
         eval_samples=min(200, sizes.test_examples),
         max_completion_length=24,
         index_scan="none",
@@ -174,12 +176,12 @@ def _config(output: Path, seed: int, sizes: Sizes, **changes: Any) -> RecPOConfi
     )
 
 
-def contrastive_trainer(
-    model: R2ecModel, dataset: RecDataset, sizes: Sizes, seed: int, output: Path
-) -> RecPOTrainer:
-    """Trains the whole model in direct mode, without reasoning."""
+def contrastive_trainer(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) -> RecPOTrainer:
+    """Trains the whole warmed-up model in direct mode, without reasoning."""
+    from r2ec_fast.model.r2ec import R2ecModel
     from r2ec_fast.train.trainer import RecPOTrainer
 
+    model = R2ecModel.from_pretrained(str(output / "warmup"))
     config = _config(
         output / "contrastive",
         seed,
@@ -189,6 +191,7 @@ def contrastive_trainer(
         per_device_train_batch_size=sizes.batch,
         max_steps=sizes.contrastive_steps,
         eval_steps=max(sizes.contrastive_steps // 4, 1),
+        save_steps=max(sizes.contrastive_steps // 4, 1),
         learning_rate=3e-4,
         lr_scheduler_type="cosine",
         warmup_steps=10,
@@ -212,6 +215,7 @@ def recpo_trainer(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) ->
         num_generations=sizes.generations,
         max_steps=sizes.recpo_steps,
         eval_steps=max(sizes.recpo_steps // 4, 1),
+        save_steps=max(sizes.recpo_steps // 4, 1),
         # adapters, and a pull towards the model without them: so small a model forgets how to
         # write within a few steps of reward otherwise
         lora_r=16,

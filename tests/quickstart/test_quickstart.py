@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from r2ec_fast.quickstart.pipeline import ends, run
 from r2ec_fast.quickstart.world import Sizes, reasoning_text
+from r2ec_fast.train.trainer import RecPOTrainer
+from r2ec_fast.utils.signals import RunStopped
 
 TOY = Sizes(
     users=40,
@@ -92,3 +96,29 @@ def test_recpo_and_contrastive_learn(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "recpo/metrics.jsonl").read_text().splitlines()]
     before, after = ends([record["reward"] for record in log if "reward" in record])
     assert after > before
+
+
+@pytest.mark.parametrize("stage", ["contrastive", "recpo"])
+def test_sigterm_stops_it_and_the_same_call_goes_on(first, tmp_path, capfd, monkeypatch, stage):
+    step = RecPOTrainer._train_step
+
+    def told_to_end(self, number):
+        if self.config.objective == stage and number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecPOTrainer, "_train_step", told_to_end)
+        with pytest.raises(RunStopped, match="stopped by SIGTERM after step 2 of .*goes on"):
+            run(tmp_path, seed=1, sizes=TOY)
+    out = capfd.readouterr().out
+    assert "| RecPO (reasoned) |" not in out and not (tmp_path / "results.json").exists()
+    assert run(tmp_path, seed=1, sizes=TOY) == first[1]
+    again = capfd.readouterr()
+    assert "warm-up:" not in again.out and "FutureWarning" not in again.err
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="output_dir: .* holds a finished quick start"):
+        run(tmp_path, seed=1, sizes=TOY)
+    with pytest.raises(ValueError, match=r"output_dir: .* of other settings \(seed 1\)"):
+        run(tmp_path, seed=2, sizes=TOY)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

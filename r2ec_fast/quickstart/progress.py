@@ -1,0 +1,54 @@
+"""How far a quick start has come, so that one that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from r2ec_fast.quickstart.world import Sizes
+from r2ec_fast.utils.atomic_files import check_directory, write_whole
+
+FILE = "quickstart.json"
+
+
+class Progress:
+    """The finished stages of the quick start in a directory, and what each left to know.
+
+    Raises ValueError, naming output_dir, where the directory holds a finished quick start or one of
+    another seed or size; OSError where it cannot be written.
+    """
+
+    def __init__(self, directory: Path, seed: int, sizes: Sizes) -> None:
+        self._path = directory / FILE
+        check_directory(directory, "output_dir")
+        # as JSON gives it back
+        self._settings = json.loads(json.dumps({"seed": seed, "sizes": asdict(sizes)}))
+        self._stages: dict[str, Any] = {}
+        if self._path.is_file():
+            self._take_up(json.loads(self._path.read_text()), directory)
+
+    def _take_up(self, stored: dict[str, Any], directory: Path) -> None:
+        way_out = "choose another output_dir, or move it away"
+        if stored["settings"] != self._settings:
+            raise ValueError(
+                f"output_dir: {directory} holds a quick start of other settings (seed "
+                f"{stored['settings']['seed']}); {way_out}"
+            )
+        if "report" in stored["stages"]:
+            raise ValueError(f"output_dir: {directory} holds a finished quick start; {way_out}")
+        self._stages = stored["stages"]
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self._stages
+
+    def __getitem__(self, stage: str) -> Any:
+        """What the finished ``stage`` left."""
+        return self._stages[stage]
+
+    def finish(self, stage: str, value: Any = None) -> None:
+        """Write down that ``stage`` is finished, and a JSON ``value``."""
+        self._stages[stage] = value
+        text = json.dumps({"settings": self._settings, "stages": self._stages}, indent=2)
+        write_whole(self._path, text + "\n", "output_dir")
