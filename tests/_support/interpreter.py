@@ -140,7 +140,7 @@ def interpreter_problem() -> str | None:
 
 def _run_once(path: Path, names: list[str], folder: Path) -> dict[str, dict]:
     """Reports of a file's tests by name, "" for the process itself; xdist's workers share them."""
-    results = folder / f"interpreter-{path.stem}.json"
+    results = folder / f"interpreter-{path.parent.name}-{path.stem}.json"
     with results.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not results.exists():

@@ -32,9 +32,14 @@ def check(rank, log_prob, **how):
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 @pytest.mark.parametrize(
     ("groups", "group"),
-    [(7, 1), (7, 2), (3, 5), (9, 8), (2, 33), *(
-        pytest.param(*size, marks=pytest.mark.gpu) for size in [(5000, 16), (3, 100)]
-    )],
+    [
+        (7, 1),
+        (7, 2),
+        (3, 5),
+        (9, 8),
+        (2, 33),
+        *(pytest.param(*size, marks=pytest.mark.gpu) for size in [(5000, 16), (3, 100)]),
+    ],
 )
 def test_equals_the_two_functions(groups, group, estimator, device):
     rank, log_prob = make(groups, group, device)

@@ -186,9 +186,7 @@ def test_compiles_in_one_graph(use, backend, device):
     weight = weight.detach() if frozen else weight
 
     def call(hidden, weight, targets):
-        out = linear_logprob(
-            hidden, weight, targets, softcap=5.0, entropy=entropy, impl="triton"
-        )
+        out = linear_logprob(hidden, weight, targets, softcap=5.0, entropy=entropy, impl="triton")
         return out.log_prob.sum() + (out.entropy.sum() if entropy else 0)
 
     leaves = [hidden] if frozen else [hidden, weight]
