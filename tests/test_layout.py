@@ -61,3 +61,19 @@ def test_every_test_folder_follows_a_package():
                 continue
             name = PRIVATE.get(folder.name, folder.name) if parent else folder.name
             assert (PACKAGES[package] / name).is_dir(), folder
+
+
+def test_every_triton_kernel_has_tests_for_both_devices():
+    """Those of the interpreter and of a GPU: tests/_support/interpreter.py."""
+    for path in PACKAGES["r2ec_kernels"].rglob("triton.py"):
+        op = path.relative_to(PACKAGES["r2ec_kernels"]).parts[0]
+        files = list((ROOT / "tests" / "kernels" / op).glob("test_*_triton.py"))
+        assert files and all("device" in file.read_text() for file in files), op
+
+
+def test_every_mark_is_used_and_documented():
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]:
+        name = line.split(":")[0]
+        assert f"| `{name}` |" in table and f"mark.{name}" in sources, name
