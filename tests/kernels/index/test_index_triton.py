@@ -35,11 +35,11 @@ def assert_searches_like_a_table(index, queries, k=6, exclude=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_copy_finds_the_same(kind, scan, device):
     for similarity in SIMILARITIES:
-        problem = make(kind, 3, 420, 24, 5)
+        problem = make(kind, 3, 260, 24, 5)
         how = {"similarity": similarity, "temperature": 0.02}
         index = ItemIndex(problem.items.to(device), scan=scan, **how)
-        exclude = make_exclude(3, 420, 12, 5).to(device)
-        assert_searches_like_a_table(index, problem.queries.to(device), exclude=exclude)
+        exclude = make_exclude(3, 260, 6, 5).to(device)
+        assert_searches_like_a_table(index, problem.queries.to(device), 4, exclude)
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)

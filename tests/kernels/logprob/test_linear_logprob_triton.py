@@ -100,7 +100,7 @@ def check(shape, head, use, device, dtype, fused=False):
     [
         (1, 3, 1),
         (5, 20, 63),
-        (37, 33, 500),
+        (19, 33, 500),
         pytest.param((130, 160, 4097), marks=pytest.mark.gpu),  # two blocks and one column
         pytest.param((513, 128, 2049), marks=pytest.mark.gpu),  # the widest fused head
     ],
@@ -111,7 +111,7 @@ def test_within_the_error_budget(shape, head, use, device, dtype):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("shape", [(1, 3, 1), (5, 20, 63), (37, 33, 500)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 1), (5, 20, 63), (19, 33, 500)], ids=str)
 def test_one_kernel_for_narrow_heads(shape, head, device):
     """bfloat16 heads of these widths take it on a GPU; float32 has to be asked for."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

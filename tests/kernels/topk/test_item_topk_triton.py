@@ -23,8 +23,6 @@ from _support.search_cases import (
 
 from r2ec_kernels import item_topk
 
-INTERPRETED_TYPES = ("float32", "float16", "bfloat16")  # there the kernel multiplies in float32
-
 
 def on(device, problem):
     return Problem(problem.queries.to(device), problem.items.to(device))
