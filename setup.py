@@ -7,7 +7,6 @@ slower, and that is a choice to make, not an accident.
 """
 
 import sys
-from glob import glob
 from pathlib import Path
 
 from setuptools import setup
@@ -23,12 +22,12 @@ def extensions() -> list:
 
     packing = Pybind11Extension(
         "r2ec_fast._packing",
-        sorted(glob("csrc/*.cpp")),
-        depends=glob("csrc/*.hpp"),
+        native_build.sources("csrc", "cpp"),
+        depends=native_build.sources("csrc", "hpp"),
         cxx_std=17,
         extra_compile_args=native_build.OPTIMISE,
     )
-    return [packing, native_build.first_pass("kernels/csrc")]
+    return [packing, native_build.extension("kernels/csrc")]
 
 
 setup(ext_modules=extensions())

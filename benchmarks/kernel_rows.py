@@ -65,8 +65,8 @@ def _tables(
 
 def _same_top(found: tuple, queries: torch.Tensor, items: torch.Tensor, k: int, exclude) -> None:
     part = slice(0, min(CHECKED, len(queries)))
-    left_out = None if exclude is None else exclude[part]
-    right = item_topk(queries[part], items, k, exclude=left_out, impl="reference")
+    excluded = None if exclude is None else exclude[part]
+    right = item_topk(queries[part], items, k, exclude=excluded, impl="reference")
     if not torch.equal(found[1][part], right.indices):
         raise Wrong("other items than float64 scores give")
     if not torch.equal(found[0][part], right.scores):

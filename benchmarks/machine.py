@@ -59,7 +59,7 @@ def compute_dtype(device: str) -> torch.dtype:
 
 
 def model_dtype(device: str) -> torch.dtype:
-    """Of language models: bfloat16 on GPUs and on CPUs with matrix units for it (AMX), else
+    """Of language models: bfloat16 on GPUs and on CPUs with AMX tiles for it, else
     float32."""
     has_units = device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if device == "cuda" or has_units else torch.float32

@@ -3,6 +3,7 @@
     python benchmarks/packing.py pack [--rows 1000 10000 100000] [--csv FILE] [--png FILE]
     python benchmarks/packing.py update [--model PATH] [--prompt 1000] [--completion 300] [-G 4]
     python benchmarks/packing.py assemble --model PATH --titles FILE
+    python benchmarks/packing.py feed [--model PATH] [--histories 10000] [--items 10000]
 
 `pack`: every packer gets the same rows (log-normal lengths, median 90 tokens) in the form it likes
 best and fills batches of at most 8192 tokens. fill = real tokens / (batches x 8192), or / cells of
@@ -14,7 +15,13 @@ completion tokens alone in every form. The padded form is transformers' own SDPA
 memory is of the process, above the loaded model.
 
 `assemble`: prompts from token segments beside tokenising each whole text.
+
+`feed`: from a data set to packed batches, as the direct objective's trainer goes: prompts of 15 to
+20 events, the marker behind each, batches of the default budget. Beside it the same through Python
+lists. Runs of both take turns. Segments are made before the clock starts.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -24,11 +31,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from r2ec_fast.data import Examples, RecDataset
 
 BUDGET = 8192
 PYTHON_ROWS = 100_000  # packers that loop over rows or tokens in Python are not run on more
@@ -115,7 +128,7 @@ def packers(values: np.ndarray, offsets: np.ndarray) -> Iterator[tuple[str, Call
     array = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
     table = pa.table({"input_ids": array})
 
-    def of_trl(out: "pa.Table") -> tuple[int, int, int]:
+    def of_trl(out: pa.Table) -> tuple[int, int, int]:
         return len(out), len(out["input_ids"].chunks[0].values), len(out) * BUDGET
 
     yield "TRL bfd", lambda: _pack_bfd(table, BUDGET), of_trl
@@ -341,8 +354,8 @@ def bench_assemble(arguments: argparse.Namespace) -> Iterator[dict[str, object]]
     assembler.history_rows(histories)
     first = time.perf_counter() - started
     expected = [builder.user_ids(h) for h in histories]
-    values, offsets = assembler.history_rows(histories)
-    if values.tolist() != [token for row in expected for token in row]:
+    rows = assembler.history_rows(histories)
+    if [row.tolist() for row in rows] != expected:
         raise SystemExit("assembled ids differ from the whole texts")
     for name, run in (
         ("segments", lambda: assembler.history_rows(histories)),
@@ -357,8 +370,87 @@ def bench_assemble(arguments: argparse.Namespace) -> Iterator[dict[str, object]]
             "p20_ms": low * 1e3,
             "p80_ms": high * 1e3,
             "prompts_per_s": len(histories) / seconds,
-            "Mtok_per_s": len(values) / seconds / 1e6,
+            "Mtok_per_s": len(rows.values) / seconds / 1e6,
             "setup_s": made + first if name == "segments" else 0.0,
+        }
+
+
+# ---- from a data set to packed batches ----------------------------------------------------------
+
+
+def feed_data(histories: int, items: int) -> tuple[RecDataset, Examples]:
+    """Made-up events of `histories` users, 16 to 41 each; every user's last event is an example."""
+    import polars as pl
+    from workload import generate_titles
+
+    from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, LoadReport, RecDataset
+
+    rng = np.random.default_rng(0)
+    counts = rng.integers(16, 42, histories)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    titles = generate_titles(items)[:items]
+    data = InteractionData(
+        users=IdMap(range(histories)),
+        catalog=Catalog(IdMap(range(items)), pl.DataFrame({"title": titles})),
+        offsets=offsets,
+        item=rng.integers(0, items, offsets[-1]),
+        timestamp=np.sort(rng.integers(0, 10**8, offsets[-1])),
+        rating=rng.integers(1, 6, offsets[-1]).astype(np.float32),
+        report=LoadReport(),
+    )
+    examples = Examples(np.arange(histories), counts - 1)
+    return RecDataset(data, examples, examples[:0], examples[:0]), examples
+
+
+def bench_feed(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    from transformers import AutoTokenizer
+    from workload import small_tokenizer
+
+    from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.prompts.builder import PromptBuilder
+    from r2ec_fast.prompts.segments import PromptAssembler
+
+    dataset, examples = feed_data(arguments.histories, arguments.items)
+    catalog = dataset.data.catalog
+    if arguments.model is None:
+        tokenizer = small_tokenizer(catalog.titles)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    builder = PromptBuilder(tokenizer, catalog)
+    assembler = PromptAssembler(builder)
+    options = {"max_tokens": RecPOConfig().max_tokens_per_microbatch, "oversize": "alone"}
+
+    def rows() -> list[PackedBatch]:
+        prompts = assembler.example_rows(dataset, examples)
+        return pack_histories(prompts.append(builder.marker_ids), **options)
+
+    def lists() -> list[PackedBatch]:
+        prompts = [row.tolist() for row in assembler.example_rows(dataset, examples)]
+        return pack_histories([[*p, *builder.marker_ids] for p in prompts], **options)
+
+    found = rows()
+    for ours, theirs in zip(found, lists(), strict=True):
+        if not torch.equal(ours.input_ids, theirs.input_ids):
+            raise SystemExit("the rows of both paths differ")
+    tokens = sum(batch.num_tokens for batch in found)
+    seconds: dict[str, list[float]] = {"rows": [], "lists": []}
+    for _ in range(arguments.repeats):
+        for name, run in (("rows", rows), ("lists", lists)):
+            seconds[name].append(median(run, 1)[0])
+    peer = statistics.median(seconds["lists"])
+    for name, of_path in seconds.items():
+        middle = statistics.median(of_path)
+        low, high = np.percentile(of_path, [20, 80])
+        yield {
+            "histories": len(examples),
+            "path": name,
+            "tokens": tokens,
+            "batches": len(found),
+            "median_s": middle,
+            "p20_s": float(low),
+            "p80_s": float(high),
+            "Mtok_per_s": tokens / middle / 1e6,
+            "vs_lists": peer / middle,
         }
 
 
@@ -422,12 +514,18 @@ def main() -> None:
     assemble.add_argument("--model", required=True)
     assemble.add_argument("--titles", required=True, help="a text file, one title a line")
     assemble.add_argument("--histories", type=int, default=5000)
-    for command in (pack, update, assemble):
+    feed = commands.add_parser("feed")
+    feed.add_argument("--model", help="its tokenizer; default: a small one made from the titles")
+    feed.add_argument("--histories", type=int, default=10_000)
+    feed.add_argument("--items", type=int, default=10_000)
+    feed.add_argument("--repeats", type=int, default=9)
+    for command in (pack, update, assemble, feed):
         command.add_argument("--csv")
     arguments = parser.parse_args()
     results = []
-    benches = {"pack": lambda a: bench_pack(a.rows), "update": bench_update}
-    for result in (benches | {"assemble": bench_assemble})[arguments.command](arguments):
+    benches = {"update": bench_update, "assemble": bench_assemble, "feed": bench_feed}
+    benches["pack"] = lambda a: bench_pack(a.rows)
+    for result in benches[arguments.command](arguments):
         show(result, header=not results)
         results.append(result)
     if arguments.csv:

@@ -125,8 +125,8 @@ void Assembler::check(const Histories& h) const {
            " are not a slice of the " + str(h.num_events) + " events");
     if (h.first[x] == h.last[x])
       fail("history " + str(x) + " is empty: a prompt needs at least one event");
-    const bool timed = h.timestamp != nullptr && h.target_time != nullptr &&
-                       h.target_time[x] != kNoTime;
+    const bool timed =
+        h.timestamp != nullptr && h.target_time != nullptr && h.target_time[x] != kNoTime;
     for (int64_t e = std::max(h.first[x], h.last[x] - window_); e < h.last[x]; ++e) {
       if (h.item[e] < 0 || h.item[e] >= num_items_)
         fail("history " + str(x) + ": item " + str(h.item[e]) + " is outside 0.." +
@@ -202,7 +202,8 @@ void Assembler::measure_range(const Histories& h, int64_t first, int64_t last, M
   for (int64_t x = first; x < last; ++x) {
     int64_t tokens = head, lines = 0;
     bool whole = false, full = false;
-    // Lines that no longer fit are looked at too: what counts as clean must not depend on the budget.
+    // Lines that no longer fit are looked at too: what counts as clean must not depend on the
+    // budget.
     for (int64_t e = h.last[x] - 1; e >= std::max(h.first[x], h.last[x] - window_); --e) {
       Line line;
       const Found found = find(h, x, e, line, &missing);

@@ -1,15 +1,28 @@
 // User prompts put together from token segments that were tokenised once. No Python in here.
 //
-// A prompt is  head, line, ..., line, suffix  where a line is  [[unit] rest] item [rating]: its age, its
-// item, its rating. The newest line ends with the text that closes the prompt. As many of the newest
-// lines are kept as fit the budget; with none the prompt is `bare`. r2ec_fast/assembler.py says which
-// texts the segments hold.
+// In: tables of segments (ragged int32 rows) and histories as slices of event arrays. Out: ragged
+// int64 prompts.
+//
+//   prompt   | head | line | line | ... | line | suffix |
+//                     oldest              newest
+//   line     | unit | rest | item | rating |
+//
+// Unit and rest are the age of the event, where it has one ("3d" and what follows it); the rating
+// is left out where there is none. The newest line ends with the text that closes the prompt. As
+// many of the newest lines are kept as fit into max_tokens beside the head (the suffix comes on
+// top); with none the prompt is `bare`. r2ec_fast/assembler.py says which texts the segments hold.
+//
+// Two calls, so that the caller allocates exact sizes: measure() walks each history from the newest
+// event back, adds up segment lengths until the budget is full, and lists segments that the tables
+// lack; write() copies them. Work: O(window) look-ups for each prompt in measure(), and again in
+// write() with one copy of each token; no text is read. Prompts are independent: threads take
+// ranges of about equal work, and results do not depend on their number. Where a text does not
+// tokenise the same in parts as in one piece, the prompt is reported (-1) and the caller tokenises
+// it whole.
 #pragma once
 
 #include <cstdint>
 #include <vector>
-
-#include "packer.hpp"
 
 namespace r2ec {
 
@@ -62,8 +75,8 @@ class Assembler {
   Assembler(std::vector<int32_t> head, std::vector<int32_t> bare, std::vector<int32_t> suffix,
             int64_t num_items, int64_t window, int64_t max_tokens, int64_t max_days);
 
-  // An age below one day: unit within_unit[second] (-1: none) and rest within_rest[second]; one of d
-  // days: unit kHours + d and rest day_rest[second of the day].
+  // An age below one day: unit within_unit[second] (-1: none) and rest within_rest[second]; one of
+  // d days: unit kHours + d and rest day_rest[second of the day].
   void set_ages(SegmentTable rests, std::vector<int64_t> within_unit,
                 std::vector<int64_t> within_rest, std::vector<int64_t> day_rest);
   // "0h" .. "23h", "0d", "1d", ...
@@ -74,7 +87,8 @@ class Assembler {
   // Two segments a rating: followed by a new line, and by the closing text.
   void set_ratings(std::vector<float> values, SegmentTable newline, SegmentTable closing);
 
-  // Throws std::invalid_argument for an empty history, an unknown item or an event after its target.
+  // Throws std::invalid_argument for an empty history, an unknown item or an event after its
+  // target.
   Measured measure(const Histories& histories, int64_t threads) const;
 
   // Writes prompt x to out[offsets[x] : offsets[x + 1]] where lines[x] >= 0, and nothing elsewhere.

@@ -153,9 +153,14 @@ struct HistoryArrays {
     if (rating) need(rating->size(), item.size(), "rating");
     need(last.size(), first.size(), "last");
     if (target_time) need(target_time->size(), first.size(), "target_time");
-    return {item.data(), timestamp ? timestamp->data() : nullptr,
-            rating ? rating->data() : nullptr, item.size(), first.data(), last.data(),
-            target_time ? target_time->data() : nullptr, first.size()};
+    return {item.data(),
+            timestamp ? timestamp->data() : nullptr,
+            rating ? rating->data() : nullptr,
+            item.size(),
+            first.data(),
+            last.data(),
+            target_time ? target_time->data() : nullptr,
+            first.size()};
   }
 };
 

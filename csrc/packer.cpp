@@ -1,136 +1,19 @@
 #include "packer.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
-#include <set>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
+#include "best_fit.hpp"
 #include "parallel.hpp"
 
 namespace r2ec {
 namespace {
 
-constexpr int64_t kMaxBuckets = int64_t{1} << 20;
-
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 std::string str(int64_t value) { return std::to_string(value); }
-
-// Open batches by free space, in an ordered set. Takes any capacity.
-class SpaceSet {
- public:
-  // The batch with the least space >= size (ties: lowest index) and its space, or -1.
-  std::pair<int64_t, int64_t> take(int64_t size) {
-    const auto at = open_.lower_bound({size, 0});
-    if (at == open_.end()) return {-1, 0};
-    const auto [space, batch] = *at;
-    open_.erase(at);
-    return {batch, space};
-  }
-  void put(int64_t space, int64_t batch) { open_.insert({space, batch}); }
-
- private:
-  std::set<std::pair<int64_t, int64_t>> open_;
-};
-
-// The same for a capacity that may have a bucket a value: heaps, and three levels of 64-bit masks
-// which find the next bucket that is not empty.
-class SpaceBuckets {
- public:
-  explicit SpaceBuckets(int64_t capacity) : buckets_(capacity + 1) {
-    for (int64_t bits = capacity + 1; masks_.empty() || bits > 1;) {
-      bits = (bits + 63) / 64;
-      masks_.emplace_back(bits, 0);
-    }
-  }
-  std::pair<int64_t, int64_t> take(int64_t size) {
-    const int64_t space = next(size);
-    if (space < 0) return {-1, 0};
-    auto& heap = buckets_[space];
-    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-    const int64_t batch = heap.back();
-    heap.pop_back();
-    if (heap.empty()) clear(space);
-    return {batch, space};
-  }
-  void put(int64_t space, int64_t batch) {
-    auto& heap = buckets_[space];
-    if (heap.empty()) set(space);
-    heap.push_back(batch);
-    std::push_heap(heap.begin(), heap.end(), std::greater<>());
-  }
-
- private:
-  void set(int64_t bit) {
-    for (auto& level : masks_) {
-      level[bit >> 6] |= uint64_t{1} << (bit & 63);
-      bit >>= 6;
-    }
-  }
-  void clear(int64_t bit) {
-    for (auto& level : masks_) {
-      level[bit >> 6] &= ~(uint64_t{1} << (bit & 63));
-      if (level[bit >> 6] != 0) return;
-      bit >>= 6;
-    }
-  }
-  // Lowest set bit >= bit, or -1: up until a mask has one, then down to its first.
-  int64_t next(int64_t bit) const {
-    for (size_t level = 0; level < masks_.size(); ++level) {
-      const auto& masks = masks_[level];
-      const int64_t word = bit >> 6;
-      if (word >= static_cast<int64_t>(masks.size())) return -1;
-      const uint64_t rest = masks[word] >> (bit & 63);
-      if (rest != 0) {
-        bit += __builtin_ctzll(rest);
-        while (level-- > 0) bit = bit * 64 + __builtin_ctzll(masks_[level][bit]);
-        return bit;
-      }
-      bit = word + 1;
-    }
-    return -1;
-  }
-
-  std::vector<std::vector<int64_t>> buckets_;
-  std::vector<std::vector<uint64_t>> masks_;
-};
-
-template <typename Open>
-int64_t place(const std::vector<int64_t>& sizes, const std::vector<int64_t>& order,
-              int64_t capacity, Open open, std::vector<int64_t>& batch_of_group) {
-  int64_t num_batches = 0;
-  for (const int64_t group : order) {
-    const int64_t size = sizes[group];
-    auto [batch, space] = size > capacity ? std::pair<int64_t, int64_t>{-1, 0} : open.take(size);
-    if (batch < 0) {
-      batch = num_batches++;
-      space = capacity;
-    }
-    batch_of_group[group] = batch;
-    if (space > size) open.put(space - size, batch);
-  }
-  return num_batches;
-}
-
-std::vector<int64_t> by_falling_size(const std::vector<int64_t>& sizes) {
-  const int64_t n = static_cast<int64_t>(sizes.size());
-  std::vector<int64_t> order(n);
-  const int64_t largest = n == 0 ? 0 : *std::max_element(sizes.begin(), sizes.end());
-  if (largest > 4 * n + 4096) {
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return sizes[a] > sizes[b]; });
-    return order;
-  }
-  std::vector<int64_t> at(largest + 2, 0);  // at[largest - size + 1] counts, then starts
-  for (const int64_t size : sizes) ++at[largest - size + 1];
-  std::partial_sum(at.begin(), at.end(), at.begin());
-  for (int64_t group = 0; group < n; ++group) order[at[largest - sizes[group]]++] = group;
-  return order;
-}
 
 template <typename T>
 void copy_tokens(const T* from, int64_t count, int64_t* to) {
@@ -139,34 +22,136 @@ void copy_tokens(const T* from, int64_t count, int64_t* to) {
 
 void count_up(int64_t* to, int64_t count, int64_t from) { std::iota(to, to + count, from); }
 
+// Entries first..first+size-1 of a values array.
+struct Row {
+  int64_t first, size;
+};
+
+Row row_of(const std::vector<int64_t>& offsets, int64_t row) {
+  return {offsets[row], offsets[row + 1] - offsets[row]};
+}
+
+// Writes the sequences of one batch, one behind the other, into its parts of all outputs.
+template <typename Prompt, typename Completion>
+class BatchWriter {
+ public:
+  BatchWriter(const Starts& starts, int64_t batch, const Prompt* prompt_values,
+              const Completion* completion_values, const int64_t* targets, const Outputs& out)
+      : prompt_values_(prompt_values),
+        completion_values_(completion_values),
+        targets_(targets),
+        out_(out),
+        input_ids_(out.input_ids + starts.tokens[batch]),
+        position_ids_(out.position_ids + starts.tokens[batch]),
+        seq_idx_(out.seq_idx + starts.tokens[batch]),
+        labels_(out.labels == nullptr ? nullptr : out.labels + starts.tokens[batch]),
+        // batches before this one hold one extra cu_seq_lens entry each
+        cu_q_(out.cu_seq_lens_q + starts.sequences[batch] + batch),
+        cu_k_(out.cu_seq_lens_k + starts.sequences[batch] + batch),
+        kv_(out.kv_index == nullptr ? nullptr : out.kv_index + starts.keys[batch]),
+        predicted_(starts.predicted[batch]),
+        readout_(starts.readouts[batch]) {
+    *cu_q_++ = 0;
+    *cu_k_++ = 0;
+  }
+
+  int64_t length() const { return length_; }  // tokens so far
+
+  void add_prompt(Row prompt) {
+    const Prompt* const tokens = prompt_values_ + prompt.first;
+    copy_tokens(tokens, prompt.size, input_ids_ + length_);
+    if (labels_ != nullptr) {
+      labels_[length_] = kIgnore;
+      copy_tokens(tokens + 1, prompt.size - 1, labels_ + length_ + 1);
+    }
+    close(prompt.size, 0, 0);
+  }
+
+  // A completion whose prompt is shared (its tokens lie from `prefix` on) or repeated before it.
+  void add_completion(Row prompt, Row completion, bool shared, int64_t prefix) {
+    const int64_t repeated = shared ? 0 : prompt.size;
+    const Completion* const tokens = completion_values_ + completion.first;
+    copy_tokens(prompt_values_ + prompt.first, repeated, input_ids_ + length_);
+    copy_tokens(tokens, completion.size, input_ids_ + length_ + repeated);
+    int64_t* const wanted = out_.targets + predicted_;
+    if (targets_ == nullptr)
+      copy_tokens(tokens, completion.size, wanted);
+    else
+      copy_tokens(targets_ + completion.first, completion.size, wanted);
+    if (labels_ != nullptr) {
+      std::fill_n(labels_ + length_, repeated, kIgnore);
+      copy_tokens(wanted, completion.size, labels_ + length_ + repeated);
+    }
+    // the prompt's last token predicts the first, each of the others the next
+    out_.predict_from[predicted_] = (shared ? prefix : length_) + prompt.size - 1;
+    count_up(out_.predict_from + predicted_ + 1, completion.size - 1, length_ + repeated);
+    std::fill_n(out_.trajectory + predicted_, completion.size, trajectory_++);
+    count_up(out_.source + predicted_, completion.size, completion.first);
+    predicted_ += completion.size;
+    close(repeated + completion.size, prompt.size - repeated, prefix);
+  }
+
+  void add_tail(int64_t size) {
+    if (size == 0) return;
+    std::fill_n(input_ids_ + length_, size, int64_t{0});
+    if (labels_ != nullptr) std::fill_n(labels_ + length_, size, kIgnore);
+    close(size, 0, 0);
+  }
+
+  // The state of the last token so far is what the item head reads.
+  void read_out() {
+    if (out_.readout != nullptr) out_.readout[readout_++] = length_ - 1;
+  }
+
+ private:
+  // Ends the sequence whose `own` tokens were just written; it sees `shared` tokens from `prefix`.
+  void close(int64_t own, int64_t shared, int64_t prefix) {
+    count_up(position_ids_ + length_, own, shared);
+    std::fill_n(seq_idx_ + length_, own, sequence_++);
+    if (kv_ != nullptr) {
+      count_up(kv_, shared, prefix);
+      count_up(kv_ + shared, own, length_);
+      kv_ += shared + own;
+    }
+    length_ += own;
+    keys_ += shared + own;
+    *cu_q_++ = static_cast<int32_t>(length_);
+    *cu_k_++ = static_cast<int32_t>(keys_);
+  }
+
+  const Prompt* const prompt_values_;
+  const Completion* const completion_values_;
+  const int64_t* const targets_;
+  const Outputs& out_;
+  int64_t *const input_ids_, *const position_ids_;
+  int32_t* const seq_idx_;
+  int64_t* const labels_;
+  int32_t *cu_q_, *cu_k_;
+  int64_t* kv_;
+  int64_t predicted_, readout_;
+  int64_t length_ = 0, keys_ = 0, trajectory_ = 0;
+  int32_t sequence_ = 0;
+};
+
 }  // namespace
 
 void check_offsets(const Offsets& offsets, const char* name) {
   const std::string where(name);
-  if (offsets.size < 1) fail(where + ": offsets must hold at least the entry 0, got an empty array");
+  if (offsets.size < 1)
+    fail(where + ": offsets must hold at least the entry 0, got an empty array");
   if (offsets.data[0] != 0) fail(where + ": offsets must start at 0, got " + str(offsets.data[0]));
   for (int64_t row = 0; row + 1 < offsets.size; ++row) {
     const int64_t begin = offsets.data[row], end = offsets.data[row + 1];
     if (end == begin)
       fail(where + ": row " + str(row) + " is empty; every row needs at least one token");
     if (end < begin)
-      fail(where + ": offsets must not fall, got " + str(begin) + " then " + str(end) +
-           " at row " + str(row));
+      fail(where + ": offsets must not fall, got " + str(begin) + " then " + str(end) + " at row " +
+           str(row));
   }
   const int64_t last = offsets.data[offsets.size - 1];
   if (last != offsets.num_values)
     fail(where + ": the last offset must be the number of values (" + str(offsets.num_values) +
          "), got " + str(last));
-}
-
-int64_t best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity,
-                            std::vector<int64_t>& batch_of_group) {
-  const auto order = by_falling_size(sizes);
-  batch_of_group.assign(sizes.size(), -1);
-  const int64_t n = static_cast<int64_t>(sizes.size());
-  if (capacity <= kMaxBuckets && capacity / 64 <= n + 64)
-    return place(sizes, order, capacity, SpaceBuckets(capacity), batch_of_group);
-  return place(sizes, order, capacity, SpaceSet(), batch_of_group);
 }
 
 Plan::Plan(const Offsets& prompts, const Offsets* completions, const PackOptions& options)
@@ -288,84 +273,23 @@ void Plan::fill_batch(int64_t batch, const Prompt* prompt_values,
                       const Completion* completion_values, const int64_t* targets,
                       const Outputs& out) const {
   const int64_t g = options_.num_generations;
-  const int64_t base = starts_.tokens[batch];
-  int64_t* const input_ids = out.input_ids + base;
-  int64_t* const labels = out.labels == nullptr ? nullptr : out.labels + base;
-  // Batches before this one hold one extra cu_seq_lens entry each.
-  int32_t* cu_q = out.cu_seq_lens_q + starts_.sequences[batch] + batch;
-  int32_t* cu_k = out.cu_seq_lens_k + starts_.sequences[batch] + batch;
-  int64_t* kv = out.kv_index == nullptr ? nullptr : out.kv_index + starts_.keys[batch];
-  int64_t predicted = starts_.predicted[batch], readout = starts_.readouts[batch];
-  int64_t length = 0, keys = 0, trajectory = 0;
-  int32_t sequence = 0;
-  *cu_q++ = 0;
-  *cu_k++ = 0;
-
-  // Closes the sequence whose `own` tokens were just written; it sees `shared` rows from `prefix`.
-  const auto close = [&](int64_t own, int64_t shared, int64_t prefix) {
-    count_up(out.position_ids + base + length, own, shared);
-    std::fill_n(out.seq_idx + base + length, own, sequence++);
-    if (kv != nullptr) {
-      count_up(kv, shared, prefix);
-      count_up(kv + shared, own, length);
-      kv += shared + own;
-    }
-    length += own;
-    keys += shared + own;
-    *cu_q++ = static_cast<int32_t>(length);
-    *cu_k++ = static_cast<int32_t>(keys);
-  };
-  const auto read_out = [&] {
-    if (out.readout != nullptr) out.readout[readout++] = length - 1;
-  };
-
+  BatchWriter<Prompt, Completion> writer(starts_, batch, prompt_values, completion_values, targets,
+                                         out);
   for (int64_t i = starts_.groups[batch]; i < starts_.groups[batch + 1]; ++i) {
     const int64_t group = groups_[i];
-    const Prompt* const prompt = prompt_values + prompts_[group];
-    const int64_t p = prompts_[group + 1] - prompts_[group];
-    const int64_t prefix = length;
-    if (g == 0 || options_.share_prompts) {
-      copy_tokens(prompt, p, input_ids + length);
-      if (labels != nullptr) {
-        labels[length] = kIgnore;
-        copy_tokens(prompt + 1, p - 1, labels + length + 1);
-      }
-      close(p, 0, 0);
-      if (g == 0) read_out();
-    }
+    const Row prompt = row_of(prompts_, group);
+    const int64_t prefix = writer.length();
+    if (g == 0 || options_.share_prompts) writer.add_prompt(prompt);
+    if (g == 0) writer.read_out();
     for (int64_t row = group * g; row < (group + 1) * g; ++row) {
-      const int64_t first = completions_[row], r = completions_[row + 1] - first;
-      const int64_t repeated = options_.share_prompts ? 0 : p;
-      copy_tokens(prompt, repeated, input_ids + length);
-      copy_tokens(completion_values + first, r, input_ids + length + repeated);
-      int64_t* const wanted = out.targets + predicted;
-      if (targets == nullptr) {
-        copy_tokens(completion_values + first, r, wanted);
-      } else {
-        std::copy(targets + first, targets + first + r, wanted);
-      }
-      if (labels != nullptr) {
-        std::fill_n(labels + length, repeated, kIgnore);
-        std::copy(wanted, wanted + r, labels + length + repeated);
-      }
-      out.predict_from[predicted] = options_.share_prompts ? prefix + p - 1 : length + p - 1;
-      count_up(out.predict_from + predicted + 1, r - 1, length + repeated);
-      std::fill_n(out.trajectory + predicted, r, trajectory++);
-      count_up(out.source + predicted, r, first);
-      predicted += r;
-      close(repeated + r, p - repeated, prefix);
-      read_out();
+      writer.add_completion(prompt, row_of(completions_, row), options_.share_prompts, prefix);
+      writer.read_out();
     }
   }
-  const int64_t tail = starts_.tokens[batch + 1] - base - length;
-  if (tail > 0) {
-    std::fill_n(input_ids + length, tail, int64_t{0});
-    if (labels != nullptr) std::fill_n(labels + length, tail, kIgnore);
-    close(tail, 0, 0);
-  }
+  writer.add_tail(starts_.tokens[batch + 1] - starts_.tokens[batch] - writer.length());
 }
 
-#define R2EC_FILL(Prompt, Completion)                                                          \
+#define R2EC_FILL(Prompt, Completion)                                                        \
   template void Plan::fill(const Prompt*, const Completion*, const int64_t*, const Outputs&, \
                            int64_t) const;
 R2EC_FILL(int32_t, int32_t)

@@ -1,7 +1,25 @@
 // History packing: ragged token rows -> padding-free batches. No Python in here.
 //
-// A Plan decides which groups share a batch and how large every output is; fill() writes the outputs
-// into memory of the caller. Both are deterministic, fill() for any number of threads.
+// In: prompts as ragged rows (values, offsets), with G completions each or none; a prompt and its
+// completions are a group, and stay together. Out: batches of at most max_tokens tokens, each a run
+// of sequences without padding between them, and the arrays that attention and the loss need.
+//
+//   share_prompts     | prompt 0 | c00 | c01 | prompt 1 | c10 | c11 | tail |
+//   repeated prompts  | prompt 0 c00 | prompt 0 c01 | prompt 1 c10 | prompt 1 c11 | tail |
+//   no completions    | prompt 0 | prompt 1 | prompt 2 | tail |
+//
+// A shared prompt is computed once; its completions see it through kv_index, which lists for every
+// sequence the tokens that are its keys. The tail pads a batch to a multiple, as one more sequence.
+//
+// A Plan decides which groups share a batch and how large every output is; fill() writes the
+// outputs into memory of the caller, who can allocate them at their exact size.
+//
+//   Plan   places groups by best-fit decreasing (best_fit.hpp) and adds up the sizes.
+//   fill   copies every token once and writes 20 bytes for it (id, position, sequence), 8 for each
+//          key and 32 for each predicted token. Batches are independent: threads take ranges.
+//
+// Both are deterministic, fill() for any number of threads. Sizes are checked in 64 bits before
+// they are written as int32; what does not fit is refused.
 #pragma once
 
 #include <cstdint>
@@ -52,15 +70,9 @@ struct Outputs {
 // Throws std::invalid_argument unless offsets rise strictly from 0 to num_values.
 void check_offsets(const Offsets& offsets, const char* name);
 
-// Batch of every group, best-fit decreasing: groups by falling size (ties: lower index first), each
-// into the fullest batch with room (ties: the batch opened first). Sizes above `capacity` open a
-// batch of their own. Returns the number of batches.
-int64_t best_fit_decreasing(const std::vector<int64_t>& sizes, int64_t capacity,
-                            std::vector<int64_t>& batch_of_group);
-
 class Plan {
  public:
-  // Copies the offsets, so that a caller who changes them later cannot make fill() leave its arrays.
+  // Copies the offsets: a caller who changes them later cannot make fill() leave its arrays.
   Plan(const Offsets& prompts, const Offsets* completions, const PackOptions& options);
 
   int64_t num_batches() const { return static_cast<int64_t>(max_length_q_.size()); }

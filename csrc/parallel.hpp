@@ -13,8 +13,8 @@ namespace r2ec {
 constexpr int64_t kMaxThreads = 256;
 
 // Calls work(first, last) for consecutive ranges that cover 0..n-1, of about equal weight; `before`
-// has n + 1 entries, the weight of everything before each index. Rethrows the first range's exception
-// after all have ended.
+// has n + 1 entries, the weight of everything before each index. Rethrows the first range's
+// exception after all have ended.
 template <typename Work>
 void parallel_ranges(const std::vector<int64_t>& before, int64_t threads, const Work& work) {
   const int64_t n = static_cast<int64_t>(before.size()) - 1;
@@ -27,8 +27,8 @@ void parallel_ranges(const std::vector<int64_t>& before, int64_t threads, const 
   cut[0] = 0;
   for (int64_t i = 1; i < parts; ++i) {
     const int64_t weight = before[n] / parts * i;
-    cut[i] = std::lower_bound(before.begin() + cut[i - 1], before.end() - 1, weight) -
-             before.begin();
+    cut[i] =
+        std::lower_bound(before.begin() + cut[i - 1], before.end() - 1, weight) - before.begin();
   }
   std::vector<std::exception_ptr> thrown(parts);
   const auto guarded = [&](int64_t i) {

@@ -5,7 +5,7 @@ Neither torch nor anything but pybind11 and a C++17 compiler takes part.
 
 import os
 import sys
-from glob import glob
+from pathlib import Path
 
 OPTIMISE = ["-O3", "-Wall", "-Wextra"]
 
@@ -23,15 +23,21 @@ def wanted() -> bool:
     return switch == "1"
 
 
-def first_pass(folder: str):
+def sources(folder: str, ending: str) -> list[str]:
+    """Files of a folder and of those in it, relative as setuptools wants them, in one order."""
+    return sorted(str(path) for path in Path(folder).rglob(f"*.{ending}"))
+
+
+def extension(folder: str):
     """r2ec_kernels._cpu._native from the sources in ``folder``."""
     from pybind11.setup_helpers import Pybind11Extension
 
     parallel = ["-fopenmp"] if sys.platform == "linux" else []
     return Pybind11Extension(
         "r2ec_kernels._cpu._native",
-        sorted(glob(f"{folder}/*.cpp")),
-        depends=glob(f"{folder}/*.hpp"),
+        sources(folder, "cpp"),
+        depends=sources(folder, "hpp"),
+        include_dirs=[folder],
         cxx_std=17,
         extra_compile_args=[
             *OPTIMISE,

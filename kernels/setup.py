@@ -8,4 +8,4 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent))
 import native_build  # noqa: E402
 
-setup(ext_modules=[native_build.first_pass("csrc")] if native_build.wanted() else [])
+setup(ext_modules=[native_build.extension("csrc")] if native_build.wanted() else [])

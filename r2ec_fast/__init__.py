@@ -8,48 +8,35 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from r2ec_fast.config import ModelConfig, RecPOConfig
-    from r2ec_fast.data import RecDataset, load_interactions, make_splits
-    from r2ec_fast.model import R2ecModel
-    from r2ec_fast.packing import PackedBatch, pack_histories
-    from r2ec_fast.prompts import PromptBuilder, PromptConfig
-    from r2ec_fast.serve.recommender import Recommendation, Recommender
-    from r2ec_fast.train.trainer import RecPOTrainer
+if TYPE_CHECKING:  # what type checkers and editors see
+    from r2ec_fast.config import ModelConfig as ModelConfig
+    from r2ec_fast.config import RecPOConfig as RecPOConfig
+    from r2ec_fast.data import RecDataset as RecDataset
+    from r2ec_fast.data import load_interactions as load_interactions
+    from r2ec_fast.data import make_splits as make_splits
+    from r2ec_fast.model import R2ecModel as R2ecModel
+    from r2ec_fast.packing import PackedBatch as PackedBatch
+    from r2ec_fast.packing import pack_histories as pack_histories
+    from r2ec_fast.prompts import PromptBuilder as PromptBuilder
+    from r2ec_fast.prompts import PromptConfig as PromptConfig
+    from r2ec_fast.serve.recommender import Recommendation as Recommendation
+    from r2ec_fast.serve.recommender import Recommender as Recommender
+    from r2ec_fast.train.trainer import RecPOTrainer as RecPOTrainer
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "ModelConfig": "config",
-    "PackedBatch": "packing",
-    "PromptBuilder": "prompts",
-    "PromptConfig": "prompts",
-    "R2ecModel": "model",
-    "RecDataset": "data",
-    "RecPOConfig": "config",
-    "RecPOTrainer": "train.trainer",
-    "Recommendation": "serve.recommender",
-    "Recommender": "serve.recommender",
-    "load_interactions": "data",
-    "make_splits": "data",
-    "pack_histories": "packing",
+_EXPORTS = {
+    "config": ("ModelConfig", "RecPOConfig"),
+    "data": ("RecDataset", "load_interactions", "make_splits"),
+    "model": ("R2ecModel",),
+    "packing": ("PackedBatch", "pack_histories"),
+    "prompts": ("PromptBuilder", "PromptConfig"),
+    "serve.recommender": ("Recommendation", "Recommender"),
+    "train.trainer": ("RecPOTrainer",),
 }
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = [
-    "ModelConfig",
-    "PackedBatch",
-    "PromptBuilder",
-    "PromptConfig",
-    "R2ecModel",
-    "RecDataset",
-    "RecPOConfig",
-    "RecPOTrainer",
-    "Recommendation",
-    "Recommender",
-    "load_interactions",
-    "make_splits",
-    "pack_histories",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:

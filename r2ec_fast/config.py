@@ -1,19 +1,51 @@
-"""Settings of a training run. Names follow TRL and transformers where the meaning is equal."""
+"""Settings of a training run.
+
+A setting of TRL's GRPOConfig or transformers' TrainingArguments has its name there where it means
+the same. Ours are the item action, the rewards, the item table, packing, and the rest of what those
+trainers do not have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 from r2ec_fast.prompts.builder import PromptConfig
+from r2ec_fast.utils.settings import (
+    Fraction,
+    MoreThan,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    Renamed,
+    accept_old_names,
+    check_ranges,
+)
 from r2ec_kernels import RecPOLossConfig
+from r2ec_kernels._dispatch import IMPLEMENTATIONS
+from r2ec_kernels.index.index import SCANS
+from r2ec_kernels.loss.config import ESTIMATORS, ITEM_NEGATIVES, RATIO_LEVELS
 
-OBJECTIVES = ("recpo", "contrastive")
-SCHEDULERS = ("constant_with_warmup", "constant", "linear", "cosine")
-OPTIMIZERS = ("adamw_torch", "paged_adamw_8bit")
-REFRESH_MODES = ("full", "rolling")
-REPORTERS = ("none", "tensorboard", "wandb", "trackio")
+# TRL's loss types, and the paper's "sum" -> `reduction` of r2ec_kernels.recpo_loss
+REDUCTIONS = {
+    "dapo": "token",
+    "bnpo": "token",  # divided by another count, see PolicyUpdate
+    "grpo": "sequence",
+    "dr_grpo": "constant",
+    "sum": "sum",
+}
+RENAMED = {
+    "kl_weight": Renamed("beta"),
+    "importance_cap": Renamed("vllm_importance_sampling_cap"),
+    "reduction": Renamed(
+        "loss_type", {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo", "sum": "sum"}
+    ),
+}
 
 
+@accept_old_names(RENAMED, removed_in="0.3.0")
 @dataclass
 class RecPOConfig:
     """Everything a run depends on; written beside every checkpoint. Defaults are the paper's.
@@ -25,178 +57,156 @@ class RecPOConfig:
 
     output_dir: str = "runs/r2ec"
     """Where checkpoints, metrics and the trained model are written."""
-    objective: str = "recpo"
+    objective: Annotated[str, OneOf("recpo", "contrastive")] = "recpo"
     """recpo: reasoning and item head by reinforcement learning; contrastive: direct mode, in-batch
     softmax without reasoning (ablation and warm start)."""
 
     # adapters and precision
     use_lora: bool = True
     """Train low-rank adapters; false trains every weight except the token table."""
-    lora_r: int = 4
+    lora_r: PositiveInt = 4
     """Rank of the adapters."""
     lora_alpha: int = 128
     """Scale of the adapters (an update is multiplied by lora_alpha / lora_r)."""
-    lora_dropout: float = 0.0
+    lora_dropout: Fraction = 0.0
     """Dropout before the adapters, probability."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     # rollout
-    num_generations: int = 4
+    num_generations: PositiveInt = 4
     """G, reasonings sampled for one user."""
-    max_completion_length: int = 512
+    max_completion_length: PositiveInt = 512
     """Longest reasoning, tokens (an appended marker not counted)."""
-    temperature: float = 1.5
+    temperature: PositiveFloat = 1.5
     """Sampling temperature of the reasoning, also the one its log-probabilities are taken at."""
-    top_k: int = 200
+    top_k: NonNegativeInt = 200
     """Sample among the k likeliest tokens; 0 = all."""
-    max_tokens_in_flight: int = 65536
+    max_tokens_in_flight: PositiveInt = 65536
     """Prompt and completion tokens in one generation batch."""
     rollout_server: str | None = None
     """URL of a running vLLM server of the same base model, such as http://localhost:8000, which
     samples the reasonings with the adapters of each step; none = transformers, in this process."""
 
     # reward and loss
-    reward_softmax_weight: float = 0.05
-    """β: weight of the target's softmax probability in the reward; 1 - β is NDCG's."""
-    reward_ndcg_k: int = 1000
+    reward_softmax_weight: Fraction = 0.05
+    """Weight of the target's softmax probability in the reward, 0 to 1; the rest is NDCG's. The
+    paper's β, not TRL's."""
+    reward_ndcg_k: PositiveInt = 1000
     """Ranks beyond it earn no NDCG reward, items."""
-    relabel_topk: int = 1
+    relabel_topk: PositiveInt = 1
     """Best reasonings of a group that train the item action."""
-    estimator: str = "grpo"
-    """Advantage: "grpo" (mean and standard deviation of the group) or "rloo" (leave-one-out)."""
-    reduction: str = "token"
-    """Of the token terms: "token", "sequence", "constant" or "sum" (the paper's weights)."""
-    epsilon: float = 0.2
+    estimator: Annotated[str, OneOf(*ESTIMATORS)] = "grpo"
+    """Advantage: "grpo" (reward less the group's mean, divided by its standard deviation) or "rloo"
+    (less the mean of the group's others, not scaled). TRL has no such setting: its GRPOTrainer
+    knows the first (scale_rewards "group"), its RLOOTrainer the second."""
+    loss_type: Annotated[str, OneOf(*REDUCTIONS)] = "dapo"
+    """What the token terms are divided by, TRL's names: "dapo" (tokens of the whole step), "bnpo"
+    (tokens of one accumulation step of a process, then the mean over these), "grpo" (each
+    reasoning's tokens, then the mean over reasonings), "dr_grpo" (max_completion_length); and
+    "sum", the paper's, not in TRL (reasonings of the step, for the item action too)."""
+    importance_sampling_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
+    """The ratio new to old policy: one a "token", or one a "sequence", the geometric mean of its
+    tokens' (GSPO)."""
+    epsilon: NonNegativeFloat = 0.2
     """Lower clip range of the ratios."""
-    epsilon_high: float = 0.2
+    epsilon_high: NonNegativeFloat = 0.2
     """Upper clip range of the ratios (reference code: 0.28)."""
-    item_weight: float = 1.0
+    item_weight: NonNegativeFloat = 1.0
     """Weight of the item action's term."""
-    item_negatives: str = "in-batch"
+    item_negatives: Annotated[str, OneOf(*ITEM_NEGATIVES)] = "in-batch"
     """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog" (which
     wants refresh_steps 1: a model learns to tell fresh rows from stale ones)."""
-    sampled_negatives: int = 0
+    sampled_negatives: NonNegativeInt = 0
     """Items of the catalog, drawn uniformly in every step and encoded with it, that join the
     in-batch candidates; for steps of few users."""
-    kl_weight: float = 0.0
-    """Weight of the KL term to the backbone without adapters; 0 = none (the paper)."""
-    importance_cap: float | None = None
-    """Largest correction of a token for an engine with other numerics (vLLM); none = no bound."""
-    dynamic_sampling_rounds: int = 0
+    beta: NonNegativeFloat = 0.0
+    """KL coefficient: weight of the KL term to the backbone without adapters; 0 = none (the paper,
+    whose β is reward_softmax_weight)."""
+    vllm_importance_sampling_cap: Annotated[float | None, MoreThan(0)] = None
+    """Largest correction of a token for an engine with other numerics (vLLM), a ratio; none = no
+    bound. Larger ones become it, as in TRL's mode "token_truncate"."""
+    impl: Annotated[str, OneOf(*IMPLEMENTATIONS)] = "auto"
+    """Kernels of the loss: "auto", "triton", "torch" or "reference"; equal but for rounding."""
+    dynamic_sampling_rounds: NonNegativeInt = 0
     """Sample groups whose rewards tie again, at most so many times a step; 0 = never. Each round
     costs its tokens and a scoring pass."""
-    num_iterations: int = 1
+    num_iterations: PositiveInt = 1
     """Optimiser steps on one batch of rollouts."""
 
     # optimiser
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    optim: str = "adamw_torch"
+    optim: Annotated[str, OneOf("adamw_torch", "paged_adamw_8bit")] = "adamw_torch"
     """"adamw_torch", or "paged_adamw_8bit" (needs bitsandbytes)."""
-    lr_scheduler_type: str = "constant_with_warmup"
+    lr_scheduler_type: Annotated[
+        str, OneOf("constant_with_warmup", "constant", "linear", "cosine")
+    ] = "constant_with_warmup"
     """"constant_with_warmup", "constant", "linear" or "cosine" (the last two after the warm-up)."""
-    warmup_steps: int = 32
+    warmup_steps: NonNegativeInt = 32
     """Steps of linear warm-up."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Clip the gradient's norm; 0 = never."""
-    per_device_train_batch_size: int = 24
-    """Users in one accumulation step of a process."""
-    gradient_accumulation_steps: int = 1
+    per_device_train_batch_size: PositiveInt = 24
+    """Users in one accumulation step of a process (TRL's GRPOTrainer counts completions, here
+    num_generations a user)."""
+    gradient_accumulation_steps: PositiveInt = 1
     """Accumulation steps in one optimiser step."""
-    max_tokens_per_microbatch: int = 16384
+    max_tokens_per_microbatch: PositiveInt = 16384
     """Token budget of one forward and backward pass; a larger group runs alone."""
     max_steps: int = -1
     """Optimiser steps; -1 = num_train_epochs decide."""
-    num_train_epochs: float = 1.0
+    num_train_epochs: PositiveFloat = 1.0
     """Passes over the training examples where max_steps is -1."""
 
     # item table
-    refresh_steps: int = 100
+    refresh_steps: NonNegativeInt = 100
     """Re-encode the whole catalog every so many steps; 0 = only for evaluations."""
-    refresh_mode: str = "full"
+    refresh_mode: Annotated[str, OneOf("full", "rolling")] = "full"
     """"full": all rows at once, every refresh_steps; "rolling": after each step the oldest rows, so
     many that none is older than refresh_steps."""
-    index_scan: str = "auto"
+    index_scan: Annotated[str, OneOf(*SCANS)] = "auto"
     """First pass of the item index: "auto", "none", "fp16", "bf16" or "int8"; same results."""
 
     # evaluation, logs, checkpoints
-    eval_steps: int = 100
+    eval_steps: NonNegativeInt = 100
     """Validate every so many steps; 0 = only at the end."""
-    eval_samples: int = 0
+    eval_samples: NonNegativeInt = 0
     """Validation examples, seeded sample; 0 = all."""
     eval_reasoning: bool | None = None
     """Evaluate with greedy reasoning; none = yes for recpo, no for contrastive."""
-    early_stopping_patience: int = 0
+    early_stopping_patience: NonNegativeInt = 0
     """Stop after so many validations without a better eval_valid_ndcg@10; 0 = never."""
     load_best_model_at_end: bool = True
     """Export the checkpoint with the best eval_valid_ndcg@10 rather than the last."""
-    logging_steps: int = 1
+    logging_steps: PositiveInt = 1
     """Log every so many steps."""
-    log_completions_steps: int = 0
+    log_completions_steps: NonNegativeInt = 0
     """Write the reasonings of one user to samples.jsonl every so many steps; 0 = never."""
     log_entropy: bool = False
     """Log the mean entropy of the sampled tokens' distributions (nats): a few percent more time."""
-    save_steps: int = 100
+    save_steps: NonNegativeInt = 100
     """Checkpoint every so many steps; 0 = only at the end."""
-    save_total_limit: int = 2
+    save_total_limit: PositiveInt = 2
     """Checkpoints kept beside the best one."""
     resume_from_checkpoint: str | None = None
     """A checkpoint directory, or "latest" of output_dir."""
-    report_to: str = "none"
+    report_to: Annotated[str, OneOf("none", "tensorboard", "wandb", "trackio")] = "none"
     """"none", "tensorboard", "wandb" or "trackio", beside metrics.jsonl."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser state over the processes (FSDP2); also on where
     accelerate's configuration asks for FSDP."""
-    ddp_timeout: int = 1800
+    ddp_timeout: PositiveInt = 1800
     """Seconds after which a process that does not answer the others ends the run."""
     seed: int = 42
     """Of the order of examples, the sampling and the initialisation."""
 
     def __post_init__(self) -> None:
-        _one_of("objective", self.objective, OBJECTIVES)
-        _one_of("optim", self.optim, OPTIMIZERS)
-        _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
-        _one_of("report_to", self.report_to, REPORTERS)
-        _one_of("refresh_mode", self.refresh_mode, REFRESH_MODES)
+        check_ranges(self)
         if self.refresh_mode == "rolling" and not self.refresh_steps:
             raise ValueError("refresh_steps: refresh_mode='rolling' needs at least 1, got 0")
-        for name in (
-            "lora_r",
-            "num_generations",
-            "max_completion_length",
-            "max_tokens_in_flight",
-            "reward_ndcg_k",
-            "relabel_topk",
-            "num_iterations",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "max_tokens_per_microbatch",
-            "logging_steps",
-            "save_total_limit",
-            "ddp_timeout",
-        ):
-            _at_least(name, getattr(self, name), 1)
-        for name in (
-            "top_k",
-            "dynamic_sampling_rounds",
-            "warmup_steps",
-            "max_grad_norm",
-            "refresh_steps",
-            "sampled_negatives",
-            "eval_steps",
-            "eval_samples",
-            "early_stopping_patience",
-            "save_steps",
-            "log_completions_steps",
-            "weight_decay",
-        ):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("temperature", "learning_rate", "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.rollout_server is not None and not self.use_lora:
             raise ValueError("rollout_server: needs use_lora, a server takes new adapters only")
         if self.relabel_topk > self.num_generations:
@@ -222,7 +232,8 @@ class RecPOConfig:
         return RecPOLossConfig(
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
-            reduction=self.reduction,
+            reduction=REDUCTIONS[self.loss_type],
+            ratio_level=self.importance_sampling_level,
             estimator=self.estimator,
             best=self.relabel_topk,
             item_weight=self.item_weight,
@@ -232,14 +243,21 @@ class RecPOConfig:
             temperature=self.temperature / logit_scale,
             item_negatives=self.item_negatives,
             max_completion_length=self.max_completion_length,
-            kl_weight=self.kl_weight,
-            importance_cap=self.importance_cap,
+            kl_weight=self.beta,
+            importance_cap=self.vllm_importance_sampling_cap,
             entropy=self.log_entropy,
+            impl=self.impl,
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecPOConfig:
+        """The settings that `to_dict` wrote, in this release or the one before, such as "config"
+        of a checkpoint's trainer_state.json."""
+        return cls(**values)
 
 
 @dataclass
@@ -258,13 +276,3 @@ class ModelConfig:
     """τ: item scores are divided by it."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
     """Wording and token budgets of the prompts."""
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")

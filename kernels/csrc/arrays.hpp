@@ -1,5 +1,6 @@
-// The arrays that Python hands over, checked, as the passes want them; and workers for pieces of them.
-// OpenMP shares its threads with torch.
+// The arrays that Python hands over, as views that the passes read. Shapes are checked here, so
+// that no call can read or write outside its arrays; M queries, N rows (items), D columns. And the
+// workers that take pieces of a table: OpenMP, which shares its threads with torch.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -10,9 +11,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "canonical.hpp"
-#include "first_pass.hpp"
+#include "coarse_scan.hpp"
+#include "exact_score.hpp"
+#include "rank_pass.hpp"
+#include "tables.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -86,7 +90,7 @@ inline r2ec::FloatTable table_of(const py::array_t<float>& rows) {
   return {rows.data(), rows.strides(0) / static_cast<int64_t>(sizeof(float)), rows.shape(1)};
 }
 
-// float32 rows [n, columns] and queries for them, as first_pass.hpp describes them.
+// float32 rows [N, D] and queries for them, as tables.hpp describes them.
 struct FloatArrays {
   py::array_t<float> rows;
   Array<float> queries, norm, floor;
@@ -104,10 +108,10 @@ struct FloatArrays {
   }
 
   r2ec::FloatTable table() const { return table_of(rows); }
-  r2ec::FloatOperand operand(const r2ec::Tiles& tiles, int parts) const {
+  r2ec::FloatOperand operand(const r2ec::TileKernels& kernels, int parts) const {
     need(parts == 2 || parts == 3, "parts: expected 2 or 3");
     r2ec::FloatOperand made(queries.data(), queries.shape(0), queries.shape(1), parts);
-    tiles.prepare_floats(made);
+    kernels.prepare_floats(made);
     return made;
   }
   r2ec::FloatQueries prepared(const r2ec::FloatOperand& operand) const {
@@ -115,32 +119,39 @@ struct FloatArrays {
   }
 };
 
-inline const r2ec::Tiles& tiles_named(const std::string& cpu) {
-  const r2ec::Tiles* const found = cpu.empty() ? &r2ec::best_tiles() : r2ec::find_tiles(cpu.c_str());
+inline const r2ec::TileKernels& kernels_named(const std::string& cpu) {
+  const r2ec::TileKernels* const found =
+      cpu.empty() ? &r2ec::best_kernels() : r2ec::find_kernels(cpu.c_str());
   need(found != nullptr, "cpu: not one this machine can run");
   return *found;
 }
 
-inline r2ec::Finish finish_of(const std::optional<Array<float>>& scale,
-                       const std::optional<Array<float>>& half, int64_t rows) {
+inline r2ec::Epilogue epilogue_of(const std::optional<Array<float>>& scale,
+                                  const std::optional<Array<float>>& half, int64_t rows) {
   return {optional_rows(scale, rows, "scale: too short"),
           optional_rows(half, rows, "half: too short")};
 }
 
-// int8 codes [rows or more, columns] and int16 queries for them, as first_pass.hpp describes them.
+// int8 codes [N or more, D] and int16 queries for them, as tables.hpp describes them.
 struct CodeArrays {
   Array<int8_t> codes;
   int64_t rows;
   std::optional<Array<float>> scale, half;
-  std::optional<Array<bool>> trusted;
+  std::optional<Array<bool>> bounded;
   Array<int16_t> queries;
   Array<float> step, error;
 
   CodeArrays(Array<int8_t> codes, int64_t rows, std::optional<Array<float>> scale,
-             std::optional<Array<float>> half, std::optional<Array<bool>> trusted,
+             std::optional<Array<float>> half, std::optional<Array<bool>> bounded,
              Array<int16_t> queries, Array<float> step, Array<float> error)
-      : codes(codes), rows(rows), scale(scale), half(half), trusted(trusted), queries(queries),
-        step(step), error(error) {
+      : codes(codes),
+        rows(rows),
+        scale(scale),
+        half(half),
+        bounded(bounded),
+        queries(queries),
+        step(step),
+        error(error) {
     need(codes.ndim() == 2 && codes.shape(0) >= rows, "codes: expected [rows, columns]");
     need(codes.shape(1) % r2ec::kCodeColumns == 0, "codes: columns must be a multiple of 64");
     need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1),
@@ -150,31 +161,40 @@ struct CodeArrays {
   }
 
   r2ec::CodeTable table() const {
-    return {codes.data(), codes.shape(1), finish_of(scale, half, rows),
-            optional_rows(trusted, rows, "trusted: too short")};
+    return {codes.data(), codes.shape(1), epilogue_of(scale, half, rows),
+            optional_rows(bounded, rows, "bounded: too short")};
   }
-  r2ec::CodeOperand operand(const r2ec::Tiles& tiles) const {
+  r2ec::CodeOperand operand(const r2ec::TileKernels& kernels) const {
     r2ec::CodeOperand made = {queries.shape(0), queries.shape(1), queries.data(), {}};
-    tiles.prepare_codes(made);
+    kernels.prepare_codes(made);
     return made;
   }
 };
 
-// What a pass compares scores with: of each query, and the pairs that do not compete.
-struct ContestArrays {
-  Array<double> raw, mass;
-  Array<float> rounded, logit;
-  Array<int64_t> left_out;
+// What a rank pass compares scores with: of each query, and the pairs that do not compete.
+// rank_pass.hpp. l: the weights of the targets themselves, relative to m = 0.
+struct RankQueryArrays {
+  Array<double> raw, l;
+  Array<float> rounded, log2_scale;
+  Array<int64_t> excluded;
 
-  ContestArrays(Array<double> raw, Array<float> rounded, Array<float> logit, Array<double> mass,
-                Array<int64_t> left_out)
-      : raw(raw), mass(mass), rounded(rounded), logit(logit), left_out(left_out) {
-    need(rounded.size() == raw.size() && logit.size() == raw.size() && mass.size() == raw.size(),
-         "raw, rounded, logit, mass: expected one for each query");
+  RankQueryArrays(Array<double> raw, Array<float> rounded, Array<float> log2_scale, Array<double> l,
+                  Array<int64_t> excluded)
+      : raw(raw), l(l), rounded(rounded), log2_scale(log2_scale), excluded(excluded) {
+    need(rounded.size() == raw.size() && log2_scale.size() == raw.size() && l.size() == raw.size(),
+         "raw, rounded, log2_scale, l: expected one for each query");
+  }
+
+  std::vector<r2ec::TargetScore> targets() const {
+    std::vector<r2ec::TargetScore> made;
+    for (py::ssize_t q = 0; q < raw.size(); ++q)
+      made.push_back({raw.data()[q], rounded.data()[q], log2_scale.data()[q]});
+    return made;
   }
 };
 
-// float32 rows [n, columns], float64 queries and how they are scored, as canonical.hpp wants them.
+// float32 rows [N, D], float64 queries and how they are scored, as exact_score.hpp wants
+// them.
 struct ScoringArrays {
   py::array_t<float> rows;
   Array<double> queries;
@@ -183,7 +203,9 @@ struct ScoringArrays {
 
   ScoringArrays(py::array_t<float> rows, Array<double> queries, const std::string& similarity,
                 double temperature)
-      : rows(rows), queries(queries), similarity(similarity_of(similarity)),
+      : rows(rows),
+        queries(queries),
+        similarity(similarity_of(similarity)),
         temperature(temperature) {
     need(queries.ndim() == 2 && queries.shape(1) == table_of(rows).columns,
          "queries: expected [queries, columns]");

@@ -1,7 +1,7 @@
-// pybind11 only: hands out rows of checked arrays to workers, and their results to numpy.
+// pybind11 only: hands pieces of checked arrays to workers, and their results to numpy. M queries,
+// N rows (items), D columns, P pairs.
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -11,170 +11,151 @@ using namespace r2ec_bindings;
 
 namespace {
 
-// (complete, peak float32 [B], mass float64 [B], ahead int64 [B], near int64 [M]): what
-// add(contest, first, last, stats) finds in all rows, the same for any number of threads. Not complete,
-// and nothing counts, where a row's score cannot be bounded or a stretch has more than its share of
-// `most_near` open pairs.
+// (complete, m float32 [M], l float64 [M], ahead int64 [M], near_ties int64 [P]) of all N rows,
+// from what add(rank_queries, first, last, stats) finds in stretches of them. Stretches are the
+// same for any number of threads, so that sums are added in one order. Not complete, and nothing
+// counts, where a row's score has no bound or a stretch has more than its share of `max_near_ties`.
 template <typename Add>
-py::tuple add_stretches(const ContestArrays& arrays, int64_t rows, int64_t most_near,
+py::tuple add_stretches(const RankQueryArrays& arrays, int64_t rows, int64_t max_near_ties,
                         int64_t threads, const Add& add) {
-  const int64_t num_queries = arrays.raw.size();
-  std::vector<r2ec::Target> targets;
-  r2ec::Stats empty;
-  for (int64_t q = 0; q < num_queries; ++q) {
-    const float rounded = arrays.rounded.data()[q], logit = arrays.logit.data()[q];
-    targets.push_back({arrays.raw.data()[q], rounded, logit});
-    empty.folds.push_back({rounded, logit, 0.0f, 0.0f, 0.0f, 0.0});
-  }
-  empty.ahead.resize(num_queries);
-  // Stretches of the table, however many threads there are: sums are added in one order.
   constexpr int64_t kStretches = 64;
-  const int64_t length = std::max<int64_t>(
-      r2ec::kGroup, (rows / kStretches / r2ec::kGroup + 1) * r2ec::kGroup);
+  const int64_t length =
+      std::max<int64_t>(r2ec::kGroup, (rows / kStretches / r2ec::kGroup + 1) * r2ec::kGroup);
   const int64_t stretches = (rows + length - 1) / length;
-  std::vector<r2ec::Stats> found(stretches, empty);
-  r2ec::Stats total = empty;
+  const auto targets = arrays.targets();
+  r2ec::RankStats total(targets);
+  std::vector<r2ec::RankStats> found(stretches, total);
   std::vector<char> complete(stretches);
-  const r2ec::Contest contest = {
-      targets, {arrays.left_out.data(), arrays.left_out.size()}, most_near / kStretches};
+  const r2ec::RankQueries rank_queries = {
+      targets, {arrays.excluded.data(), arrays.excluded.size()}, max_near_ties / kStretches};
   {
     py::gil_scoped_release release;
     in_parallel(stretches, threads, [&](int64_t, int64_t stretch) {
       auto& own = found[stretch];
       complete[stretch] =
-          add(contest, stretch * length, std::min(rows, (stretch + 1) * length), own) &&
-          own.doubtful.empty();
+          add(rank_queries, stretch * length, std::min(rows, (stretch + 1) * length), own) &&
+          own.unbounded.empty();
     });
-    for (int64_t q = 0; q < num_queries; ++q) {
-      auto& sum = total.folds[q];
-      for (const auto& part : found) sum.peak = std::max(sum.peak, part.folds[q].peak);
-      sum.mass = arrays.mass.data()[q] * std::exp2(-static_cast<double>(sum.peak));
-      for (const auto& part : found) {
-        const auto& fold = part.folds[q];
-        sum.mass += fold.mass * std::exp2(static_cast<double>(fold.peak) - sum.peak);
-        total.ahead[q] += part.ahead[q];
-      }
-    }
-    for (const auto& part : found)
-      total.near.insert(total.near.end(), part.near.begin(), part.near.end());
+    total = r2ec::merged(found, targets, arrays.l.data());
   }
-  Array<float> peak(num_queries);
-  Array<double> sums(num_queries);
+  const auto num_queries = static_cast<int64_t>(targets.size());
+  Array<float> m(num_queries);
+  Array<double> l(num_queries);
   for (int64_t q = 0; q < num_queries; ++q) {
-    peak.mutable_data()[q] = total.folds[q].peak;
-    sums.mutable_data()[q] = total.folds[q].mass;
+    m.mutable_data()[q] = total.softmax[q].m;
+    l.mutable_data()[q] = total.softmax[q].l;
   }
   const bool all = std::all_of(complete.begin(), complete.end(), [](char part) { return part; });
-  return py::make_tuple(all, peak, sums, to_numpy(total.ahead), to_numpy(total.near));
+  return py::make_tuple(all, m, l, to_numpy(total.ahead), to_numpy(total.near_ties));
 }
 
-py::tuple stats(const FloatArrays& arrays, const ContestArrays& contest, int64_t most_near,
-                int64_t threads, const std::string& cpu) {
-  const auto& tiles = tiles_named(cpu);
-  need(contest.raw.size() == arrays.queries.shape(0), "raw: expected one for each query");
-  const auto operand = arrays.operand(tiles, 3);
+py::tuple rank_stats(const FloatArrays& arrays, const RankQueryArrays& rank_queries,
+                     int64_t max_near_ties, int64_t threads, const std::string& cpu) {
+  const auto& kernels = kernels_named(cpu);
+  need(rank_queries.raw.size() == arrays.queries.shape(0), "raw: expected one for each query");
+  const auto operand = arrays.operand(kernels, 3);
   const auto prepared = arrays.prepared(operand);
   const auto table = arrays.table();
-  return add_stretches(contest, arrays.rows.shape(0), most_near, threads,
-                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
-                         return r2ec::add_stats(table, prepared, arrays.similarity, arrays.huge,
-                                                own, tiles, first, last, found);
-                       });
+  return add_stretches(
+      rank_queries, arrays.rows.shape(0), max_near_ties, threads,
+      [&](const r2ec::RankQueries& own, int64_t first, int64_t last, r2ec::RankStats& found) {
+        return r2ec::add_rank_stats(table, prepared, arrays.similarity, arrays.huge, own, kernels,
+                                    first, last, found);
+      });
 }
 
-py::tuple code_stats(const CodeArrays& high, const Array<int8_t>& low, const ContestArrays& contest,
-                     int64_t most_near, int64_t threads, const std::string& cpu) {
-  const auto& tiles = tiles_named(cpu);
-  need(contest.raw.size() == high.queries.shape(0), "raw: expected one for each query");
+py::tuple code_rank_stats(const CodeArrays& high, const Array<int8_t>& low,
+                          const RankQueryArrays& rank_queries, int64_t max_near_ties,
+                          int64_t threads, const std::string& cpu) {
+  const auto& kernels = kernels_named(cpu);
+  need(rank_queries.raw.size() == high.queries.shape(0), "raw: expected one for each query");
   need(low.ndim() == 2 && low.shape(0) >= high.rows && low.shape(1) == high.codes.shape(1),
        "low: expected as many rows and columns as codes");
-  const auto operand = high.operand(tiles);
+  const auto operand = high.operand(kernels);
   const r2ec::CodeQueries prepared = {operand, high.step.data()};
   const r2ec::FineTable table = {high.table(), low.data()};
   const float* const error = high.error.data();
-  return add_stretches(contest, high.rows, most_near, threads,
-                       [&](const r2ec::Contest& own, int64_t first, int64_t last, r2ec::Stats& found) {
-                         return r2ec::add_code_stats(table, prepared, error, own, tiles, first,
-                                                     last, found);
-                       });
+  return add_stretches(
+      rank_queries, high.rows, max_near_ties, threads,
+      [&](const r2ec::RankQueries& own, int64_t first, int64_t last, r2ec::RankStats& found) {
+        return r2ec::add_code_rank_stats(table, prepared, error, own, kernels, first, last, found);
+      });
 }
 
-// A Selection with the arrays it reads.
-class Collector {
+// Coarse scans into one TopkHeap, with the arrays that it reads.
+class TopkScan {
  public:
-  Collector(int64_t queries, int64_t k, int64_t limit, int64_t workers, Array<int64_t> excluded,
-            const std::string& cpu)
+  TopkScan(int64_t queries, int64_t k, int64_t limit, int64_t workers, Array<int64_t> excluded,
+           const std::string& cpu)
       : excluded_(excluded),
-        selection_(queries, k, limit, std::max<int64_t>(1, workers), excluded_.data(),
-                   excluded_.size()),
-        tiles_(&tiles_named(cpu)) {}
+        heap_(queries, k, limit, std::max<int64_t>(1, workers), excluded_.data(), excluded_.size()),
+        kernels_(&kernels_named(cpu)) {}
 
-  void codes(const CodeArrays& arrays, float relative) {
-    need(arrays.queries.shape(0) == selection_.queries(), "queries: expected one for each");
+  void scan_codes(const CodeArrays& arrays, float relative) {
+    need(arrays.queries.shape(0) == heap_.queries(), "queries: expected one for each");
     const auto table = arrays.table();
-    const auto operand = arrays.operand(*tiles_);
+    const auto operand = arrays.operand(*kernels_);
     const r2ec::CodeQueries prepared = {operand, arrays.step.data()};
     run(arrays.rows, arrays.error, relative,
-        [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
-          r2ec::scan_codes(table, prepared, first, last, offers);
+        [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
+          r2ec::scan_codes(table, prepared, first, last, sink);
         });
   }
 
-  // Returns the rows whose scores cannot be bounded, in any order.
-  Array<int64_t> floats(const FloatArrays& arrays) {
-    need(arrays.queries.shape(0) == selection_.queries(), "queries: expected one for each");
-    const auto operand = arrays.operand(*tiles_, 2);
+  // Returns the rows whose scores have no bound, in any order.
+  Array<int64_t> scan_floats(const FloatArrays& arrays) {
+    need(arrays.queries.shape(0) == heap_.queries(), "queries: expected one for each");
+    const auto operand = arrays.operand(*kernels_, 2);
     const auto prepared = arrays.prepared(operand);
-    std::vector<std::vector<int64_t>> doubtful(selection_.workers());
+    std::vector<std::vector<int64_t>> unbounded(heap_.workers());
     run(arrays.rows.shape(0), arrays.floor, 0x1p-22f,
-        [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
+        [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
           r2ec::scan_floats(arrays.table(), prepared, arrays.similarity, arrays.huge, first, last,
-                            offers, doubtful[offers.worker]);
+                            sink, unbounded[sink.worker]);
         });
     std::vector<int64_t> all;
-    for (const auto& own : doubtful) all.insert(all.end(), own.begin(), own.end());
+    for (const auto& own : unbounded) all.insert(all.end(), own.begin(), own.end());
     return to_numpy(all);
   }
 
-  // Products [rows, queries], bfloat16 as its bits or float32, or the transpose of float32
-  // [queries, rows] in memory.
-  void products(const py::array& products, int64_t start, int64_t rows,
-                const std::optional<Array<float>>& scale, const std::optional<Array<float>>& half,
-                const Array<float>& error, float relative) {
-    need(products.ndim() == 2 && products.shape(0) >= rows &&
-             products.shape(1) == selection_.queries(),
+  // Products [N, M], bfloat16 as its bits or float32, or the transpose of float32 [M, N] in memory.
+  void scan_products(const py::array& products, int64_t start, int64_t rows,
+                     const std::optional<Array<float>>& scale,
+                     const std::optional<Array<float>>& half, const Array<float>& error,
+                     float relative) {
+    need(products.ndim() == 2 && products.shape(0) >= rows && products.shape(1) == heap_.queries(),
          "products: expected [rows, queries]");
-    const auto own = finish_of(scale, half, rows);
+    const auto own = epilogue_of(scale, half, rows);
     const int64_t size = products.itemsize();
     const int64_t by_row = products.strides(0) / size, by_query = products.strides(1) / size;
     const bool is_float = py::isinstance<py::array_t<float>>(products);
     need(is_float || py::isinstance<py::array_t<uint16_t>>(products),
          "products: expected float32 or the bits of bfloat16");
     const void* const values = products.data();
-    if (by_query == 1 || selection_.queries() == 1) {
-      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
+    if (by_query == 1 || heap_.queries() == 1) {
+      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
         if (is_float)
           r2ec::scan_products(static_cast<const float*>(values), by_row, own, start, first, last,
-                              offers);
+                              sink);
         else
-          r2ec::scan_products(static_cast<const r2ec::Bfloat16*>(values), by_row, own, start,
-                              first, last, offers);
+          r2ec::scan_products(static_cast<const r2ec::Bfloat16*>(values), by_row, own, start, first,
+                              last, sink);
       });
     } else {
       need(is_float && by_row == 1, "products: expected rows or queries side by side");
-      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::Offers& offers) {
+      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
         r2ec::scan_product_columns(static_cast<const float*>(values), by_query, own, start, first,
-                                   last, offers);
+                                   last, sink);
       });
     }
   }
 
-  // (rows int64 [queries, most], -1 behind the last; failed bool [queries]; rows offered).
+  // (rows int64 [M, most], -1 behind the last; failed bool [M]; how many scores were accepted).
   py::tuple finish() {
-    r2ec::Selection::Result result;
+    r2ec::TopkHeap::Result result;
     {
       py::gil_scoped_release release;
-      result = selection_.finish();
+      result = heap_.finish();
     }
     size_t most = 0;
     for (const auto& rows : result.rows) most = std::max(most, rows.size());
@@ -186,33 +167,34 @@ class Collector {
       std::fill(std::copy(result.rows[q].begin(), result.rows[q].end(), out), out + most, -1);
       failed.mutable_data()[q] = result.failed[q] != 0;
     }
-    return py::make_tuple(rows, failed, result.offered);
+    return py::make_tuple(rows, failed, result.accepted);
   }
 
  private:
   template <typename Scan>
   void run(int64_t rows, const Array<float>& error, float relative, const Scan& scan) {
-    need(error.size() == selection_.queries(), "error: expected one for each query");
+    need(error.size() == heap_.queries(), "error: expected one for each query");
     const float* const bound = error.data();
     py::gil_scoped_release release;
-    by_pieces(rows, selection_.workers(), [&](int64_t worker, int64_t first, int64_t last) {
-      scan(first, last, r2ec::Offers{selection_, *tiles_, worker, bound, relative});
+    by_pieces(rows, heap_.workers(), [&](int64_t worker, int64_t first, int64_t last) {
+      scan(first, last, r2ec::ScanSink{heap_, *kernels_, worker, bound, relative});
     });
   }
 
   Array<int64_t> excluded_;
-  r2ec::Selection selection_;
-  const r2ec::Tiles* tiles_;
+  r2ec::TopkHeap heap_;
+  const r2ec::TileKernels* kernels_;
 };
 
-// Canonical scores float32 [M] of the pairs (query `of`, row `at`).
-Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& of,
-                         const Array<int64_t>& at, int64_t threads) {
-  const int64_t n = of.size();
-  need(at.size() == n, "of, at: expected one of each for a pair");
-  const int64_t *const whose = of.data(), *const where = at.data();
+// Canonical scores float32 [P] of the pairs (query[i], row[i]).
+Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& query,
+                         const Array<int64_t>& row, int64_t threads) {
+  const int64_t n = query.size();
+  need(row.size() == n, "query, row: expected one of each for a pair");
+  const int64_t *const whose = query.data(), *const where = row.data();
   for (int64_t i = 0; i < n; ++i) {
-    need(whose[i] >= 0 && whose[i] < arrays.queries.shape(0) && where[i] >= 0, "of, at: out of range");
+    need(whose[i] >= 0 && whose[i] < arrays.queries.shape(0) && where[i] >= 0,
+         "query, row: out of range");
     arrays.check_row(where[i]);
   }
   Array<float> scores(n);
@@ -230,7 +212,7 @@ Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& of,
   return scores;
 }
 
-// Order keys int64 [queries, k] of the best candidates [queries, n] (row positions, -1 for none).
+// Order keys int64 [M, k] of the best candidates [M, n] (row positions, -1 for none).
 Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<int64_t>>& ids,
                          const Array<int64_t>& candidates, int64_t k, int64_t threads) {
   const int64_t num_queries = arrays.queries.shape(0);
@@ -253,8 +235,7 @@ Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<
       const int64_t end = std::min(num_queries * width, (piece + 1) * kPairs);
       for (int64_t i = piece * kPairs; i < end; ++i) {
         const int64_t row = from[i];
-        if (row >= 0)
-          all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
+        if (row >= 0) all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
       }
     });
     in_parallel(num_queries, threads, [&](int64_t, int64_t q) {
@@ -272,17 +253,16 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
                     const std::string& cpu) {
   need(codes.ndim() == 2 && codes.shape(1) % r2ec::kCodeColumns == 0,
        "codes: expected [rows, a multiple of 64]");
-  need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) &&
-           step.size() == queries.shape(0),
+  need(queries.ndim() == 2 && queries.shape(1) == codes.shape(1) && step.size() == queries.shape(0),
        "queries: expected [queries, columns] and a step for each");
   need(out.ndim() == 2 && out.shape(0) == queries.shape(0) && out.shape(1) == codes.shape(0) &&
            (out.flags() & py::array::c_style),
        "out: expected [queries, rows]");
   const int8_t* const rows = codes.data();
   const int64_t columns = codes.shape(1), num_queries = queries.shape(0), n = codes.shape(0);
-  const auto& tiles = tiles_named(cpu);
+  const auto& kernels = kernels_named(cpu);
   r2ec::CodeOperand operand = {num_queries, columns, queries.data(), {}};
-  tiles.prepare_codes(operand);
+  kernels.prepare_codes(operand);
   const float* const steps = step.data();
   float* const to = out.mutable_data();
   py::gil_scoped_release release;
@@ -290,7 +270,7 @@ void multiply_codes(const Array<int8_t>& codes, const Array<int16_t>& queries,
     std::vector<int32_t> sums(num_queries * r2ec::kGroup);
     for (int64_t row = first; row < last; row += r2ec::kGroup) {
       const int64_t count = std::min(r2ec::kGroup, last - row);
-      tiles.multiply_codes({rows + row * columns, columns, count}, operand, sums.data());
+      kernels.multiply_codes({rows + row * columns, columns, count}, operand, sums.data());
       for (int64_t q = 0; q < num_queries; ++q)
         for (int64_t i = 0; i < count; ++i)
           to[q * n + row + i] = static_cast<float>(sums[q * r2ec::kGroup + i]) * steps[q];
@@ -305,7 +285,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("cpu_kinds", [] {  // that this one can run, the best first
     std::vector<std::string> kinds;
     for (const char* name : {"amx", "avx512", "avx2", "portable"})
-      if (r2ec::find_tiles(name)) kinds.emplace_back(name);
+      if (r2ec::find_kernels(name)) kinds.emplace_back(name);
     return kinds;
   });
   module.def("multiply_codes", &multiply_codes, py::arg("codes"), py::arg("queries"),
@@ -313,7 +293,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<ScoringArrays>(module, "ScoringArrays")
       .def(py::init<py::array_t<float>, Array<double>, const std::string&, double>(),
            py::arg("rows"), py::arg("queries"), py::arg("similarity"), py::arg("temperature"));
-  module.def("pair_scores", &pair_scores, py::arg("arrays"), py::arg("of"), py::arg("at"),
+  module.def("pair_scores", &pair_scores, py::arg("arrays"), py::arg("query"), py::arg("row"),
              py::arg("threads"));
   module.def("best_keys", &best_keys, py::arg("arrays"), py::arg("ids").none(true),
              py::arg("candidates"), py::arg("k"), py::arg("threads"));
@@ -323,27 +303,28 @@ PYBIND11_MODULE(_native, module) {
            py::arg("rows"), py::arg("queries"), py::arg("norm"), py::arg("floor"),
            py::arg("similarity"), py::arg("huge"));
   py::class_<CodeArrays>(module, "CodeArrays")
-      .def(py::init<Array<int8_t>, int64_t, std::optional<Array<float>>, std::optional<Array<float>>,
-                    std::optional<Array<bool>>, Array<int16_t>, Array<float>, Array<float>>(),
-           py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
-           py::arg("half").none(true), py::arg("trusted").none(true), py::arg("queries"),
-           py::arg("step"), py::arg("error"));
-  py::class_<ContestArrays>(module, "ContestArrays")
+      .def(
+          py::init<Array<int8_t>, int64_t, std::optional<Array<float>>, std::optional<Array<float>>,
+                   std::optional<Array<bool>>, Array<int16_t>, Array<float>, Array<float>>(),
+          py::arg("codes"), py::arg("rows"), py::arg("scale").none(true),
+          py::arg("half").none(true), py::arg("bounded").none(true), py::arg("queries"),
+          py::arg("step"), py::arg("error"));
+  py::class_<RankQueryArrays>(module, "RankQueryArrays")
       .def(py::init<Array<double>, Array<float>, Array<float>, Array<double>, Array<int64_t>>(),
-           py::arg("raw"), py::arg("rounded"), py::arg("logit"), py::arg("mass"),
-           py::arg("left_out"));
-  module.def("stats", &stats, py::arg("arrays"), py::arg("contest"), py::arg("most_near"),
-             py::arg("threads"), py::arg("cpu"));
-  module.def("code_stats", &code_stats, py::arg("high"), py::arg("low"), py::arg("contest"),
-             py::arg("most_near"), py::arg("threads"), py::arg("cpu"));
-  py::class_<Collector>(module, "Collector")
+           py::arg("raw"), py::arg("rounded"), py::arg("log2_scale"), py::arg("l"),
+           py::arg("excluded"));
+  module.def("rank_stats", &rank_stats, py::arg("arrays"), py::arg("rank_queries"),
+             py::arg("max_near_ties"), py::arg("threads"), py::arg("cpu"));
+  module.def("code_rank_stats", &code_rank_stats, py::arg("high"), py::arg("low"),
+             py::arg("rank_queries"), py::arg("max_near_ties"), py::arg("threads"), py::arg("cpu"));
+  py::class_<TopkScan>(module, "TopkScan")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, Array<int64_t>, const std::string&>(),
            py::arg("queries"), py::arg("k"), py::arg("limit"), py::arg("workers"),
            py::arg("excluded"), py::arg("cpu"))
-      .def("codes", &Collector::codes, py::arg("arrays"), py::arg("relative"))
-      .def("floats", &Collector::floats, py::arg("arrays"))
-      .def("products", &Collector::products, py::arg("products"), py::arg("start"), py::arg("rows"),
-           py::arg("scale").none(true), py::arg("half").none(true), py::arg("error"),
-           py::arg("relative"))
-      .def("finish", &Collector::finish);
+      .def("scan_codes", &TopkScan::scan_codes, py::arg("arrays"), py::arg("relative"))
+      .def("scan_floats", &TopkScan::scan_floats, py::arg("arrays"))
+      .def("scan_products", &TopkScan::scan_products, py::arg("products"), py::arg("start"),
+           py::arg("rows"), py::arg("scale").none(true), py::arg("half").none(true),
+           py::arg("error"), py::arg("relative"))
+      .def("finish", &TopkScan::finish);
 }

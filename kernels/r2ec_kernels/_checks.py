@@ -19,15 +19,15 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_vectors(
-    name: str, vectors: torch.Tensor, dim: int | None = None, device: torch.device | None = None
+    name: str, vectors: torch.Tensor, d: int | None = None, device: torch.device | None = None
 ) -> None:
-    """Raise unless ``vectors`` is a floating [rows, dim] tensor on ``device``."""
+    """Raise unless ``vectors`` is a floating [rows, d] tensor on ``device``."""
     if not isinstance(vectors, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(vectors).__name__}")
     if vectors.dtype not in TABLE_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {vectors.dtype}")
-    if vectors.dim() != 2 or vectors.shape[1] == 0 or dim not in (None, vectors.shape[1]):
-        shape = f"[rows, {'d >= 1' if dim is None else dim}]"
+    if vectors.dim() != 2 or vectors.shape[1] == 0 or d not in (None, vectors.shape[1]):
+        shape = f"[rows, {'d >= 1' if d is None else d}]"
         raise ValueError(f"{name}: expected shape {shape}, got {list(vectors.shape)}")
     if vectors.shape[0] > MAX_ITEMS:
         raise ValueError(f"{name}: expected at most {MAX_ITEMS} rows, got {vectors.shape[0]}")
@@ -42,13 +42,32 @@ def check_scoring(similarity: str, temperature: float) -> None:
         raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
 
 
-def check_float(name: str, value: torch.Tensor, dim: int) -> None:
+def check_float(name: str, value: torch.Tensor, dims: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.dim() != dim:
-        raise ValueError(f"{name}: expected {dim} dimensions, got shape {list(value.shape)}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+
+
+def check_widths(
+    left: str, first: torch.Tensor, right: str, second: torch.Tensor, rows: tuple[str, str]
+) -> None:
+    """Raise unless two floating matrices have one width; ``rows``: how their rows are numbered."""
+    check_float(left, first, 2)
+    check_float(right, second, 2)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"{left} and {right}: expected [{rows[0]}, d] and [{rows[1]}, d], got "
+            f"{list(first.shape)} and {list(second.shape)}"
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number above 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
 def check_shape(name: str, value: torch.Tensor, shape: list[int]) -> None:

@@ -7,6 +7,7 @@ shared memory or registers beyond the chip, or where a kernel that should use te
 
 import argparse
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -131,6 +132,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
     accumulators = re.search(r"\.agpr_count:\s+(\d+)", assembly)
     scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    if scratch is None:
+        raise RuntimeError("the code object does not name its scratch memory")
     total = int(registers[1]) if registers else 0
     return max(total, int(accumulators[1]) if accumulators else 0), int(scratch[1])
 

@@ -1,6 +1,8 @@
 """Interaction files -> id map, splits, next-item examples; a generated catalog."""
 
+from r2ec_fast.data.dataset import RecDataset
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
+from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.generic import load_interactions
 from r2ec_fast.data.sources.synthetic import generate_interactions
 from r2ec_fast.data.splits import make_splits
@@ -10,17 +12,18 @@ from r2ec_fast.data.types import (
     History,
     IdMap,
     InteractionData,
-    RecDataset,
     UnknownIdError,
 )
 
 __all__ = [
     "Catalog",
+    "EventRules",
     "Examples",
     "History",
     "IdMap",
     "InteractionData",
     "LoadReport",
+    "LoadSettings",
     "RecDataset",
     "ReportLine",
     "StageLine",

@@ -240,9 +240,9 @@ def drop_outside_core(
 
 
 def drop_short_users(events: CodedEvents, report: LoadReport, min_events: int) -> None:
-    """Drop users with fewer than `min_events` events."""
-    if min_events < 1:
-        raise ValueError(f"min_user_events: expected >= 1, got {min_events}")
+    """Drop users with fewer than `min_events` events; below 2 there are none."""
+    if min_events < 2:
+        return
     counts = np.bincount(events.user)
     users = int(np.count_nonzero((counts > 0) & (counts < min_events)))
     gone = events.keep(counts[events.user] >= min_events)
@@ -251,6 +251,7 @@ def drop_short_users(events: CodedEvents, report: LoadReport, min_events: int) -
     report.add("event of a user with too few events", gone, "dropped", rule)
     if not len(events.user):
         raise ValueError(f"min_user_events: no user has {min_events} events")
+    events.stage(report, f"users with >= {min_events} events")
 
 
 def match_catalog(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import polars as pl
 
+from r2ec_fast.data.blocks import ReadStats
+from r2ec_fast.data.formats import TextFormat
 from r2ec_fast.data.parse import parse_ids, parse_numbers
-from r2ec_fast.data.reader import ReadStats, TextFormat, add_read_lines, column_names, read_blocks
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.text import MAX_TEXT_CHARS, MAX_TITLE_CHARS, clean_column
 

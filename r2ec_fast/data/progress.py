@@ -16,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from r2ec_fast.data.reader import ReadStats
+from r2ec_fast.data.blocks import ReadStats
 
 
 def byte_bar(shown: bool) -> Progress:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsInt
 
 ACTIONS = ("dropped", "changed", "kept", "noted")
 
@@ -48,7 +49,7 @@ class LoadReport:
     lines: list[ReportLine] = field(default_factory=list)
     stages: list[StageLine] = field(default_factory=list)
 
-    def add(self, what: str, count: int, action: str, rule: str) -> None:
+    def add(self, what: str, count: SupportsInt, action: str, rule: str) -> None:
         """Record that `what` was found `count` times; a repeated `what` adds up."""
         for i, line in enumerate(self.lines):
             if line.what == what:
@@ -56,7 +57,9 @@ class LoadReport:
                 return
         self.lines.append(ReportLine(what, int(count), action, rule))
 
-    def add_stage(self, stage: str, events: int, users: int, items: int) -> None:
+    def add_stage(
+        self, stage: str, events: SupportsInt, users: SupportsInt, items: SupportsInt
+    ) -> None:
         """Record the sizes after a filter."""
         self.stages.append(StageLine(stage, int(events), int(users), int(items)))
 
@@ -100,7 +103,7 @@ class LoadReport:
         )
 
 
-def _columns(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -7,8 +7,9 @@ from math import floor
 
 import numpy as np
 
+from r2ec_fast.data.dataset import RecDataset
 from r2ec_fast.data.parse import parse_time
-from r2ec_fast.data.types import Examples, InteractionData, RecDataset
+from r2ec_fast.data.types import Examples, InteractionData
 
 METHODS = ("time", "leave_one_out", "time_cut")
 
@@ -46,7 +47,7 @@ def make_splits(
     settings: dict[str, object] = {"split": method}
     everything = _all_examples(data)
     if method == "leave_one_out":
-        parts = _leave_one_out(data, everything)
+        train, valid, test = _leave_one_out(data, everything)
     else:
         if data.timestamp is None:
             raise ValueError(
@@ -58,14 +59,14 @@ def make_splits(
         order = np.lexsort((everything.position, everything.user, times))
         ordered, times = everything[order], times[order]
         if method == "time":
-            cuts = _fraction_cuts(len(ordered), fractions)
+            first, second = _fraction_cuts(len(ordered), fractions)
             settings["fractions"] = list(fractions)
         else:
             bounds = _time_bounds(valid_from, test_from)
-            cuts = [int(x) for x in np.searchsorted(times, bounds, side="left")]
+            first, second = np.searchsorted(times, bounds, side="left").tolist()
             settings["valid_from"], settings["test_from"] = bounds
-        parts = [ordered[a:b] for a, b in zip([0, *cuts], [*cuts, len(ordered)], strict=True)]
-    return RecDataset(data, *parts, settings=settings)
+        train, valid, test = ordered[:first], ordered[first:second], ordered[second:]
+    return RecDataset(data, train, valid, test, settings)
 
 
 def _all_examples(data: InteractionData) -> Examples:
@@ -77,19 +78,21 @@ def _all_examples(data: InteractionData) -> Examples:
     return Examples(user, position)
 
 
-def _leave_one_out(data: InteractionData, examples: Examples) -> list[Examples]:
+def _leave_one_out(
+    data: InteractionData, examples: Examples
+) -> tuple[Examples, Examples, Examples]:
     left = np.diff(data.offsets)[examples.user] - examples.position  # 1: last, 2: the one before
-    return [examples[left > 2], examples[left == 2], examples[left == 1]]
+    return examples[left > 2], examples[left == 2], examples[left == 1]
 
 
-def _fraction_cuts(total: int, fractions: tuple[float, float, float]) -> list[int]:
+def _fraction_cuts(total: int, fractions: tuple[float, float, float]) -> tuple[int, int]:
     # Exact decimals: 0.7 + 0.1 in binary is below 0.8 and would move a cut by one.
     exact = [Fraction(str(f)) for f in fractions]
     if len(exact) != 3 or any(f < 0 for f in exact) or sum(exact) != 1:
         raise ValueError(
             f"fractions: expected three shares >= 0 that add up to 1, got {tuple(fractions)}"
         )
-    return [floor(total * exact[0]), floor(total * (exact[0] + exact[1]))]
+    return floor(total * exact[0]), floor(total * (exact[0] + exact[1]))
 
 
 def _time_bounds(valid_from: int | str | None, test_from: int | str | None) -> tuple[int, int]:

@@ -7,16 +7,16 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from r2ec_fast.data.report import LoadReport
-from r2ec_fast.data.types import Catalog, Examples, IdMap, InteractionData, RecDataset
+from r2ec_fast.data.types import Catalog, Examples, IdMap, InteractionData
 from r2ec_fast.utils.atomic_files import replaced_directory
 
 FORMAT = "r2ec-fast dataset"
@@ -25,10 +25,20 @@ SPLITS = ("train", "valid", "test")
 FILES = ("users.parquet", "items.parquet", "events.parquet", "examples.parquet")
 
 
+class Parts(NamedTuple):
+    """What a dataset on disk holds; the fields of `RecDataset`, in its order."""
+
+    data: InteractionData
+    train: Examples
+    valid: Examples
+    test: Examples
+    settings: dict[str, Any]
+
+
 def save_dataset(
-    dataset: RecDataset,
+    dataset: Parts,
     directory: str | Path,
-    extra: dict[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
     argument: str = "directory",
 ) -> None:
     """Write `dataset` into `directory`; an older dataset there is replaced in one rename.
@@ -59,7 +69,7 @@ def save_dataset(
         (temporary / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_dataset(directory: str | Path) -> RecDataset:
+def load_dataset(directory: str | Path) -> Parts:
     """Read a dataset written by `save_dataset`.
 
     Raises:
@@ -89,11 +99,13 @@ def load_dataset(directory: str | Path) -> RecDataset:
         rating=events["rating"].to_numpy().copy() if "rating" in columns else None,
         report=LoadReport.from_dict(manifest["report"]),
     )
-    parts = []
-    for number in range(len(SPLITS)):
-        part = examples.filter(pl.col("split") == number)
-        parts.append(Examples(part["user"].to_numpy().copy(), part["position"].to_numpy().copy()))
-    return RecDataset(data, *parts, settings=manifest["settings"])
+    train, valid, test = (_examples_of(examples, number) for number in range(len(SPLITS)))
+    return Parts(data, train, valid, test, manifest["settings"])
+
+
+def _examples_of(table: pl.DataFrame, split: int) -> Examples:
+    part = table.filter(pl.col("split") == split)
+    return Examples(part["user"].to_numpy().copy(), part["position"].to_numpy().copy())
 
 
 def save_catalog(catalog: Catalog, path: str | Path) -> None:
@@ -147,7 +159,7 @@ def write_errors(place: str | Path) -> Iterator[None]:
         raise
 
 
-def _tables(dataset: RecDataset) -> dict[str, pl.DataFrame]:
+def _tables(dataset: Parts) -> dict[str, pl.DataFrame]:
     data = dataset.data
     lengths = np.diff(data.offsets)
     events: dict[str, np.ndarray] = {
@@ -183,7 +195,7 @@ def _id_column(name: str, ids: IdMap) -> pl.Series:
     raise ValueError(f"{name}: only ids that are all text or all integers are saved, got {found}")
 
 
-def _manifest(dataset: RecDataset, directory: Path) -> dict[str, Any]:
+def _manifest(dataset: Parts, directory: Path) -> dict[str, Any]:
     data = dataset.data
     files = sorted(path for path in directory.iterdir())
     return {

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from r2ec_fast.data.types import RecDataset
+from r2ec_fast.data.dataset import RecDataset
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -39,8 +43,8 @@ def summary_text(dataset: RecDataset) -> str:
     if data.timestamp is not None and data.num_events:
         lines.append(f"time          {_day(data.timestamp.min())} to {_day(data.timestamp.max())}")
     for name, part in (("train", dataset.train), ("valid", dataset.valid), ("test", dataset.test)):
-        if data.timestamp is not None and len(part):
-            times = data.timestamp[data.offsets[part.user] + part.position]
+        times = dataset.target_time(part)
+        if times is not None and len(part):
             lines.append(f"  {name:<11} {_day(times.min())} to {_day(times.max())}")
     lines.append("")
     lines.append(f"{'':24}{'min':>8}{'25%':>8}{'50%':>8}{'75%':>8}{'95%':>8}{'max':>8}{'mean':>9}")
@@ -58,8 +62,7 @@ def summary_png(dataset: RecDataset) -> bytes:
     """Histograms of history length, title length and time as a PNG; the same bytes every time."""
     from matplotlib.figure import Figure
 
-    data = dataset.data
-    panels = 3 if data.timestamp is not None else 2
+    panels = 3 if dataset.data.timestamp is not None else 2
     figure = Figure(figsize=(4.2 * panels, 3.2), dpi=110, layout="constrained")
     axes = figure.subplots(1, panels)
     lengths = history_lengths(dataset)
@@ -73,22 +76,24 @@ def summary_png(dataset: RecDataset) -> bytes:
     axes[1].hist(words, bins=np.arange(0.5, most + 1.5))
     axes[1].set(xlabel="words of a title", ylabel="items")
     if panels == 3:
-        parts = [
-            (name, data.timestamp[data.offsets[p.user] + p.position])
-            for name in ("train", "valid", "test")
-            if len(p := getattr(dataset, name))
-        ]
-        days = [times / 86_400 for _, times in parts]
-        if days:
-            edges = np.linspace(min(d.min() for d in days), max(d.max() for d in days) + 1, 60)
-            axes[2].hist(days, bins=edges, stacked=True, label=[name for name, _ in parts])
-            axes[2].xaxis_date()
-            axes[2].tick_params(axis="x", rotation=30)
-            axes[2].legend()
-        axes[2].set(xlabel="time of the target", ylabel="examples")
+        _draw_times(axes[2], dataset)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def _draw_times(axes: Axes, dataset: RecDataset) -> None:
+    parts = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+    times = {name: dataset.target_time(part) for name, part in parts.items() if len(part)}
+    days = {name: time / 86_400 for name, time in times.items() if time is not None}
+    if days:
+        first, last = min(d.min() for d in days.values()), max(d.max() for d in days.values())
+        edges = np.linspace(first, last + 1, 60).tolist()
+        axes.hist(list(days.values()), bins=edges, stacked=True, label=list(days))
+        axes.xaxis_date()
+        axes.tick_params(axis="x", rotation=30)
+        axes.legend()
+    axes.set(xlabel="time of the target", ylabel="examples")
 
 
 def _distinct_pairs(dataset: RecDataset) -> int:

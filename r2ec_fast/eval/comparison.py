@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from r2ec_fast.eval.metrics import paired_differences
-from r2ec_fast.utils.atomic_files import replaced_file
+from r2ec_fast.utils.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from r2ec_fast.data import Examples, RecDataset
@@ -45,8 +45,7 @@ def methods_of(table: pl.DataFrame) -> list[str]:
 
 def save_ranks(table: pl.DataFrame, path: str | os.PathLike[str], argument: str = "path") -> None:
     """Write a :func:`ranks_table` as CSV, whole or not at all."""
-    with replaced_file(path, argument) as temporary:
-        temporary.write_text(table.write_csv())  # Python's errors carry what went wrong
+    write_whole(path, table.write_csv(), argument)  # Python's errors carry what went wrong
 
 
 def load_ranks(path: str | os.PathLike[str], argument: str = "path") -> pl.DataFrame:
@@ -57,7 +56,7 @@ def load_ranks(path: str | os.PathLike[str], argument: str = "path") -> pl.DataF
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: no file {os.fspath(path)}")
     try:
-        table = pl.read_csv(path, schema_overrides=KEYS)
+        table = pl.read_csv(Path(path), schema_overrides=KEYS)
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{argument}: cannot read {os.fspath(path)}: {error}") from error
     methods = methods_of(table)

@@ -85,7 +85,7 @@ def _checked(name: str, ranks: ArrayLike) -> np.ndarray:
 
 def _gains(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
     """What every example contributes to each metric, float64 [X]."""
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for k in ks:
         if k < 1:
             raise ValueError(f"ks must be at least 1, got {k}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from r2ec_fast.packing.ragged import Ragged, Rows
 
 if TYPE_CHECKING:
     from r2ec_fast.data import Examples, RecDataset
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UserStates:
-    """Read-outs of B users: ``states`` [B, d]; ``reasoning``: the tokens written for each (marker
-    included), empty lists in direct mode; ``finish_reason``: as the engine gave it, or "direct"."""
+    """Read-outs of B users: ``states`` [B, d]; ``reasoning``: B rows, the tokens written for each
+    (marker included), empty in direct mode; ``finish_reason``: as the engine gave it, or
+    "direct"."""
 
     states: torch.Tensor
-    reasoning: list[list[int]]
+    reasoning: Ragged
     finish_reason: list[str]
 
 
@@ -77,7 +80,7 @@ def server_engine(
 def user_states(
     model: R2ecModel,
     builder: PromptBuilder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Rows,
     *,
     engine: RolloutEngine | None = None,
     max_completion_length: int = 512,
@@ -90,9 +93,10 @@ def user_states(
     first; without one the state is read right after the prompt and the marker (direct mode).
     ``max_tokens`` bounds a forward pass; a ``prefix`` of the prompts is not computed again.
     """
+    prompts = Ragged.of(prompts, "prompts")
     if engine is None:
-        reasoning: list[list[int]] = [[] for _ in prompts]
-        rows = [[*prompt, *builder.marker_ids] for prompt in prompts]
+        reasoning = Ragged.of([[]] * len(prompts))
+        rows = prompts.append(builder.marker_ids)
         finish = ["direct"] * len(rows)
     else:
         rollouts = engine.generate(
@@ -107,14 +111,10 @@ def user_states(
             greedy=True,
             states=True,
         )
-        bounds = rollouts.offsets
-        reasoning = [
-            rollouts.values[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-        finish = rollouts.finish_reason
+        reasoning, finish = rollouts.tokens, rollouts.finish_reason
         if rollouts.states is not None:
             return UserStates(rollouts.states, reasoning, finish)
-        rows = [[*prompt, *written] for prompt, written in zip(prompts, reasoning, strict=True)]
+        rows = prompts.join(reasoning)
     return UserStates(model.encode_rows(rows, max_tokens, prefix), reasoning, finish)
 
 
@@ -146,7 +146,7 @@ def rank_examples(
         users = user_states(
             model,
             assembler.builder,
-            assembler.example_ids(dataset, part),
+            assembler.example_rows(dataset, part),
             engine=engine,
             max_completion_length=max_completion_length,
             max_tokens=max_tokens,

@@ -1,12 +1,16 @@
 """Put a model into another mode for a while, and back exactly as it was; what models differ in."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -23,15 +27,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+def attention_implementation(model: "PreTrainedModel", name: str) -> Iterator[None]:
     """Run with attention implementation `name`; restores what each (sub-)config had.
 
     Raises:
         ValueError: the model cannot switch its attention implementation.
     """
-    configs = {}
+    configs: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             configs.setdefault(id(config), (config, config._attn_implementation))
     if all(current == name for _, current in configs.values()):
@@ -61,6 +65,7 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     last = layers[-1] if layers is not None and len(layers) else None
     parts = [getattr(getattr(last, "self_attn", None), "o_proj", None), getattr(last, "mlp", None)]
     handles = []
+    length = 0
 
     def spread(module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
         return out.new_zeros(1, length, out.shape[-1]).index_copy(1, rows, out)
@@ -70,7 +75,6 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
         length = inputs[0].shape[1]
         return (inputs[0][:, rows],)
 
-    length = 0
     try:
         for part in filter(None, parts):
             handles += [
@@ -83,19 +87,23 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
             handle.remove()
 
 
-@cache
 def cache_argument(kind: type[nn.Module]) -> str:
     """What a causal LM or decoder of this class calls the cache of keys and values: ``cache`` from
     transformers 5.24 on, ``past_key_values`` before."""
-    names = inspect.signature(kind.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    return "cache" if "cache" in _argument_names(kind.forward) else "past_key_values"
 
 
-def base_causal_lm(model: nn.Module) -> nn.Module:
+@cache
+def _argument_names(function: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def base_causal_lm(model: nn.Module) -> "PreTrainedModel":
     """The Hugging Face causal LM inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model  # peft is optional
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
 
 
 def model_device(model: nn.Module) -> torch.device:
     """Where the token embeddings live: the device of the model's inputs."""
-    return model.get_input_embeddings().weight.device
+    return next(base_causal_lm(model).get_input_embeddings().parameters()).device

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from r2ec_fast.packing.ragged import Ragged, Rows, common_prefix
+
 
 class KnownPrefix(Cache):
     """Keys and values of ``tokens``, for one state of a model's weights.
@@ -33,10 +35,15 @@ class KnownPrefix(Cache):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def begins(self, rows: Sequence[Sequence[int]]) -> bool:
+    def begins(self, rows: Rows) -> bool:
         """Whether every row begins with the tokens and goes on."""
-        length = len(self.tokens)
-        return all(len(row) > length and list(row[:length]) == self.tokens for row in rows)
+        rows, length = Ragged.of(rows), len(self.tokens)
+        if not len(rows):
+            return True
+        goes_on = rows.lengths.min() > length
+        return bool(
+            goes_on and common_prefix(rows) >= length and rows[0][:length].tolist() == self.tokens
+        )
 
     def update(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,10 +29,12 @@ from r2ec_fast.model.hf_compat import (
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.ragged import Ragged, Rows, common_prefix
 from r2ec_fast.prompts.builder import PromptBuilder, PromptConfig
 from r2ec_kernels import ItemIndex, TargetStats, TopK
 
 if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from r2ec_fast.data import Catalog
@@ -62,7 +64,7 @@ class R2ecModel(nn.Module):
     ) -> None:
         super().__init__()
         register()
-        self.backbone = backbone
+        self.backbone: PreTrainedModel | PeftModel | PeftMixedModel = backbone
         self.tokenizer = tokenizer
         self.similarity = similarity
         self.temperature = temperature
@@ -160,7 +162,7 @@ class R2ecModel(nn.Module):
 
     def read_out(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Rows,
         *,
         max_tokens: int = 8192,
         prefix: KnownPrefix | None = None,
@@ -172,6 +174,7 @@ class R2ecModel(nn.Module):
         runs alone. A ``prefix`` that all rows begin with is not computed at all; it holds no
         gradient, so it is for evaluation (ValueError otherwise). Other rows run without it.
         """
+        rows = Ragged.of(rows)
         if not len(rows):
             return self.lm_head_weight.new_zeros((0, self.hidden_size))
         if prefix is not None and torch.is_grad_enabled():
@@ -218,7 +221,7 @@ class R2ecModel(nn.Module):
     @torch.no_grad()
     def encode_rows(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Rows,
         max_tokens: int = 8192,
         prefix: KnownPrefix | None = None,
     ) -> torch.Tensor:
@@ -259,6 +262,11 @@ class R2ecModel(nn.Module):
     def top_items(self, states: torch.Tensor, k: int, exclude=None) -> TopK:
         """The k best items for user states [B, d]: scores float32 and ids int64, [B, k]."""
         return self._table.search(_storable(states), k, exclude=exclude)
+
+    @property
+    def item_table(self) -> torch.Tensor:
+        """[N, d], the item head's table; RuntimeError where there is none yet."""
+        return self._table.items
 
     @property
     def _table(self) -> ItemIndex:
@@ -304,7 +312,7 @@ class R2ecModel(nn.Module):
         from r2ec_fast.utils.atomic_files import replaced_directory
 
         with replaced_directory(directory) as temporary:
-            self.backbone.save_pretrained(temporary, safe_serialization=True)
+            self.backbone.save_pretrained(str(temporary), safe_serialization=True)
             self.tokenizer.save_pretrained(temporary)
             settings = {
                 "similarity": self.similarity,
@@ -353,46 +361,33 @@ def _load_backbone(path: str, hf_kwargs: dict):
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
     backbone = AutoModelForCausalLM.from_pretrained(base, **hf_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path, **names)
-    if adapter.is_file():
-        from peft import PeftModel
+    if not adapter.is_file():
+        return backbone, tokenizer
+    from peft import PeftModel
 
-        backbone = PeftModel.from_pretrained(backbone, path, is_trainable=True)
-    return backbone, tokenizer
+    return PeftModel.from_pretrained(backbone, path, is_trainable=True), tokenizer
 
 
-def _pack_rows(rows: Sequence[Sequence[int]], max_tokens: int, known: int = 0):
+def _pack_rows(
+    rows: Ragged, max_tokens: int, known: int = 0
+) -> Iterator[tuple[PackedBatch, np.ndarray]]:
     """Packed batches of ``rows`` with the row each read-out belongs to.
 
     The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
     """
-    prefix = known or _common_prefix(rows)
-    if not known and (len(rows) < 2 or prefix == 0):
-        for batch in pack_histories(list(rows), max_tokens=max_tokens, oversize="alone"):
+    # every row keeps a token of its own
+    prefix = known or min(common_prefix(rows), int(rows.lengths.min()) - 1)
+    if not known and (len(rows) < 2 or prefix <= 0):
+        for batch in pack_histories(rows, max_tokens=max_tokens, oversize="alone"):
             yield batch, batch.groups.numpy()
         return
-    budget = max(max_tokens - prefix, 1)
-    at = 0
-    while at < len(rows):
-        end, tokens = at, 0
-        while end < len(rows) and (end == at or tokens + len(rows[end]) - prefix <= budget):
-            tokens += len(rows[end]) - prefix
-            end += 1
-        tails = [list(row[prefix:]) for row in rows[at:end]]
+    shared, tails = [rows[0][:prefix]], rows.tail(prefix)
+    for part in tails.parts(max(max_tokens - prefix, 1)):
         (batch,) = pack_histories(
-            [list(rows[at][:prefix])],
-            tails,
-            num_generations=len(tails),
+            shared,
+            tails[part],
+            num_generations=part.stop - part.start,
             max_tokens=max_tokens,
             oversize="alone",
         )
-        yield batch, np.arange(at, end)
-        at = end
-
-
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens all rows begin with, leaving each row at least one of its own."""
-    first = rows[0]
-    length = min(len(row) for row in rows) - 1
-    for row in rows:
-        length = next((i for i in range(length) if row[i] != first[i]), length)
-    return max(length, 0)
+        yield batch, np.arange(part.start, part.stop)

@@ -1,5 +1,6 @@
 """From ragged token rows to padding-free batches."""
 
-from r2ec_fast.packing.packer import PackedBatch, pack_histories, to_rows
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.ragged import Ragged
 
-__all__ = ["PackedBatch", "pack_histories", "to_rows"]
+__all__ = ["PackedBatch", "Ragged", "pack_histories"]

@@ -6,59 +6,21 @@ each into the fullest batch that still has room (equally full: the batch opened 
 
 import heapq
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
 import numpy as np
 
-INT32_MAX = 2**31 - 1
+from r2ec_fast.packing.request import INT32_MAX, Request
+
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Request:
-    """One checked call of pack_histories: ragged rows as (values, offsets), and the options."""
-
-    prompts: tuple[np.ndarray, np.ndarray]
-    completions: tuple[np.ndarray, np.ndarray] | None
-    targets: np.ndarray | None
-    num_generations: int
-    max_tokens: int
-    share_prompts: bool
-    readout: bool
-    labels: bool
-    pad_to_multiple_of: int
-    oversize: str
-    threads: int
-    pin_memory: bool
-
-
-def check_offsets(offsets: np.ndarray, num_values: int, name: str) -> None:
-    """Raise ValueError unless `offsets` [R+1] rises strictly from 0 to `num_values`."""
-    if len(offsets) == 0:
-        raise ValueError(f"{name}: offsets must hold at least the entry 0, got an empty array")
-    if offsets[0] != 0:
-        raise ValueError(f"{name}: offsets must start at 0, got {offsets[0]}")
-    for row in np.flatnonzero(offsets[1:] <= offsets[:-1])[:1]:
-        if offsets[row + 1] == offsets[row]:
-            raise ValueError(f"{name}: row {row} is empty; every row needs at least one token")
-        raise ValueError(
-            f"{name}: offsets must not fall, got {offsets[row]} then {offsets[row + 1]} "
-            f"at row {row}"
-        )
-    if offsets[-1] != num_values:
-        raise ValueError(
-            f"{name}: the last offset must be the number of values ({num_values}), "
-            f"got {offsets[-1]}"
-        )
 
 
 def group_sizes(request: Request) -> list[tuple[int, int]]:
     """(query tokens, key tokens) of every group, as Python ints (no overflow)."""
-    prompts = np.diff(request.prompts[1]).tolist()
+    prompts = request.prompts.lengths.tolist()
     if request.completions is None:
         return [(p, p) for p in prompts]
     g = request.num_generations
-    ends = request.completions[1][::g].tolist()
+    ends = request.completions.offsets[::g].tolist()
     sums = [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
     if request.share_prompts:
         return [(p + r, (g + 1) * p + r) for p, r in zip(prompts, sums, strict=True)]
@@ -121,16 +83,15 @@ def pack(request: Request) -> list[dict[str, np.ndarray | int | None]]:
 
 def _fill(request: Request, groups: list[int]) -> dict[str, np.ndarray | int | None]:
     builder = _Builder()
-    prompt_values, prompt_offsets = request.prompts
     for local, group in enumerate(groups):
-        prompt = prompt_values[prompt_offsets[group] : prompt_offsets[group + 1]]
+        prompt = request.prompts[group]
         if request.completions is None:
             builder.sequence(prompt, np.append(IGNORE, prompt[1:]))
             builder.readout.append([builder.length - 1])
             continue
         if request.share_prompts:
             shared = builder.sequence(prompt, np.full(len(prompt), IGNORE))
-        values, offsets = request.completions
+        values, offsets = request.completions.values, request.completions.offsets
         for g in range(request.num_generations):
             row = group * request.num_generations + g
             source = np.arange(offsets[row], offsets[row + 1])
@@ -153,9 +114,8 @@ def _fill(request: Request, groups: list[int]) -> dict[str, np.ndarray | int | N
     tail = -num_tokens % request.pad_to_multiple_of
     if tail:
         builder.sequence(np.zeros(tail, np.int64), np.full(tail, IGNORE))
-    shared_keys = request.share_prompts and request.completions is not None
     return builder.fields() | {
-        "kv_index": _cat(builder.kv_index) if shared_keys else None,
+        "kv_index": _cat(builder.kv_index) if request.share_prompts else None,
         "readout": _cat(builder.readout if request.readout else []),
         "labels": _cat(builder.labels)[None] if request.labels else None,
         "groups": np.array(groups, np.int64),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from r2ec_fast.data import Catalog, History
+    from r2ec_fast.packing.ragged import Ragged
 
 USER_TEMPLATE = (
     "Analyze in depth and finally recommend next {category_singular} I might purchase inside "
@@ -98,6 +99,23 @@ class PromptConfig:
             ) from error
 
 
+@dataclass(frozen=True)
+class UserFrame:
+    """What stands around the events of every user prompt.
+
+    Args:
+        bos: token ids before everything; empty where a chat template writes them itself.
+        head: text before the first event: chat frame, instruction and a new line.
+        closing: text after the last event.
+        bare: token ids of the whole prompt without an event.
+    """
+
+    bos: list[int]
+    head: str
+    closing: str
+    bare: list[int]
+
+
 def format_age(seconds: float) -> str:
     """An age in seconds as `3d 4.2h`, `5h 12.0min` or `7.5min`. ValueError if it is negative."""
     if seconds < 0:
@@ -121,6 +139,10 @@ class PromptBuilder:
         catalog: the items; titles come from its `title` column.
         config: wording and limits.
 
+    Attributes:
+        titles: text of each item in a user prompt: one line, no special tokens.
+        marker_ids: token ids of the marker alone.
+
     Raises:
         ValueError: the chat template does not contain the user's message verbatim, or a bare
             instruction alone is longer than its limit.
@@ -136,7 +158,7 @@ class PromptBuilder:
         self.catalog = catalog
         self.config = config or PromptConfig()
         self._special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
-        self._titles = [self._clean(title) for title in catalog.titles]
+        self.titles = [self._clean(title) for title in catalog.titles]
         self._columns = {
             field: catalog.fields[field].to_list()
             for field in self.config.item_fields
@@ -183,36 +205,47 @@ class PromptBuilder:
                 return ids
             keep, ids = keep + 1, longer
 
+    def user_frame(self) -> UserFrame:
+        """What `user_text` and the chat frame write around the events."""
+        instruction = self._user_instruction
+        return UserFrame(
+            bos=self._plain_bos,
+            head=f"{self._before}{instruction}\n",
+            closing=self._after,
+            bare=self._encode(instruction),
+        )
+
     def user_prefix_ids(self) -> list[int]:
         """Token ids that user prompts begin with, whatever the history: the chat frame and the
         instruction, as far as the first event's text cannot change how they are cut into tokens.
         """
-        starts = [self._encode(self._join([line])) for line in ("[x]", "0.1min ago", "12d ago", "")]
-        first, length = starts[0], min(map(len, starts)) - 1
-        return first[: next((i for i in range(length) if len({s[i] for s in starts}) > 1), length)]
+        from r2ec_fast.packing.ragged import Ragged, common_prefix  # torch: not for a config alone
+
+        lines = ("[x]", "0.1min ago", "12d ago", "")
+        starts = Ragged.of([self._encode(self._join([line])) for line in lines])
+        length = min(common_prefix(starts), int(starts.lengths.min()) - 1)
+        return starts[0][:length].tolist()
 
     def item_ids(self, item: int) -> list[int]:
         """Token ids of one item prompt (internal id), ending in the marker; at most
         `max_item_tokens`.
         """
-        return self.items_ids([item])[0]
+        return self.items_ids([item])[0].tolist()
 
-    def items_ids(self, items: Sequence[int]) -> list[list[int]]:
-        """`item_ids` of many items, tokenised in one batch."""
+    def items_ids(self, items: Sequence[int]) -> Ragged:
+        """`item_ids` of M items, tokenised in one batch: M rows."""
+        from r2ec_fast.packing.ragged import Ragged  # torch: not for a config alone
+
         texts = [self._frame(self.item_text(item)) for item in items]
         if not texts:
-            return []
+            return Ragged.of([])
         rows = self.tokenizer(texts, add_special_tokens=False).input_ids
         budget = self.config.max_item_tokens - len(self.marker_ids) - len(self._plain_bos)
         out = []
         for item, row in zip(items, rows, strict=True):
             fitting = row if len(row) <= budget else self._cut_item(item, budget)
             out.append([*self._plain_bos, *fitting, *self.marker_ids])
-        return out
-
-    def find_marker(self, ids: Sequence[int]) -> bool:
-        """Whether the text of `ids` contains the marker, however it was cut into tokens."""
-        return self.config.emb_token in self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return Ragged.of(out)
 
     def _clean(self, text: str) -> str:
         # one line an event; and item text must not be able to open or close a chat turn
@@ -228,7 +261,7 @@ class PromptBuilder:
         return [self._line(history, i) for i in range(first, len(history.items))]
 
     def _line(self, history: History, i: int) -> str:
-        line = f"[{self._titles[history.items[i]]}]"
+        line = f"[{self.titles[history.items[i]]}]"
         if history.timestamps is not None and history.target_time is not None:
             age = format_age(int(history.target_time) - int(history.timestamps[i]))
             line = f"{age} ago: {line}"
@@ -259,7 +292,7 @@ class PromptBuilder:
         return min(keep, len(lines) - 1)
 
     def _item_body(self, item: int) -> str:
-        parts = [f"Title: {self._titles[item]}"]
+        parts = [f"Title: {self.titles[item]}"]
         for field, values in self._columns.items():
             value = values[item]
             if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -300,13 +333,13 @@ class PromptBuilder:
 
     def _chat_frame(self) -> tuple[str, str]:
         """What the chat template writes before and after the message. Rendered once: a template is
-        slow, and one that
-        writes today's date would make two runs differ."""
+        slow, and one that writes today's date would make two runs differ."""
         if not self.tokenizer.chat_template:
             return "", "\n\n"
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
         )
+        assert isinstance(text, str)  # it was asked for text, of one conversation
         if text.count(_SENTINEL) != 1:
             raise ValueError(
                 "the tokenizer's chat template must contain the user's message once and unchanged, "

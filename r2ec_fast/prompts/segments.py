@@ -4,7 +4,6 @@ A prompt is the concatenation of
 
     head     chat frame, instruction and a new line
     a line   [age] [item] [rating], for each event; the newest ends with the closing chat frame
-    suffix   ids that the caller wants after it (the read-out marker in direct mode)
 
 and each piece is a token segment. That equals tokenising the whole text only where the tokenizer
 merges nothing across a cut, so a piece starts where merges seldom reach, at a space or a line's
@@ -21,12 +20,12 @@ would happen in the text of the two pieces alone, which was checked.
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from r2ec_fast.packing.packer import Rows, to_rows
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.builder import format_age
 
 if TYPE_CHECKING:
@@ -39,9 +38,22 @@ NO_TIME = np.iinfo(np.int64).min
 SECONDS_PER_DAY = 86_400
 HOURS = 24
 MAX_DAYS = 20_000  # events older than 54 years are bad data: not worth a table
+CHECK_COST = 40_000  # of checking the segments, in lines of a prompt tokenised as whole text
+ITEM_COST = 4  # of tokenising one item of the catalog, in the same
 RATING, NEWLINE, CLOSING = range(3)  # what follows an item on its line
 _AGES = ("7.5min ago:", "5h 12.0min ago:", "3d 4.2h ago:")
 _LINES = ("[x]\n", "(4.5)\n")  # how a line may begin, and end
+
+
+class _Events(NamedTuple):
+    """Histories as slices of event arrays: prompt x shows events first[x] .. last[x] - 1."""
+
+    item: np.ndarray  # int64 [E]
+    timestamp: np.ndarray | None  # int64 [E]
+    rating: np.ndarray | None  # float32 [E], NaN: none
+    first: np.ndarray  # int64 [R]
+    last: np.ndarray  # int64 [R]
+    target_time: np.ndarray | None  # int64 [R], NO_TIME: none
 
 
 class PromptAssembler:
@@ -49,107 +61,80 @@ class PromptAssembler:
 
     Args:
         builder: wording, limits, tokenizer and catalog.
-        suffix: ids appended to every prompt, outside its limit.
         threads: C++ threads.
-        sample: random histories compared with the whole-text path when the assembler is made.
+        sample: random histories compared with the whole-text path before segments are used.
+        ahead: check the segments now, and tokenise the whole catalog for the first prompts, as
+            pays off for many. False: only in a call that is large enough to pay for it by itself;
+            smaller calls take the whole-text path, so that no single request waits.
 
-    `reason` says why every prompt takes the whole-text path; None where segments are used.
+    `reason` says why every prompt takes the whole-text path; None where segments can be used.
     """
 
     def __init__(
         self,
         builder: "PromptBuilder",
         *,
-        suffix: Sequence[int] = (),
         threads: int = 1,
         sample: int = 64,
+        ahead: bool = True,
     ) -> None:
         self.builder = builder
-        self.threads = threads
-        self.suffix = np.array(suffix, np.int32)
+        self.threads, self.sample, self.ahead = threads, sample, ahead
         self.reason: str | None = None
         self._units = 0
-        self._items: Sequence[int] = range(len(builder._titles))
+        self._items: Sequence[int] = range(len(builder.titles))
         self._ratings: dict[float, None] = {}
-        self._has_ages = False
-        self._closing = builder._after
-        self._titles = [f"[{title}]" for title in builder._titles]
-        self._core = self._make_core()
-        if self._core is not None:
-            self._check_sample(sample)
-        if self.reason is None:
-            logger.info("user prompts are assembled from token segments")
-        else:
+        self._has_ages = self._checked = False
+        self._frame = builder.user_frame()
+        self._titles = [f"[{title}]" for title in builder.titles]
+        self._core: Any = self._make_core()  # of the C++ extension; None: whole texts only
+        if self._core is None:
             logger.info("user prompts are tokenised as whole texts: %s", self.reason)
+        elif ahead:
+            self._check()
 
-    @property
-    def uses_segments(self) -> bool:
-        return self.reason is None
-
-    def history_rows(self, histories: Sequence["History"]) -> Rows:
-        """Prompts of `histories`, as (values int64 [E], offsets int64 [R+1]).
+    def history_rows(self, histories: Sequence["History"]) -> Ragged:
+        """Prompts of R `histories`: R rows, int64.
 
         Raises ValueError for an empty history, an unknown item or an event after its target's time.
         """
-        lengths = np.array([len(h.items) for h in histories], np.int64)
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        timed = [h.timestamps is not None and h.target_time is not None for h in histories]
-        item = _concatenate([h.items for h in histories], np.int64)
-        timestamp = rating = target_time = None
-        if any(timed):
-            target_time = np.array(
-                [h.target_time if t else NO_TIME for h, t in zip(histories, timed, strict=True)],
-                np.int64,
-            )
-            timestamp = _concatenate(
-                [
-                    h.timestamps if t else np.zeros(len(h.items), np.int64)
-                    for h, t in zip(histories, timed, strict=True)
-                ],
-                np.int64,
-            )
-        if any(h.ratings is not None for h in histories):
-            rating = _concatenate(
-                [
-                    np.full(len(h.items), np.nan) if h.ratings is None else h.ratings
-                    for h in histories
-                ],
-                np.float32,
-            )
-        events = (item, timestamp, rating, bounds[:-1], bounds[1:], target_time)
-        return self._rows(events, lambda x: histories[x])
+        return self._rows(_events_of(histories), lambda x: histories[x])
 
-    def example_rows(self, dataset: "RecDataset", examples: "Examples") -> Rows:
-        """Prompts of `examples`, read from the dataset's event arrays without a copy."""
+    def example_rows(self, dataset: "RecDataset", examples: "Examples") -> Ragged:
+        """Prompts of R `examples`, read from the dataset's event arrays without a copy: R rows,
+        int64."""
         data, window = dataset.data, self.builder.config.window
         start = data.offsets[examples.user]
         last = start + examples.position
         first = np.maximum(start, last - window)
         target_time = None if data.timestamp is None else data.timestamp[last]
-        events = (data.item, data.timestamp, data.rating, first, last, target_time)
+        events = _Events(data.item, data.timestamp, data.rating, first, last, target_time)
         return self._rows(
             events,
             lambda x: dataset.history(int(examples.user[x]), int(examples.position[x]), window),
         )
 
-    def example_ids(self, dataset: "RecDataset", examples: "Examples") -> list[list[int]]:
-        """`example_rows` as lists, one a prompt."""
-        values, offsets = self.example_rows(dataset, examples)
-        return [row.tolist() for row in np.split(values, offsets[1:-1])] if len(examples) else []
-
     # ---- assembling -----------------------------------------------------------------------------
 
-    def _rows(self, events: tuple, history_of: Any) -> Rows:
-        size = len(events[3])
-        measured = self._measure(events) if self._core is not None and size else None
+    def _rows(self, events: _Events, history_of: Callable[[int], "History"]) -> Ragged:
+        shown = np.minimum(events.last - events.first, self.builder.config.window)
+        cost = CHECK_COST + ITEM_COST * len(self._titles)
+        building = self.ahead or shown.sum() >= cost
+        if building and not self._checked and self._core is not None:
+            self._check()
+        return self._assemble(events, history_of, building)
+
+    def _assemble(
+        self, events: _Events, history_of: Callable[[int], "History"], building: bool
+    ) -> Ragged:
+        """The prompts; missing ages and items are tokenised only where `building`."""
+        size = len(events.first)
+        measured = self._measure(events, building) if self._core is not None and size else None
         if measured is None:
-            rows = [[*self.builder.user_ids(history_of(x)), *self.suffix] for x in range(size)]
-            return to_rows(rows)
+            return Ragged.of([self.builder.user_ids(history_of(x)) for x in range(size)])
         histories, length, lines = measured
-        whole = {
-            int(x): [*self.builder.user_ids(history_of(x)), *self.suffix]
-            for x in np.flatnonzero(lines < 0)
-        }
+        by_text = np.flatnonzero(lines < 0).tolist()
+        whole = {x: self.builder.user_ids(history_of(x)) for x in by_text}
         for x, ids in whole.items():
             length[x] = len(ids)
         offsets = np.zeros(size + 1, np.int64)
@@ -158,27 +143,28 @@ class PromptAssembler:
         self._core.write(histories, lines, offsets, values, self.threads)
         for x, ids in whole.items():
             values[offsets[x] : offsets[x + 1]] = ids
-        return values, offsets
+        return Ragged(values, offsets)
 
-    def _measure(self, events: tuple) -> tuple[Any, np.ndarray, np.ndarray] | None:
-        """(histories, length, lines), building what segments are missing; None: whole texts."""
-        item, timestamp, rating, first, last, target_time = (
-            None if a is None else np.ascontiguousarray(a) for a in events
-        )
-        if target_time is not None and not self._has_ages:
+    def _measure(
+        self, events: _Events, building: bool
+    ) -> tuple[Any, np.ndarray, np.ndarray] | None:
+        """(histories, tokens, lines of each prompt; lines -1: by its whole text); None: all are."""
+        if building and events.target_time is not None and not self._has_ages:
             self._add_ages()
         histories = self._extension.Histories(
-            item=item.astype(np.int64, copy=False),
-            timestamp=timestamp,
-            rating=None if rating is None else rating.astype(np.float32, copy=False),
-            first=first,
-            last=last,
-            target_time=target_time,
+            item=_contiguous(events.item, np.int64),
+            timestamp=_contiguous(events.timestamp, np.int64),
+            rating=_contiguous(events.rating, np.float32),
+            first=_contiguous(events.first, np.int64),
+            last=_contiguous(events.last, np.int64),
+            target_time=_contiguous(events.target_time, np.int64),
         )
         while self.reason is None:
             length, lines, tables, ratings, units = self._core.measure(histories, self.threads)
             if not (tables or ratings or units):
                 return histories, length, lines
+            if tables and not building:
+                return None
             for table in range(6):
                 if tables >> table & 1:
                     self._add_items(table >= 3, table % 3)
@@ -193,25 +179,27 @@ class PromptAssembler:
     # ---- segments and their checks --------------------------------------------------------------
 
     def _make_core(self) -> Any | None:
-        builder = self.builder
         try:
             self._extension = importlib.import_module("r2ec_fast._packing")
         except ModuleNotFoundError:
             self.reason = "the C++ extension r2ec_fast._packing was not built"
             return None
-        instruction = builder._user_instruction
-        self._head_text = f"{builder._before}{instruction}\n"
-        bare = builder._encode(instruction)
-        head = [*builder._plain_bos, *self._tokenize([self._head_text])[0]]
-        pieces = [[self._head_text, start] for start in ("[x]\n", *_AGES)]
+        frame = self._frame
+        head = [*frame.bos, *self._tokenize([frame.head])[0]]
+        pieces = [[frame.head, start] for start in ("[x]\n", *_AGES)]
         self._require(pieces, "the instruction and the first line")
         if self.reason is not None:
             return None
-        config = builder.config
+        config = self.builder.config
         return self._extension.Assembler(
-            head, bare, self.suffix.tolist(), len(self._titles), config.window,
-            config.max_user_tokens, MAX_DAYS,
-        )  # fmt: skip
+            head=head,
+            bare=frame.bare,
+            suffix=[],
+            num_items=len(self._titles),
+            window=config.window,
+            max_tokens=config.max_user_tokens,
+            max_days=MAX_DAYS,
+        )
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return self.builder.tokenizer(list(texts), add_special_tokens=False).input_ids
@@ -233,8 +221,8 @@ class PromptAssembler:
             self.reason = f"the tokenizer merges between {boundary}, as in {text[-60:]!r}"
 
     def _table(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        values, offsets = to_rows(self._tokenize(texts))
-        return offsets, values.astype(np.int32)
+        rows = Ragged.of(self._tokenize(texts))
+        return rows.offsets, rows.values.astype(np.int32)
 
     def _add_ages(self) -> None:
         rests, numbers = _age_texts()
@@ -259,8 +247,8 @@ class PromptAssembler:
     def _add_ratings(self, values: Sequence[float]) -> None:
         self._ratings |= dict.fromkeys(values)
         ratings = sorted(self._ratings)
-        tables = []
-        for ending in ("\n", self._closing):
+        tables: list[np.ndarray] = []
+        for ending in ("\n", self._frame.closing):
             texts = [f" ({round(float(np.float32(r)), 2)}){ending}" for r in ratings]
             after = ("[x]\n", *_AGES) if ending == "\n" else ("",)
             pieces = [["[x]", text, *filter(None, [end])] for text in texts for end in after]
@@ -270,7 +258,7 @@ class PromptAssembler:
 
     def _add_items(self, has_age: bool, ending: int) -> None:
         lead = " " if has_age else ""
-        end = ("", "\n", self._closing)[ending]
+        end = ("", "\n", self._frame.closing)[ending]
         texts = [f"{lead}{self._titles[i]}{end}" for i in self._items]
         before = _AGES[-1] if has_age else _LINES[0]
         line = _AGES[0] if has_age else _LINES[0]
@@ -289,8 +277,17 @@ class PromptAssembler:
                 unclean,
                 len(self._items),
             )
-        values, offsets = to_rows(rows)
-        self._core.set_items(has_age, ending, offsets, values.astype(np.int32), whole_text)
+        table = Ragged.of(rows)
+        values = table.values.astype(np.int32)
+        self._core.set_items(has_age, ending, table.offsets, values, whole_text)
+
+    def _check(self) -> None:
+        self._checked = True
+        self._check_sample(self.sample)
+        if self.reason is None:
+            logger.info("user prompts are assembled from token segments")
+        else:
+            logger.info("user prompts are tokenised as whole texts: %s", self.reason)
 
     def _check_sample(self, count: int) -> None:
         """Compare random prompts, timed and not, rated, unrated and mixed, with the whole texts."""
@@ -315,10 +312,9 @@ class PromptAssembler:
                     target_time=10**9 if timed else None,
                 )
             )
-        values, offsets = self.history_rows(histories)
-        for x, history in enumerate(histories):
-            whole = [*self.builder.user_ids(history), *self.suffix]
-            if self.reason is None and values[offsets[x] : offsets[x + 1]].tolist() != whole:
+        rows = self._assemble(_events_of(histories), lambda x: histories[x], building=True)
+        for history, row in zip(histories, rows, strict=True):
+            if self.reason is None and row.tolist() != self.builder.user_ids(history):
                 text = self.builder.user_text(history)
                 self.reason = f"a sampled prompt differs from its whole text: {text[-120:]!r}"
                 self._core = None
@@ -346,6 +342,36 @@ def _split_age(age: str) -> tuple[str, str]:
     """("3d", " 4.2h ago:") of "3d 4.2h ago:"; ("", age) where there is one unit only."""
     unit, _, rest = age.removesuffix(" ago:").partition(" ")
     return (unit, f" {rest} ago:") if rest else ("", age)
+
+
+def _events_of(histories: Sequence["History"]) -> _Events:
+    lengths = np.array([len(h.items) for h in histories], np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    timed = [h.timestamps is not None and h.target_time is not None for h in histories]
+    item = _concatenate([h.items for h in histories], np.int64)
+    timestamp = rating = target_time = None
+    if any(timed):
+        target_time = np.array(
+            [h.target_time if t else NO_TIME for h, t in zip(histories, timed, strict=True)],
+            np.int64,
+        )
+        timestamp = _concatenate(
+            [
+                h.timestamps if t else np.zeros(len(h.items), np.int64)
+                for h, t in zip(histories, timed, strict=True)
+            ],
+            np.int64,
+        )
+    if any(h.ratings is not None for h in histories):
+        rating = _concatenate(
+            [np.full(len(h.items), np.nan) if h.ratings is None else h.ratings for h in histories],
+            np.float32,
+        )
+    return _Events(item, timestamp, rating, bounds[:-1], bounds[1:], target_time)
+
+
+def _contiguous(array: np.ndarray | None, dtype: type) -> np.ndarray | None:
+    return None if array is None else np.ascontiguousarray(array, dtype)
 
 
 def _concatenate(parts: Sequence[Any], dtype: type) -> np.ndarray:

@@ -14,6 +14,7 @@ from r2ec_fast.eval.metrics import STDERR
 from r2ec_fast.report.plots import read_log
 from r2ec_fast.train.checkpoint import STATE_FILE, checkpoints
 from r2ec_fast.train.logger import METRICS_FILE, SAMPLES_FILE
+from r2ec_fast.utils.atomic_files import write_whole
 
 REPORT_FILE = "report.html"
 SHOWN_SAMPLES = 24  # the newest
@@ -86,9 +87,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         f"{''.join(parts)}</html>\n"
     )
     path = run_dir / REPORT_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page)
-    return temporary.replace(path)
+    write_whole(path, page, "run_dir")
+    return path
 
 
 def _panel(title: str, records: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-FINISH_REASONS = ("answer", "eos", "length")
+from r2ec_fast.packing.ragged import Ragged, Rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Rollouts:
         """int64 [E]: `values`, with -100 (no loss) at appended marker tokens."""
         return np.where(self.sampled, self.values, np.int64(-100))
 
+    @property
+    def tokens(self) -> Ragged:
+        """The B * G rows of token ids."""
+        return Ragged(self.values, self.offsets)
+
     def __len__(self) -> int:
         return len(self.finish_reason)
 
@@ -57,7 +62,7 @@ class RolloutEngine(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         *,
         user_keys: Sequence[int],
         num_generations: int,
@@ -103,12 +108,9 @@ def assemble(rows: Sequence[Trajectory], marker_ids: Sequence[int]) -> Rollouts:
 
 
 def check_request(
-    prompts: Sequence[Sequence[int]],
-    user_keys: Sequence[int],
-    num_generations: int,
-    max_completion_length: int,
-) -> None:
-    """ValueError where the arguments of `generate` do not fit together."""
+    prompts: Rows, user_keys: Sequence[int], num_generations: int, max_completion_length: int
+) -> Ragged:
+    """The prompts of a call of `generate`; ValueError where its arguments do not fit together."""
     if num_generations < 1:
         raise ValueError(f"num_generations must be >= 1, got {num_generations}")
     if max_completion_length < 1:
@@ -117,6 +119,7 @@ def check_request(
         raise ValueError(
             f"user_keys must have one key a prompt: {len(prompts)} prompts, {len(user_keys)} keys"
         )
-    for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
+    rows = Ragged.of(prompts if isinstance(prompts, Ragged) else list(prompts), "prompts")
+    for index in np.flatnonzero(rows.lengths == 0)[:1]:
+        raise ValueError(f"prompts[{index}] is empty; a prompt needs at least one token")
+    return rows

@@ -22,8 +22,10 @@ class MarkerStop:
         self._may_close: dict[int, bool] = {}
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        return str(
+            self._tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
 
     def closes(self, ids: Sequence[int]) -> bool:
@@ -35,4 +37,4 @@ class MarkerStop:
             text = self._decode([last])
             may_close = self.marker[-1] in text or "\ufffd" in text
             self._may_close[last] = may_close
-        return may_close and self.marker in self._decode(list(ids[-self._tail :]))
+        return may_close and self.marker in self._decode(ids[-self._tail :])

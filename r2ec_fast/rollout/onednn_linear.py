@@ -9,10 +9,16 @@ would round most of it away. The model's own weights are not touched.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 MAX_ROWS = 512  # beyond, the general GEMM is as fast
 LAYOUT_ROWS = 8  # the row count the layout is chosen for; it serves 1 to 512 well
@@ -24,7 +30,7 @@ def packing_available() -> bool:
     """oneDNN is compiled in and switched on, and no autocast changes the type of the products."""
     return (
         torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and not torch.is_autocast_enabled("cpu")
@@ -37,7 +43,7 @@ def _packable_types() -> tuple[torch.dtype, ...]:
     return (torch.float32,)
 
 
-def _packable(module: nn.Module) -> bool:
+def _packable(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A plain CPU `nn.Linear` of some size and a type that oneDNN multiplies, whose forward nobody
     has replaced."""
     if type(module) is not nn.Linear or "forward" in module.__dict__:
@@ -51,14 +57,14 @@ def _packable(module: nn.Module) -> bool:
     )
 
 
-def _foldable(module: nn.Module) -> bool:
+def _foldable(module: nn.Module) -> "TypeGuard[LoraLinear]":
     """A plain LoRA layer (no DoRA or other variant, no bias of its own) around a packable layer."""
     if sys.modules.get("peft") is None:  # never imported: nothing here is a layer of its
         return False
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import Linear
 
     return (
-        type(module) is LoraLinear
+        type(module) is Linear
         and "forward" not in module.__dict__
         and _packable(module.base_layer)
         and module.base_layer.weight.dtype == torch.float32
@@ -87,12 +93,13 @@ def _linear_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _lora_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    weight = module.base_layer.weight.detach()
+def _lora_forward(module: "LoraLinear") -> Callable[[Tensor], Tensor]:
+    base = cast(nn.Linear, module.base_layer)  # _foldable has looked
+    weight = base.weight.detach()
     for adapter in module.active_adapters:
         if adapter in module.lora_A:
             weight = weight + module.get_delta_weight(adapter)
-    return _packed(weight, module.base_layer.bias)
+    return _packed(weight, base.bias)
 
 
 def _stamp(module: nn.Module) -> tuple:
@@ -122,24 +129,25 @@ class PackedLinears:
         Args:
             steps: decoding steps to come; a rollout of few steps is left alone.
         """
-        lora, linear = [], []
+        lora: list[LoraLinear] = []
+        linear: list[nn.Linear] = []
         if steps >= MIN_STEPS and packing_available():
             modules = list(self._model.modules())
             lora = [module for module in modules if _foldable(module)]
             folded = {id(module.base_layer) for module in lora}
             linear = [m for m in modules if _packable(m) and id(m) not in folded]
         try:
-            for module in lora:
-                module.forward = self._forward(module, _lora_forward)
-            for module in linear:
-                module.forward = self._forward(module, _linear_forward)
+            for adapted in lora:
+                adapted.__dict__["forward"] = self._forward(adapted, _lora_forward)
+            for plain in linear:
+                plain.__dict__["forward"] = self._forward(plain, _linear_forward)
             yield len(lora) + len(linear)
         finally:
-            for module in lora + linear:
+            for module in (*lora, *linear):
                 module.__dict__.pop("forward", None)
 
     def _forward(
-        self, module: nn.Module, make: Callable[[nn.Module], Callable[[Tensor], Tensor]]
+        self, module: Layer, make: Callable[[Layer], Callable[[Tensor], Tensor]]
     ) -> Callable[[Tensor], Tensor]:
         stamp = _stamp(module)
         if module not in self._made or self._made[module][0] != stamp:

@@ -14,6 +14,7 @@ from r2ec_fast.model.hf_compat import (
     model_device,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
+from r2ec_fast.packing.ragged import Ragged
 
 
 def plain_attention_name(config: PreTrainedConfig) -> str:
@@ -57,14 +58,14 @@ class PlainDecoder:
             for first in range(0, len(same), size):
                 yield same[first : first + size]
 
-    def start(
-        self, prompts: Sequence[Sequence[int]], num_generations: int, max_completion_length: int
-    ) -> Tensor:
-        """Prefill; returns the next-token logits [B * G, V]. The cache grows by itself."""
+    def start(self, prompts: Ragged, num_generations: int, max_completion_length: int) -> Tensor:
+        """Prefill prompts of one length; returns the next-token logits [B * G, V]. The cache grows
+        by itself."""
         del max_completion_length
         self._cache = DynamicCache(config=self._config)
         self._length = 0
-        logits = self._forward(torch.tensor(prompts, device=model_device(self._model)))
+        ids = torch.from_numpy(prompts.values).view(len(prompts), -1)
+        logits = self._forward(ids.to(model_device(self._model), torch.int64))
         self._cache.batch_repeat_interleave(num_generations)
         return logits.repeat_interleave(num_generations, 0)
 

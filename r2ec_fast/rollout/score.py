@@ -1,34 +1,24 @@
 """Log-probabilities of given completions by one packed pass of the training model."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from r2ec_fast.model.hf_compat import eval_mode
-from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.packer import pack_histories
+from r2ec_fast.packing.ragged import Rows
 from r2ec_fast.rollout.base import Rollouts
 from r2ec_kernels import linear_logprob
 
-
-class HiddenStateModel(Protocol):
-    """What scoring needs of a model; `R2ecModel` is one."""
-
-    lm_head_weight: Tensor
-    lm_head_bias: Tensor | None
-    softcap: float | None
-
-    def __call__(self, batch: PackedBatch) -> Tensor: ...
-
-    def modules(self) -> Sequence[nn.Module]: ...
+if TYPE_CHECKING:
+    from r2ec_fast.model.r2ec import R2ecModel
 
 
 @torch.no_grad()
 def score_rollouts(
-    model: HiddenStateModel,
-    prompts: Sequence[Sequence[int]],
+    model: "R2ecModel",
+    prompts: Rows,
     rollouts: Rollouts,
     *,
     temperature: float,
@@ -37,7 +27,7 @@ def score_rollouts(
     """Log-probabilities of the sampled tokens: full vocabulary, at `temperature`.
 
     Args:
-        model: maps a `PackedBatch` to the states after the final norm, [T, d].
+        model: its states are read with gradients off, in evaluation mode.
         prompts: the B prompts the B * G rows continue; each is computed once.
         max_tokens: tokens in one forward pass.
 
@@ -45,11 +35,11 @@ def score_rollouts(
         float32 [E], aligned with `rollouts.values`; 0 where not sampled.
     """
     out = np.zeros(len(rollouts.values), np.float32)
-    if not prompts:
+    if not len(prompts):
         return out
     batches = pack_histories(
-        [list(prompt) for prompt in prompts],
-        (rollouts.values, rollouts.offsets),
+        prompts,
+        rollouts.tokens,
         num_generations=len(rollouts) // len(prompts),
         max_tokens=max_tokens,
         completion_targets=rollouts.targets,

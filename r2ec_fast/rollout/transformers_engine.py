@@ -4,14 +4,16 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from r2ec_fast.model.hf_compat import base_causal_lm, eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
+from r2ec_fast.packing.ragged import Ragged, Rows
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
@@ -23,7 +25,8 @@ from r2ec_fast.utils.memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-DECODERS = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
+Decoder = SharedPromptDecoder | PlainDecoder
+DECODERS: dict[str, type[Decoder]] = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
 
 
 class TransformersEngine:
@@ -83,7 +86,7 @@ class TransformersEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         *,
         user_keys: Sequence[int],
         num_generations: int,
@@ -102,7 +105,7 @@ class TransformersEngine:
         prompts share a batch, up to the rounding of the model's own products.
 
         Args:
-            prompts: B rows of token ids.
+            prompts: B rows of token ids: Ragged, or a sequence of rows.
             user_keys: B integers that name the examples; the key of the noise.
             num_generations: G.
             max_completion_length: most tokens SAMPLED per completion; an appended marker comes on
@@ -125,17 +128,17 @@ class TransformersEngine:
                 which with its completion exceeds the model's positions.
             MemoryError: the rollout of one prompt does not fit.
         """
-        check_request(prompts, user_keys, num_generations, max_completion_length)
+        prompts = check_request(prompts, user_keys, num_generations, max_completion_length)
         budget = self.max_tokens_in_flight if max_tokens_in_flight is None else max_tokens_in_flight
         if budget < 1:
             raise ValueError(f"max_tokens_in_flight must be >= 1, got {budget}")
         # a row that runs out of length has yet to read its last token and the marker
         room = max_completion_length + (1 + len(self.marker_ids) if states else 0)
-        self._check_positions(prompts, room)
+        self._check_positions(prompts.lengths, room)
         params = SamplingParams(temperature, top_k, greedy)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
         decoder = DECODERS[self.decoder](self.model, self.prefix)
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = prompts.lengths.tolist()
         while True:
             plan = list(decoder.batches(lengths, num_generations, room, budget))
             job = _Job(prompts, keys, num_generations, max_completion_length, room, params)
@@ -156,9 +159,7 @@ class TransformersEngine:
             self.max_tokens_in_flight = min(self.max_tokens_in_flight, budget)
             logger.warning("out of memory in a rollout: max_tokens_in_flight is now %d", budget)
 
-    def _run(
-        self, decoder: SharedPromptDecoder | PlainDecoder, plan: list[list[int]], job: "_Job"
-    ) -> Rollouts:
+    def _run(self, decoder: Decoder, plan: list[list[int]], job: "_Job") -> Rollouts:
         rows, group = [Trajectory() for _ in job.keys], job.num_generations
         packed, steps = self._packed, MIN_STEPS
         if packed is None:
@@ -173,14 +174,13 @@ class TransformersEngine:
             for batch in plan:
                 index = [i * group + g for i in batch for g in range(group)]
                 own = [rows[r] for r in index]
-                prompts = [list(job.prompts[i]) for i in batch]
-                logits = decoder.start(prompts, group, job.room)
+                logits = decoder.start(job.prompts.select(batch), group, job.room)
                 self._decode(decoder, logits, own, job.keys[index], job, newest)
         return assemble(rows, self.marker_ids)
 
     def _decode(
         self,
-        decoder: SharedPromptDecoder | PlainDecoder,
+        decoder: Decoder,
         logits: torch.Tensor,
         rows: list[Trajectory],
         keys: torch.Tensor,
@@ -198,14 +198,15 @@ class TransformersEngine:
             last = position + 1 >= job.max_completion_length
             alive = []
             for local, row in enumerate(rows):
-                if unread[local] is None:
+                rest = unread[local]
+                if rest is None:
                     goes_on = self._goes_on(row, tokens[local], log_probs[local])
                     if not goes_on or last:
-                        unread[local] = self._ending(row) if job.wants_states else []
-                if unread[local]:
-                    tokens[local] = unread[local].pop(0)
+                        rest = unread[local] = self._ending(row) if job.wants_states else []
+                if rest is None:
                     alive.append(local)
-                elif unread[local] is None:
+                elif rest:
+                    tokens[local] = rest.pop(0)
                     alive.append(local)
             if not alive:
                 return
@@ -213,7 +214,8 @@ class TransformersEngine:
             if len(alive) < len(rows):
                 keep = torch.tensor(alive, device=logits.device)
                 keys = keys[keep]
-                rows, unread, tokens = ([x[i] for i in alive] for x in (rows, unread, tokens))
+                rows, unread = [rows[i] for i in alive], [unread[i] for i in alive]
+                tokens = [tokens[i] for i in alive]
             logits = decoder.step(torch.tensor(tokens, device=logits.device), keep)
             for row, rest, state in zip(rows, unread, newest[0], strict=True):
                 if rest == []:  # it has read its last token
@@ -235,12 +237,10 @@ class TransformersEngine:
             return False
         return True
 
-    def _check_positions(
-        self, prompts: Sequence[Sequence[int]], max_completion_length: int
-    ) -> None:
+    def _check_positions(self, lengths: np.ndarray, max_completion_length: int) -> None:
         config = base_causal_lm(self.model).config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
-        longest = max(map(len, prompts), default=0)
+        longest = lengths.max(initial=0)
         if limit is not None and longest + max_completion_length > limit:
             raise ValueError(
                 f"the longest prompt ({longest} tokens) plus max_completion_length "
@@ -251,7 +251,7 @@ class TransformersEngine:
 class _Job(NamedTuple):
     """The rows that a call of `generate` asks for."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Ragged
     keys: torch.Tensor  # int64 [B * G]
     num_generations: int
     max_completion_length: int
@@ -269,7 +269,7 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     row's newest token, [n, d]."""
     kept: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple, out: object) -> None:
+    def keep(module: nn.Module, inputs: tuple, out: Any) -> None:
         kept[:] = [out.last_hidden_state[:, -1]]
 
     handle = base_causal_lm(model).get_decoder().register_forward_hook(keep)

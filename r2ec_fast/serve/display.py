@@ -20,8 +20,9 @@ def show_recommendations(name: str, result: Recommendations) -> None:
     if result.reasoning is not None:
         console.print(f"reasoning: {escape(result.reasoning)}", highlight=False)
     table = Table()
-    for heading, justify in (("rank", "right"), ("title", "left"), ("item", "left")):
-        table.add_column(heading, justify=justify)
+    table.add_column("rank", justify="right")
+    table.add_column("title")
+    table.add_column("item")
     table.add_column("score", justify="right")
     for item in result:
         table.add_row(

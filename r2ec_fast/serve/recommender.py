@@ -12,6 +12,8 @@ import torch
 
 from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
 from r2ec_fast.eval.ranking import transformers_engine, user_states
+from r2ec_fast.packing.ragged import Ragged
+from r2ec_fast.prompts.segments import PromptAssembler
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
@@ -85,15 +87,17 @@ class Recommender:
     ) -> None:
         self.model, self.catalog, self.data = model, catalog, data
         self.builder = model.prompt_builder(catalog)
-        if model.index is None:
-            model.set_items(model.encode_items(catalog))
-        if len(model.index) != len(catalog):
+        index = model.index
+        if index is None:
+            index = model.set_items(model.encode_items(catalog))
+        if len(index) != len(catalog):
             raise ValueError(
-                f"catalog: expected the {len(model.index)} items of the model's item table, "
+                f"catalog: expected the {len(index)} items of the model's item table, "
                 f"got {len(catalog)}; re-encode the catalog (r2ec-fast index)"
             )
         if data is not None and data.data.catalog.ids != catalog.ids:
             raise ValueError("data: its items are not those of the model's catalog")
+        self.assembler = PromptAssembler(self.builder, ahead=False)
         self.prefix = model.known_prefix(self.builder)
         self.engine = engine or transformers_engine(
             model, self.builder, prefix=self.prefix, keep_packed=True
@@ -123,7 +127,7 @@ class Recommender:
         from r2ec_fast.model.r2ec import CATALOG_FILE, R2ecModel
 
         if data is not None and not isinstance(data, RecDataset):
-            data = RecDataset.load(data)
+            data = RecDataset.load(os.fspath(data))
         if not os.path.isdir(directory):
             raise FileNotFoundError(f"no model directory at {os.fspath(directory)!r}")
         path = os.path.join(directory, CATALOG_FILE)
@@ -176,26 +180,33 @@ class Recommender:
                 f"histories: expected a list of user ids or of item lists, got {histories!r}"
             )
         resolved = [self._history(entry, now) for entry in histories]
+        prompts = self.assembler.history_rows(resolved)
         out: list[Recommendations] = []
         for start in range(0, len(resolved), batch_size):
-            part = resolved[start : start + batch_size]
-            out += self._recommend_batch(part, k, reasoning, max_completion_length)
+            part = slice(start, start + batch_size)
+            out += self._recommend_batch(
+                resolved[part], prompts[part], k, reasoning, max_completion_length
+            )
         return out
 
     def _recommend_batch(
-        self, histories: Sequence[History], k: int, reasoning: bool, max_completion_length: int
+        self,
+        histories: Sequence[History],
+        prompts: Ragged,
+        k: int,
+        reasoning: bool,
+        max_completion_length: int,
     ) -> list[Recommendations]:
         users = user_states(
             self.model,
             self.builder,
-            [self.builder.user_ids(history) for history in histories],
+            prompts,
             engine=self.engine if reasoning else None,
             max_completion_length=max_completion_length,
             prefix=self.prefix,
         )
-        seen = [torch.from_numpy(np.unique(history.items)) for history in histories]
-        offsets = torch.tensor([0, *np.cumsum([len(items) for items in seen])])
-        best = self.model.top_items(users.states, k, exclude=(torch.cat(seen), offsets))
+        seen = Ragged.of([np.unique(history.items) for history in histories])
+        best = self.model.top_items(users.states, k, exclude=seen.tensors())
         titles = self.catalog.titles
         out = []
         for row, history in enumerate(histories):
@@ -210,8 +221,9 @@ class Recommender:
             out.append(Recommendations(items, text, tuple(titles[i] for i in shown)))
         return out
 
-    def _reasoning_text(self, tokens: Sequence[int]) -> str:
-        text = self.model.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    def _reasoning_text(self, tokens: np.ndarray) -> str:
+        text = self.model.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        assert isinstance(text, str)  # of one row
         return text.split(self.model.prompts.emb_token)[0].strip()
 
     def _history(self, entry: UserHistory, now: int | None) -> History:

@@ -22,6 +22,7 @@ from r2ec_fast.model.r2ec import INDEX_FILE, R2ecModel
 from r2ec_fast.train import distributed
 from r2ec_fast.train.fsdp import like, whole
 from r2ec_fast.utils.atomic_files import replaced_directory
+from r2ec_fast.utils.random_state import random_state, restore_random_state
 from r2ec_kernels import ItemIndex
 
 STATE_FILE = "trainer_state.json"
@@ -118,7 +119,7 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(like(saved[name], parameter))
-    if moments is not None:
+    if optimizer is not None and moments is not None:
         for name, parameter in parameters.items():
             optimizer.state[parameter] = _moments_of(name, parameter, moments)
     model.index = index
@@ -170,20 +171,14 @@ def keep_best(best: Mapping[str, float], wanted: str, output_dir: Path) -> bool:
 
 def generator_states() -> dict[str, torch.Tensor]:
     """The random generators of every process, for a checkpoint."""
-    own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    every = distributed.gather_objects(own)
+    every = distributed.gather_objects(random_state())
     return {f"generator.{r}.{d}": v for r, states in enumerate(every) for d, v in states.items()}
 
 
 def restore_generators(state: Mapping[str, torch.Tensor]) -> None:
     """Put this process's generators back, where the run that wrote ``state`` had as many."""
     own = f"generator.{distributed.world()[0]}."
-    if f"{own}cpu" in state:
-        torch.set_rng_state(state[f"{own}cpu"])
-    if f"{own}cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[f"{own}cuda"])
+    restore_random_state({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})
 
 
 def _check_parameters(

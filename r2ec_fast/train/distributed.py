@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+Items = TypeVar("Items", np.ndarray, Sequence[Any])
 
 
 class PeerError(RuntimeError):
@@ -51,21 +55,20 @@ def world() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: object) -> list[Any]:
     """``value`` of every process, in rank order."""
     _, size = world()
     if size == 1:
         return [value]
-    out: list = [None] * size
+    out: list[Any] = [None] * size
     with _exchange():
         dist.all_gather_object(out, value)
     return out
 
 
-def shard(items: Sequence, rank: int | None = None) -> Sequence:
+def own_part(items: Items) -> Items:
     """This process's contiguous part of ``items``; the parts of all processes make the whole."""
-    own, size = world()
-    rank = own if rank is None else rank
+    rank, size = world()
     return items[len(items) * rank // size : len(items) * (rank + 1) // size]
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout import Rollouts
 from r2ec_fast.train import distributed
-from r2ec_fast.train.update import Experience, PolicyUpdate, UserBatch, select_rows
+from r2ec_fast.train.update import Experience, PolicyUpdate, UserBatch
 
 Generate = Callable[[UserBatch, int], Rollouts]
 
@@ -67,12 +68,12 @@ def resample_ties(
     candidates, groups = rollouts, np.arange(len(users.targets))
     for round_ in range(rounds + 1):
         if round_:
-            part = select_users(users, groups)
+            part = users.select(groups)
             candidates = generate(part, round_)
             cost.resampled += len(groups)
             cost.tokens += int(candidates.sampled.sum())
             rollouts = replace_groups(rollouts, groups, candidates)
-        experience = Experience.of(select_users(users, groups), candidates, device)
+        experience = Experience.of(users.select(groups), candidates, device)
         update.score(experience)
         tied = (experience.rewards.amax(1) == experience.rewards.amin(1)).cpu().numpy()
         groups = groups[tied]
@@ -83,37 +84,25 @@ def resample_ties(
     return rollouts
 
 
-def select_users(users: UserBatch, groups: np.ndarray) -> UserBatch:
-    """The given users of a batch."""
-    return UserBatch(
-        prompts=[users.prompts[i] for i in groups],
-        targets=users.targets[groups],
-        exclude=select_rows(users.exclude, groups),
-        keys=[users.keys[i] for i in groups],
-    )
-
-
 def replace_groups(rollouts: Rollouts, groups: np.ndarray, new: Rollouts) -> Rollouts:
     """``rollouts`` with the rows of ``groups`` taken from ``new``, which holds these alone."""
     size = len(new) // len(groups)
-    at = {int(group): i for i, group in enumerate(groups)}
-    sources = [
-        (new, at[r // size] * size + r % size) if r // size in at else (rollouts, r)
-        for r in range(len(rollouts))
-    ]
+    source = np.arange(len(rollouts))  # rows of both, one after the other
+    source.reshape(-1, size)[groups] = len(rollouts) + np.arange(len(new)).reshape(-1, size)
+    both = Ragged.stack([rollouts.tokens, new.tokens])
+    at, tokens = both.positions(source), both.select(source)
 
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate(
-            [getattr(s, name)[s.offsets[r] : s.offsets[r + 1]] for s, r in sources]
-        )
+    def joined(old_values: np.ndarray, new_values: np.ndarray) -> np.ndarray:
+        return np.concatenate([old_values, new_values])[at]
 
-    names = ["values", "sampled", "log_prob"]
-    if rollouts.sampler_log_prob is not None:
-        names.append("sampler_log_prob")
-    lengths = [int(s.offsets[r + 1] - s.offsets[r]) for s, r in sources]
+    reasons = [*rollouts.finish_reason, *new.finish_reason]
+    sampler, again = rollouts.sampler_log_prob, new.sampler_log_prob
     return replace(
         rollouts,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        finish_reason=[s.finish_reason[r] for s, r in sources],
-        **{name: joined(name) for name in names},
+        values=tokens.values,
+        offsets=tokens.offsets,
+        sampled=joined(rollouts.sampled, new.sampled),
+        log_prob=joined(rollouts.log_prob, new.log_prob),
+        finish_reason=[reasons[row] for row in source],
+        sampler_log_prob=None if sampler is None or again is None else joined(sampler, again),
     )

@@ -7,15 +7,14 @@ Processes exchange values at fixed places of a step. Work between two exchanges 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from r2ec_fast.train import distributed
 from r2ec_fast.utils.memory import free_memory, is_out_of_memory
+from r2ec_fast.utils.random_state import random_state, restore_random_state
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class TokenBudget:
         Returns the result and how often the budget was halved. Raises StepOutOfMemory where a part
         that cannot be divided does not fit.
         """
-        generators = _generator_states()
+        generators = random_state()
         retries = 0
         while True:
             try:
@@ -123,7 +122,7 @@ class TokenBudget:
                 reason = str(error)
             # outside of the handler: the error holds the failed attempt's activations
             reset()
-            _restore_generators(generators)
+            restore_random_state(generators)
             free_memory()
             self.lower(self.tokens // 2)
             retries += 1
@@ -132,14 +131,3 @@ class TokenBudget:
                 reason,
                 self.tokens,
             )
-
-
-def _generator_states() -> list[torch.Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _restore_generators(states: Sequence[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(list(states[1:]))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from r2ec_fast.config import RecPOConfig
@@ -68,7 +69,6 @@ def shard(model: R2ecModel) -> None:
     if distributed.world()[1] == 1:
         raise ValueError("fsdp: expected several processes (accelerate launch, torchrun), got one")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     decoder = model.language_model.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -78,10 +78,11 @@ def shard(model: R2ecModel) -> None:
             "set fsdp=false"
         )
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    whole = {model.language_model.get_input_embeddings().weight, model.lm_head_weight}
+    tables = (model.language_model.get_input_embeddings().weight, model.lm_head_weight)
+    kept_whole = {table for table in tables if isinstance(table, nn.Parameter)}
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    fully_shard(decoder, mesh=mesh, ignored_params=kept_whole)
     for module in _units(model):
         # the loss is divided by the counts of all processes: gradients are summed, not averaged
         module.set_gradient_divide_factor(1.0)
@@ -90,7 +91,7 @@ def shard(model: R2ecModel) -> None:
 
 def is_sharded(model: R2ecModel) -> bool:
     """Whether :func:`shard` was called on the model."""
-    return hasattr(model.language_model.get_decoder(), "set_gradient_divide_factor")
+    return isinstance(model.language_model.get_decoder(), FSDPModule)
 
 
 @contextmanager
@@ -153,7 +154,5 @@ def like(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     return value
 
 
-def _units(model: R2ecModel) -> list[nn.Module]:
-    if not is_sharded(model):
-        return []
-    return [m for m in model.modules() if hasattr(m, "set_gradient_divide_factor")]
+def _units(model: R2ecModel) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

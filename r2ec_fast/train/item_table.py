@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.model.r2ec import R2ecModel
     from r2ec_fast.prompts.builder import PromptBuilder
-    from r2ec_fast.train.update import UserBatch
+    from r2ec_fast.train.update import ItemRows, UserBatch
 
 _SAMPLED = 1  # tells this use of (seed, step) from others
 
@@ -47,9 +47,9 @@ class CatalogTable:
         self.model, self.builder, self.config, self.budget = model, builder, config, budget
         self.written_at = np.full(num_items, -1, np.int64)
         self.refreshed_at = -1
-        self._tokens: dict[int, list[int]] = {}
+        self._tokens: dict[int, np.ndarray] = {}
 
-    def candidate_rows(self, users: Sequence[UserBatch], step: int) -> dict[int, list[int]]:
+    def candidate_rows(self, users: Sequence[UserBatch], step: int) -> ItemRows:
         """Tokens of every distinct target of the step, of all processes, and of the items sampled
         beside them (a function of seed and step)."""
         own = np.concatenate([batch.targets for batch in users])
@@ -105,7 +105,7 @@ class CatalogTable:
         }
 
     def _encode(self, items: Sequence[int]) -> torch.Tensor:
-        own = distributed.shard(items)
+        own = distributed.own_part(items)
         with gathered(self.model), together("catalog refresh") as section:
             section.smallest = "lower max_tokens_per_microbatch"
             states = self.model.encode_rows(self.builder.items_ids(own), self.budget.tokens)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from r2ec_fast.utils.atomic_files import write_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,9 +67,7 @@ def _append(path: Path, records: list[dict]) -> None:
 
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in path.read_text().splitlines() if _step_in(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    shutil.move(temporary, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept), "output_dir")
 
 
 def _step_in(line: str) -> float:

@@ -22,7 +22,7 @@ QUANTILES = (10, 50, 90)  # per cent
 
 def completion_stats(experiences: Sequence[Experience]) -> dict[str, float]:
     """Lengths, ends and target ranks of a step's reasonings, of all processes."""
-    lengths = _of_all([np.diff(e.rollouts.offsets) for e in experiences])
+    lengths = _of_all([e.rollouts.tokens.lengths for e in experiences])
     reasons = _of_all([e.rollouts.finish_reason for e in experiences])
     stats = {
         "completions/mean_length": lengths.mean(),
@@ -68,7 +68,7 @@ class StepMeter:
         """``step_time`` (s), ``perf/tokens_per_second`` (prompt and completion tokens of all
         processes), ``perf/peak_memory_mib`` (of the process that needed most: CUDA memory of the
         step; without a GPU, resident memory since the process began)."""
-        tokens = sum(len(prompt) for batch in users for prompt in batch.prompts)
+        tokens = sum(len(batch.prompts.values) for batch in users)
         tokens += sum(len(e.rollouts.values) for e in experiences)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
@@ -100,7 +100,7 @@ def reasoning_samples(
                 "step": step,
                 "example": experience.users.keys[user],
                 "target": titles[int(experience.users.targets[user])],
-                "prompt": tokenizer.decode(experience.users.prompts[user]),
+                "prompt": tokenizer.decode(experience.users.prompts[user].tolist()),
                 "completion": tokenizer.decode(rollouts.row(row).tolist()),
                 "finish_reason": rollouts.finish_reason[row],
                 "reward": float(experience.rewards[user, g]),

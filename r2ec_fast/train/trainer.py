@@ -28,6 +28,7 @@ from r2ec_fast.data.splits import sample_examples
 from r2ec_fast.eval.metrics import BEST_METRIC, ranking_metrics
 from r2ec_fast.eval.ranking import rank_examples, server_engine, transformers_engine
 from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import RolloutEngine, Rollouts
 from r2ec_fast.train import distributed
@@ -50,7 +51,7 @@ from r2ec_fast.train.fsdp import wanted as sharding_wanted
 from r2ec_fast.train.item_table import CatalogTable
 from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
-from r2ec_fast.train.update import Experience, PolicyUpdate, UserBatch
+from r2ec_fast.train.update import Experience, ItemRows, PolicyUpdate, UserBatch
 from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class RecPOTrainer:
         meter = StepMeter()
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
         rows = self.table.candidate_rows(users, step)
-        self.table.wrote(rows, step - 1)
+        self.table.wrote(list(rows), step - 1)
         self.model.train()
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
@@ -208,7 +209,9 @@ class RecPOTrainer:
         record |= completion_stats(experiences) | self.table.staleness(step)
         return record | meter.read(users, experiences)
 
-    def _rollouts(self, users: Sequence[UserBatch], rows: Sequence[int], step: int):
+    def _rollouts(
+        self, users: Sequence[UserBatch], rows: ItemRows, step: int
+    ) -> tuple[list[Experience], dict[str, float]]:
         """The step's experiences, and what dynamic sampling cost."""
         rounds, cost = self.config.dynamic_sampling_rounds, ResamplingCost()
         if rounds:  # its scores need the fresh rows before the update writes them
@@ -275,9 +278,9 @@ class RecPOTrainer:
     def _user_batch(self, step: int, accumulation: int) -> UserBatch:
         examples, index = self._examples(step, accumulation)
         return UserBatch(
-            prompts=self.assembler.example_ids(self.data, examples),
+            prompts=self.assembler.example_rows(self.data, examples),
             targets=self.data.target(examples),
-            exclude=self.data.exclude(examples),
+            exclude=Ragged.of(self.data.exclude(examples)),
             keys=index.tolist(),
         )
 
@@ -299,7 +302,7 @@ class RecPOTrainer:
             self.data, split, self.config.eval_samples if samples is None else samples,
             self.config.seed,
         )  # fmt: skip
-        own = distributed.shard(np.arange(len(examples)))
+        own = distributed.own_part(np.arange(len(examples)))
         with gathered(self.model), together("evaluation") as section:
             section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
             ranks, _ = rank_examples(

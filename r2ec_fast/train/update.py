@@ -14,7 +14,7 @@ accumulation and processes change nothing but rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ import torch
 
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.train import distributed
 from r2ec_fast.train.fault_tolerance import TokenBudget, together
 from r2ec_fast.train.fsdp import is_sharded
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
     from r2ec_fast.rollout import Rollouts
 
+# the tokens of item prompts, by internal id
+ItemRows = Mapping[int, Sequence[int] | np.ndarray]
+
 FEWER_ITEMS = (
     "the step's target items do not fit, each encoded alone; lower per_device_train_batch_size or "
     "gradient_accumulation_steps, or set gradient_checkpointing"
@@ -52,13 +56,22 @@ SMALLER_GROUP = (
 
 @dataclass(frozen=True)
 class UserBatch:
-    """B users: ``prompts`` (token ids), ``targets`` int64 [B] (internal item ids), ``exclude``
-    (values, offsets) of their earlier items, ``keys`` that name the examples for the sampler."""
+    """B users: ``prompts``, B rows of token ids; ``targets`` int64 [B] (internal item ids);
+    ``exclude``, B rows of their earlier items; ``keys`` that name the examples for the sampler."""
 
-    prompts: list[list[int]]
+    prompts: Ragged
     targets: np.ndarray
-    exclude: tuple[torch.Tensor, torch.Tensor]
+    exclude: Ragged
     keys: list[int]
+
+    def select(self, users: np.ndarray) -> UserBatch:
+        """The given users, int64 [S], in that order."""
+        return UserBatch(
+            self.prompts.select(users),
+            self.targets[users],
+            self.exclude.select(users),
+            [self.keys[i] for i in users],
+        )
 
 
 class Candidates:
@@ -70,12 +83,12 @@ class Candidates:
     encode all.
     """
 
-    def __init__(self, model: R2ecModel, item_rows: dict[int, list[int]], max_tokens: int) -> None:
+    def __init__(self, model: R2ecModel, item_rows: ItemRows, max_tokens: int) -> None:
         ids = sorted(item_rows)
         self.sharded = is_sharded(model)
         self.own = slice(None) if self.sharded else slice(*_shard_bounds(len(ids)))
-        rows = [item_rows[i] for i in ids[self.own]]
-        self.divisible = max_tokens > max(map(len, rows), default=0)
+        rows = Ragged.of([item_rows[i] for i in ids[self.own]])
+        self.divisible = max_tokens > rows.lengths.max(initial=0)
         with together("target items", linked=self.sharded) as section:
             section.smallest = None if self.divisible else FEWER_ITEMS
             self.states = model.read_out(rows, max_tokens=max_tokens)
@@ -157,10 +170,9 @@ class UpdateStats:
         names = sorted(self.sums)
         one = torch.ones_like(self.sums[names[0]])
         both = torch.stack([torch.stack([self.sums[n], self.weights.get(n, one)]) for n in names])
-        both = distributed.sum_(both).tolist()
         return {
             n: (s if n not in self.weights else s / w if w else 0.0)
-            for n, (s, w) in zip(names, both, strict=True)
+            for n, (s, w) in zip(names, distributed.sum_(both).tolist(), strict=True)
         }
 
 
@@ -179,7 +191,7 @@ class PolicyUpdate:
             logit_scale=model.logit_scale,
         )
 
-    def recpo(self, experiences: Sequence[Experience], item_rows: dict[int, list[int]]) -> dict:
+    def recpo(self, experiences: Sequence[Experience], item_rows: ItemRows) -> dict:
         """Accumulate the gradient of one optimiser step of RecPO; returns its statistics.
 
         ``experiences``: one an accumulation step; ``item_rows``: the tokens of every distinct
@@ -197,29 +209,38 @@ class PolicyUpdate:
 
         return self._within_memory(lambda: self._recpo(experiences, item_rows), reset)
 
-    def _recpo(self, experiences: Sequence[Experience], item_rows: dict[int, list[int]]) -> dict:
+    def _recpo(self, experiences: Sequence[Experience], item_rows: ItemRows) -> dict:
         candidates = self._candidates(item_rows)
         targets = [np.int64((e.rollouts.targets != -100).sum()) for e in experiences]
         users = sum(len(e.users.targets) for e in experiences)
         counts = distributed.sum_(
             torch.tensor([int(sum(targets)), users], device=self.model.device)
         )
-        num_tokens, num_selected = counts[0], counts[1] * self.config.relabel_topk
+        num_tokens, num_selected = [counts[0]] * len(targets), counts[1] * self.config.relabel_topk
+        if self.config.loss_type == "bnpo":  # a mean over means, one an accumulation step
+            steps = len(targets) * distributed.world()[1]
+            num_tokens = [counts.new_tensor(max(int(n), 1) * steps) for n in targets]
         stats = UpdateStats()
-        batches = [(e, batch) for e in experiences for batch in self._pack(e)]
+        batches = [
+            (e, batch, n)
+            for e, n in zip(experiences, num_tokens, strict=True)
+            for batch in self._pack(e)
+        ]
         idle = self._idle_passes(len(batches))
         with together("micro-batches", linked=self.sharded) as section:
-            for experience, batch in batches:
+            for experience, batch, count in batches:
                 section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
-                self._micro_batch(experience, batch, candidates, num_tokens, num_selected, stats)
+                self._micro_batch(experience, batch, candidates, count, num_selected, stats)
             for _ in range(idle):
-                self._idle_pass(reference=self.config.kl_weight > 0)
+                self._idle_pass(reference=self.config.beta > 0)
         for experience in experiences:
             experience.scored = True
         candidates.backward()
         return stats.totals()
 
-    def contrastive(self, users: Sequence[UserBatch], item_rows, marker: list[int]) -> dict:
+    def contrastive(
+        self, users: Sequence[UserBatch], item_rows: ItemRows, marker: list[int]
+    ) -> dict:
         """Accumulate the gradient of one step of the direct objective: -log p(target in batch).
 
         It is recpo_loss of one trajectory a group, without tokens: its advantage is 1 and its
@@ -231,17 +252,19 @@ class PolicyUpdate:
             lambda: self.model.zero_grad(set_to_none=True),
         )
 
-    def _contrastive(self, users: Sequence[UserBatch], item_rows, marker: list[int]) -> dict:
+    def _contrastive(
+        self, users: Sequence[UserBatch], item_rows: ItemRows, marker: list[int]
+    ) -> dict:
         candidates = self._candidates(item_rows)
         total = distributed.sum_(
             torch.tensor(sum(len(u.targets) for u in users), device=self.model.device)
         )
         stats = UpdateStats()
-        rows = [[[*prompt, *marker] for prompt in batch.prompts] for batch in users]
+        rows = [batch.prompts.append(marker) for batch in users]
         parts = [
-            ([own[i] for i in part], batch.targets[part])
+            (own[part], batch.targets[part])
             for own, batch in zip(rows, users, strict=True)
-            for part in _by_tokens(own, self.budget.tokens)
+            for part in own.parts(self.budget.tokens)
         ]
         idle = self._idle_passes(len(parts))
         with together("micro-batches", linked=self.sharded) as section:
@@ -287,7 +310,7 @@ class PolicyUpdate:
                 self.model.read_out([[0]])
         (state.sum() * 0).backward()
 
-    def _candidates(self, item_rows: dict[int, list[int]]) -> Candidates:
+    def _candidates(self, item_rows: ItemRows) -> Candidates:
         candidates = Candidates(self.model, item_rows, self.budget.tokens)
         if self.model.index is not None:
             self.model.write_items(candidates.ids, candidates.leaf.detach())
@@ -297,7 +320,7 @@ class PolicyUpdate:
         rollouts = experience.rollouts
         return pack_histories(
             experience.users.prompts,
-            (rollouts.values, rollouts.offsets),
+            rollouts.tokens,
             num_generations=experience.rewards.shape[1],
             max_tokens=self.budget.tokens,
             completion_targets=rollouts.targets,
@@ -312,7 +335,7 @@ class PolicyUpdate:
         if not experience.scored:
             self._score(experience, groups, states.detach())
         rows = batch.groups
-        kl_weight, source = self.config.kl_weight, batch.source.cpu()
+        beta, source = self.config.beta, batch.source.cpu()
         rollouts = experience.rollouts
         old = torch.from_numpy(rollouts.log_prob)[source].to(model.device)
         sampler = rollouts.sampler_log_prob
@@ -333,8 +356,8 @@ class PolicyUpdate:
             old_log_prob=old,
             old_item_log_prob=experience.old_item_log_prob[rows] if experience.scored else None,
             sampler_log_prob=sampler,
-            ref_log_prob=self._reference_log_prob(batch) if kl_weight else None,
-            item_table=model.index.items if self.config.item_negatives == "catalog" else None,
+            ref_log_prob=self._reference_log_prob(batch) if beta else None,
+            item_table=model.item_table if self.config.item_negatives == "catalog" else None,
             num_tokens=num_tokens,
             num_selected=num_selected,
             config=self.loss_config,
@@ -351,7 +374,7 @@ class PolicyUpdate:
         found = self.model.target_stats(
             states,
             targets.to(states.device),
-            exclude=select_rows(experience.users.exclude, np.repeat(groups, generations)),
+            exclude=experience.users.exclude.select(np.repeat(groups, generations)).tensors(),
         )
         rewards = recpo_reward(
             found.rank,
@@ -368,7 +391,7 @@ class PolicyUpdate:
         model = self.model
         disabled = getattr(model.backbone, "disable_adapter", None)
         if disabled is None:
-            raise ValueError("kl_weight: the reference is the backbone without adapters; use_lora")
+            raise ValueError("beta: the reference is the backbone without adapters; use_lora")
         with disabled() if disabled is not None else nullcontext():
             hidden = model(batch)
         return linear_logprob(
@@ -378,6 +401,7 @@ class PolicyUpdate:
             bias=model.lm_head_bias,
             softcap=model.softcap,
             temperature=self.loss_config.temperature,
+            impl=self.config.impl,
         ).log_prob
 
     def _item_loss(self, states, candidates, targets, total) -> RecPOLoss:
@@ -392,7 +416,7 @@ class PolicyUpdate:
             candidates.leaf,
             candidates.ids,
             item_targets=candidates.rows_of(targets),
-            item_table=self.model.index.items if self.config.item_negatives == "catalog" else None,
+            item_table=self.model.item_table if self.config.item_negatives == "catalog" else None,
             num_tokens=torch.ones((), dtype=torch.int64, device=device),
             num_selected=total,
             config=self.loss_config,
@@ -427,28 +451,3 @@ class PolicyUpdate:
 
 def _smallest(groups: int, tokens: int) -> str | None:
     return SMALLER_GROUP.format(tokens=tokens) if groups == 1 else None
-
-
-def select_rows(
-    ragged: tuple[torch.Tensor, torch.Tensor], rows: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The given rows of a (values, offsets) pair, repeats allowed, as a new pair."""
-    values, offsets = ragged
-    index = torch.from_numpy(np.asarray(rows, np.int64))
-    lengths = offsets.diff()[index]
-    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    shift = torch.repeat_interleave(offsets[:-1][index] - bounds[:-1], lengths)
-    return values[torch.arange(int(bounds[-1])) + shift], bounds
-
-
-def _by_tokens(rows: Sequence[Sequence[int]], max_tokens: int) -> list[np.ndarray]:
-    """Consecutive row indices whose tokens fit ``max_tokens``, at least one row a part."""
-    parts: list[list[int]] = [[]]
-    tokens = 0
-    for i, row in enumerate(rows):
-        if parts[-1] and tokens + len(row) > max_tokens:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(i)
-        tokens += len(row)
-    return [np.asarray(part) for part in parts if part]

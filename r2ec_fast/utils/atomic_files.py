@@ -57,6 +57,12 @@ def replaced_file(path: str | os.PathLike[str], argument: str = "path") -> Itera
             temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: str | os.PathLike[str], text: str, argument: str = "path") -> None:
+    """Write ``text`` as UTF-8, whole or not at all; raises as :func:`replaced_file` does."""
+    with replaced_file(path, argument) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def check_writable(path: str | os.PathLike[str] | None, argument: str = "path") -> None:
     """Raise before long work the OSError that :func:`replaced_file` would raise after it."""
     if path is None:

@@ -35,8 +35,8 @@ struct Arrays {
     readout = poisoned<int64_t>(s.readouts.back());
     if (with_kv) kv_index = poisoned<int64_t>(s.keys.back());
     if (with_labels) labels = poisoned<int64_t>(tokens);
-    out = {input_ids.get(),    position_ids.get(), seq_idx.get(), cu_q.get(),
-           cu_k.get(),         kv_index.get(),     predict_from.get(), targets.get(),
-           trajectory.get(),   source.get(),       readout.get(), labels.get()};
+    out = {input_ids.get(),  position_ids.get(), seq_idx.get(),      cu_q.get(),
+           cu_k.get(),       kv_index.get(),     predict_from.get(), targets.get(),
+           trajectory.get(), source.get(),       readout.get(),      labels.get()};
   }
 };

@@ -21,32 +21,33 @@ inline int& failures() {
   return count;
 }
 
-#define TEST(name)                                                     \
-  static void name();                                                  \
+#define TEST(name)                                                                \
+  static void name();                                                             \
   static const bool name##_registered = (tests().push_back({#name, name}), true); \
   static void name()
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      ++failures();                                                         \
-      std::printf("%s:%d: CHECK(%s)\n", __FILE__, __LINE__, #condition);    \
-    }                                                                       \
+#define CHECK(condition)                                                 \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      ++failures();                                                      \
+      std::printf("%s:%d: CHECK(%s)\n", __FILE__, __LINE__, #condition); \
+    }                                                                    \
   } while (false)
 
 // The statement must throw std::invalid_argument whose message contains `part`.
-#define CHECK_REFUSED(statement, part)                                                    \
-  do {                                                                                    \
-    std::string message = "(nothing thrown)";                                             \
-    try {                                                                                 \
-      statement;                                                                          \
-    } catch (const std::invalid_argument& error) {                                        \
-      message = error.what();                                                             \
-    }                                                                                     \
-    if (message.find(part) == std::string::npos) {                                        \
-      ++failures();                                                                       \
-      std::printf("%s:%d: expected \"%s\", got \"%s\"\n", __FILE__, __LINE__, part, message.c_str()); \
-    }                                                                                     \
+#define CHECK_REFUSED(statement, part)                                              \
+  do {                                                                              \
+    std::string message = "(nothing thrown)";                                       \
+    try {                                                                           \
+      statement;                                                                    \
+    } catch (const std::invalid_argument& error) {                                  \
+      message = error.what();                                                       \
+    }                                                                               \
+    if (message.find(part) == std::string::npos) {                                  \
+      ++failures();                                                                 \
+      std::printf("%s:%d: expected \"%s\", got \"%s\"\n", __FILE__, __LINE__, part, \
+                  message.c_str());                                                 \
+    }                                                                               \
   } while (false)
 
 inline int run_tests() {

@@ -56,7 +56,8 @@ Ints assemble(const Assembler& a, const Events& events, int64_t threads = 1) {
   const auto measured = a.measure(events.view(), threads);
   CHECK(!measured.missing.any());
   Ints offsets{0};
-  for (const int64_t n : measured.length) offsets.push_back(offsets.back() + std::max<int64_t>(n, 0));
+  for (const int64_t n : measured.length)
+    offsets.push_back(offsets.back() + std::max<int64_t>(n, 0));
   Ints out(offsets.back(), -5);
   a.write(events.view(), measured.lines, offsets, out.data(), threads);
   return out;
@@ -75,8 +76,8 @@ TEST(lines_follow_one_another) {
 
 TEST(ages_below_and_above_a_day) {
   const Events timed{{0, 1, 2}, {0, 86400 * 3 - 7200, 86400 * 3}, {0}, {3}, {86400 * 3}, {}};
-  CHECK(assemble(make(), timed) == (Ints{1, 2, 1027, 501, 230, 230, 1002, 500, 231, 231, 500, 332,
-                                         332, 77}));
+  CHECK(assemble(make(), timed) ==
+        (Ints{1, 2, 1027, 501, 230, 230, 1002, 500, 231, 231, 500, 332, 332, 77}));
   const Events untimed{{0}, {5}, {0}, {1}, {r2ec::kNoTime}, {}};
   CHECK(assemble(make(), untimed) == (Ints{1, 2, 300, 300, 77}));
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "best_fit.hpp"
 #include "check.hpp"
 #include "packer.hpp"
 #include "parallel.hpp"

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2ec_fast.data.reader import ReadStats, TextFormat, column_names, guess_format, read_blocks
+from r2ec_fast.data.blocks import ReadStats
+from r2ec_fast.data.formats import TextFormat, guess_format
+from r2ec_fast.data.reader import column_names, read_blocks
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
 
@@ -152,7 +154,7 @@ def test_another_format_is_refused(write):
 
 @pytest.mark.parametrize("limit", [10_000, 1 << 20])
 def test_a_quote_that_never_closes(write, monkeypatch, limit):
-    monkeypatch.setattr("r2ec_fast.data.reader.MAX_LINE_BYTES", limit)
+    monkeypatch.setattr("r2ec_fast.data.blocks.MAX_LINE_BYTES", limit)
     content = 'a,b\n1,x\n2,"open\n' + "3,y\n" * 10_000
     path = write("x.csv", content)
     with pytest.raises(ValueError, match="quote that never closes"):

@@ -35,6 +35,13 @@ def small_data(times: bool = True) -> InteractionData:
     )
 
 
+def test_times_of_the_events_to_predict():
+    dataset = make_splits(small_data(), "leave_one_out")
+    assert dataset.target_time(dataset.test).tolist() == [13, 20]
+    bare = make_splits(small_data(times=False), "leave_one_out")
+    assert bare.target_time(bare.test) is None
+
+
 @settings(deadline=None)
 @given(st.lists(st.one_of(st.text(), st.integers()), unique=True))
 def test_id_map_round_trip(ids):

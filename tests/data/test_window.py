@@ -12,6 +12,7 @@ from r2ec_fast.data import load_interactions
 from r2ec_fast.data.build import CodedEvents
 from r2ec_fast.data.prepare import prepare_generic, prepare_movielens
 from r2ec_fast.data.report import LoadReport
+from r2ec_fast.data.settings import EventRules
 from r2ec_fast.data.window import cut_window
 
 
@@ -51,27 +52,27 @@ DAYS = ["2019-06-01", "2021-01-01", "2022-02-28", "2022-04-30", "2022-07-31", "2
 )
 def test_rollback(min_items, start, left):
     events, report = events_at(DAYS), LoadReport()
-    first = cut_window(events, report, start="2022-10-01", end="2023-10-01", min_items=min_items)
+    first = cut_window(
+        events, report, EventRules(start="2022-10-01", end="2023-10-01", min_items=min_items)
+    )
     assert first * 1000 == ms(start)
     assert len(events.user) == left
 
 
 def test_ends_of_months():
     events = events_at(["2020-01-01", *DAYS[1:]])
-    first = cut_window(
-        events, LoadReport(), start="2022-05-31", end=None, min_items=4, rollback_months=3
-    )
+    first = cut_window(events, LoadReport(), EventRules(start="2022-05-31", min_items=4))
     assert first * 1000 == ms("2022-02-28")
 
 
 def test_bounds_are_half_open_and_counted():
     events, report = events_at(DAYS), LoadReport()
-    cut_window(events, report, start="2021-01-01", end="2022-07-31")
+    cut_window(events, report, EventRules(start="2021-01-01", end="2022-07-31"))
     assert events.item.tolist() == [1, 2, 3]
     assert report.count("event before the window's start") == 1
     assert report.count("event at or after the window's end") == 2
     events = events_at(DAYS)
-    assert cut_window(events, LoadReport(), start=None, end=None) is None
+    assert cut_window(events, LoadReport(), EventRules()) is None
     assert len(events.user) == 6
 
 
@@ -91,9 +92,9 @@ def test_core_inside_the_window(write):
 def test_refusals(write):
     events = events_at(DAYS)
     with pytest.raises(ValueError, match="start: expected a time before end"):
-        cut_window(events, LoadReport(), start="2022-01-01", end="2021-01-01")
+        cut_window(events, LoadReport(), EventRules(start="2022-01-01", end="2021-01-01"))
     with pytest.raises(ValueError, match=r"no event of 6 is in \['2030-01-01', None\)"):
-        cut_window(events_at(DAYS), LoadReport(), start="2030-01-01", end=None)
+        cut_window(events_at(DAYS), LoadReport(), EventRules(start="2030-01-01"))
     log = write("log.csv", "user_id,item_id\na,1\na,2\n")
     with pytest.raises(ValueError, match="needs timestamps"):
         load_interactions(log, start="2020-01-01")

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2ec_fast.packing import packer as packing
-from r2ec_fast.packing.packer import PackedBatch, pack_histories, to_rows
+from r2ec_fast.packing.packer import PackedBatch, pack_histories
+from r2ec_fast.packing.ragged import Ragged
 
 _packing = pytest.importorskip("r2ec_fast._packing", reason="the C++ extension is not built")
 BACKENDS = ["numpy", "cpp"]
@@ -51,7 +52,7 @@ def calls(draw):
 
     def rows(sizes):
         dtype = rng.choice([np.int32, np.int64])
-        return to_rows([rng.integers(0, 50, n).astype(dtype) for n in sizes])
+        return Ragged.of([rng.integers(0, 50, n).astype(dtype) for n in sizes])
 
     multiple = draw(st.sampled_from([None, 1, 4, 7]))
     options = {
@@ -68,7 +69,7 @@ def calls(draw):
     options |= {"share_prompts": share, "num_generations": generations}
     options["labels"] = draw(st.booleans()) and (generations == 1 or not share)
     if draw(st.booleans()):
-        targets = completions[0].astype(np.int64)
+        targets = completions.values.astype(np.int64)
         targets[rng.random(len(targets)) < 0.3] = -100
         options["completion_targets"] = targets
     return (rows(prompts), completions), options
@@ -104,9 +105,6 @@ def test_every_state_sees_its_own_history(call, backend):
     budget = options["max_tokens"]
     multiple = options["pad_to_multiple_of"] or 1
 
-    def row(rows, i):
-        return rows[0][rows[1][i] : rows[1][i + 1]].tolist()
-
     groups, sources = [], []
     for batch in pack_histories(prompts, completions, backend=backend, **options):
         total = batch.input_ids.shape[1]
@@ -121,15 +119,15 @@ def test_every_state_sees_its_own_history(call, backend):
         assert batch.max_length_k == max(np.diff(batch.cu_seq_lens_k.numpy()))
         assert batch.seq_idx[0].tolist() == np.repeat(np.arange(len(widths)), widths).tolist()
         if completions is None:
-            full = [row(prompts, i) for i in batch.groups.tolist()]
+            full = [prompts[i].tolist() for i in batch.groups.tolist()]
             assert len(batch.predict_from) == len(batch.source) == 0
         else:
             full = [
-                row(prompts, i) + row(completions, i * g + j)
+                prompts[i].tolist() + completions[i * g + j].tolist()
                 for i in batch.groups.tolist()
                 for j in range(g)
             ]
-            target_values = options.get("completion_targets", completions[0])
+            target_values = options.get("completion_targets", completions.values)
             assert batch.targets.tolist() == target_values[batch.source.numpy()].tolist()
             for at, source, trajectory in zip(
                 batch.predict_from.tolist(),
@@ -140,10 +138,10 @@ def test_every_state_sees_its_own_history(call, backend):
                 # the state that predicts a token sees exactly what comes before it
                 before = seen[at]
                 assert full[trajectory][: len(before)] == before
-                assert full[trajectory][len(before)] == completions[0][source]
+                assert full[trajectory][len(before)] == completions.values[source]
                 group = batch.groups[trajectory // g]
-                first = completions[1][group * g + trajectory % g]
-                prompt_length = prompts[1][group + 1] - prompts[1][group]
+                first = completions.offsets[group * g + trajectory % g]
+                prompt_length = len(prompts[group])
                 assert source - first + prompt_length == len(before)
         if options["readout"]:
             assert [seen[i] for i in batch.readout.tolist()] == full
@@ -151,9 +149,9 @@ def test_every_state_sees_its_own_history(call, backend):
             assert batch.readout.shape == (0,)
         if options["labels"]:
             assert batch.labels.shape == batch.input_ids.shape
-    assert sorted(groups) == list(range(len(prompts[1]) - 1))
+    assert sorted(groups) == list(range(len(prompts)))
     if completions is not None:
-        assert sorted(sources) == list(range(len(completions[0])))
+        assert sorted(sources) == list(range(len(completions.values)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,10 +182,6 @@ def test_shared_layout_by_hand(backend):
         "source": [0, 1, 2, 3, 4, 5, 6],
         "num_tokens": 12,
     }
-    assert set(batch.model_inputs()) == {
-        "input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
-        "max_length_k", "kv_index",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,7 +196,7 @@ def test_repeated_layout_by_hand(backend):
         completion_targets=[10, -100, 12],
         backend=backend,
     )
-    assert batch.kv_index is None and "kv_index" not in batch.model_inputs()
+    assert batch.kv_index is None
     assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 1, 2, 3, 12, 0]]
     assert batch.labels.tolist() == [[-100] * 3 + [10, -100] + [-100] * 3 + [12, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0]]
@@ -264,8 +258,8 @@ def test_free_space_structures_agree(capacity):
 
 def test_threads_do_not_change_the_result():
     rng = np.random.default_rng(0)
-    prompts = to_rows([rng.integers(0, 9, n) for n in rng.integers(1, 200, 300)])
-    completions = to_rows([rng.integers(0, 9, n) for n in rng.integers(1, 60, 1200)])
+    prompts = Ragged.of([rng.integers(0, 9, n) for n in rng.integers(1, 200, 300)])
+    completions = Ragged.of([rng.integers(0, 9, n) for n in rng.integers(1, 60, 1200)])
     one = pack_histories(prompts, completions, max_tokens=1000, pad_to_multiple_of=8)
     for threads in (2, 3, 64, 10_000):
         many = pack_histories(

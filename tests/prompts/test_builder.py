@@ -147,7 +147,8 @@ def test_chat_template_frames_user_and_item():
     expected = f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n<answer>"
     assert TOKENIZER.decode(item) == expected
     assert item[-len(builder.marker_ids) :] == builder.marker_ids
-    assert builder.items_ids([1, 0]) == [item, builder.item_ids(0)]
+    rows = builder.items_ids([1, 0])
+    assert [row.tolist() for row in rows] == [item, builder.item_ids(0)]
 
 
 def test_gemma_like_template_writes_one_bos():
@@ -269,14 +270,3 @@ def test_an_unknown_placeholder_is_named():
     config = PromptConfig(user_template="Recommend a {kind}:")
     with pytest.raises(ValueError, match="placeholder {kind}"):
         PromptBuilder(TOKENIZER, catalog(), config)
-
-
-def test_find_marker_sees_text_not_tokens():
-    builder = PromptBuilder(TOKENIZER, catalog())
-    assert builder.find_marker(builder.marker_ids)
-    glued = TOKENIZER("steel<answer>kettle", add_special_tokens=False).input_ids
-    letters = [i for c in "<answer>" for i in TOKENIZER(c, add_special_tokens=False).input_ids]
-    assert letters != builder.marker_ids
-    assert builder.find_marker(glued) and builder.find_marker(letters)
-    assert not builder.find_marker(builder.marker_ids[:-1])
-    assert not builder.find_marker([])

@@ -142,10 +142,8 @@ def random_histories(count: int, num_items: int, seed: int = 0) -> list[History]
 
 
 def assert_rows(rows, expected: list[list[int]]) -> None:
-    values, offsets = rows
-    assert values.dtype == offsets.dtype == np.int64
-    assert offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
-    assert values.tolist() == [token for row in expected for token in row]
+    assert rows.values.dtype == rows.offsets.dtype == np.int64
+    assert [row.tolist() for row in rows] == expected
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -154,19 +152,20 @@ def test_assembled_ids_are_the_ids_of_the_whole_text(name, limit):
     titles = TITLES if limit == 2048 else [t for t in TITLES if len(t) < 100]
     tokenizer = TOKENIZERS[name]()
     shortest = PromptBuilder(tokenizer, catalog(titles), PromptConfig(category="things"))
-    budget = max(limit, len(shortest._encode(shortest._user_instruction)) + 60)
+    budget = max(limit, len(shortest.user_frame().bare) + 60)
     builder = PromptBuilder(
         tokenizer, catalog(titles), PromptConfig(category="things", max_user_tokens=budget)
     )
     assembler = PromptAssembler(builder, threads=2, sample=16)
-    assert assembler.uses_segments == (name not in BY_WHOLE_TEXT), assembler.reason
+    assert (assembler.reason is None) == (name not in BY_WHOLE_TEXT), assembler.reason
     histories = random_histories(40, len(titles))
     expected = [builder.user_ids(h) for h in histories]
     assert_rows(assembler.history_rows(histories), expected)
     kept = [len(row) for row in expected]
     assert max(kept) <= budget
     if limit == 190:
-        whole = [len(builder._encode(builder.user_text(h))) for h in histories]
+        free = PromptBuilder(tokenizer, catalog(titles), PromptConfig(category="things"))
+        whole = [len(free.user_ids(h)) for h in histories]
         assert sum(w > budget for w in whole) > 12  # the budget dropped events
 
 
@@ -192,7 +191,7 @@ def test_no_event_fits():
     builder = PromptBuilder(TOKENIZERS["qwen2"](), catalog(["y " * 300]), config)
     history = History(items=np.zeros(3, np.int64))
     rows = PromptAssembler(builder, sample=2).history_rows([history])
-    bare = builder._encode(builder._user_instruction)
+    bare = builder.user_frame().bare
     assert_rows(rows, [bare])
     assert builder.user_ids(history) == bare
 
@@ -203,7 +202,6 @@ def test_a_cut_that_merges_sends_everything_to_the_whole_text(caplog):
     builder = PromptBuilder(tokenizer, catalog())
     with caplog.at_level(logging.INFO, logger="r2ec_fast.prompts.segments"):
         assembler = PromptAssembler(builder)
-    assert not assembler.uses_segments
     assert "merges between" in assembler.reason and "whole texts" in caplog.text
     histories = random_histories(20, len(TITLES))
     assert_rows(assembler.history_rows(histories), [builder.user_ids(h) for h in histories])
@@ -215,7 +213,7 @@ def test_an_item_that_merges_sends_its_own_prompts_to_the_whole_text(caplog, mon
     titles = ["Zed's dead", *(f"thing {i}" for i in range(200))]
     builder = PromptBuilder(tokenizer, catalog(titles))
     assembler = PromptAssembler(builder, sample=8)
-    assert assembler.uses_segments
+    assert assembler.reason is None
     histories = random_histories(100, len(titles)) + [
         History(np.array([5, 0, 7]), np.array([1, 2, 3]), None, 10),
         History(np.array([5, 0, 7])),
@@ -269,14 +267,31 @@ def test_old_events_and_odd_ratings(monkeypatch):
     assert_rows(assembler.history_rows(histories), [builder.user_ids(h) for h in histories])
 
 
-def test_suffix_comes_after_the_budget():
-    config = PromptConfig(max_user_tokens=200)
-    builder = PromptBuilder(TOKENIZERS["gpt2"](), catalog(TITLES[:5]), config)
-    histories = random_histories(30, 5)
-    expected = [[*builder.user_ids(h), *builder.marker_ids] for h in histories]
-    rows = PromptAssembler(builder, suffix=builder.marker_ids).history_rows(histories)
-    assert_rows(rows, expected)
-    assert max(map(len, expected)) > config.max_user_tokens
+@pytest.mark.parametrize("timed", [True, False])
+def test_only_a_large_call_waits_for_the_catalog(monkeypatch, timed):
+    monkeypatch.setattr("r2ec_fast.prompts.segments.CHECK_COST", 0)
+    titles = [f"thing {i}" for i in range(25)]
+    builder = PromptBuilder(TOKENIZERS["gpt2"](), catalog(titles))
+    tokenised, whole_text = [], builder.user_ids
+    assembler = PromptAssembler(builder, sample=2, ahead=False)
+    tokenize = assembler._tokenize
+    monkeypatch.setattr(assembler, "_tokenize", lambda t: tokenised.append(t) or tokenize(t))
+    times, target = (np.arange(20), 99) if timed else (None, None)
+    histories = [History(np.arange(i, i + 20), times, None, target) for i in range(5)]
+    asked = []
+    monkeypatch.setattr(builder, "user_ids", lambda h: asked.append(h) or whole_text(h))
+    for history in histories:  # 20 lines; the catalog costs 100
+        assert_rows(assembler.history_rows([history]), [whole_text(history)])
+    assert asked == histories and not tokenised
+    with pytest.raises(ValueError, match="history 0: item 25 is outside 0..24"):
+        assembler.history_rows([History(np.array([25]))])
+    assert_rows(assembler.history_rows(histories), [whole_text(h) for h in histories])
+    asked.clear()
+    assert_rows(assembler.history_rows(histories[:1]), [whole_text(histories[0])])
+    assert tokenised and not asked
+    other = History(np.arange(3), None, np.ones(3, np.float32))  # of a table not made yet
+    assert_rows(assembler.history_rows([other]), [whole_text(other)])
+    assert asked == [other]
 
 
 @pytest.mark.parametrize("threads", [2, 500])
@@ -285,7 +300,7 @@ def test_threads_do_not_change_the_result(threads):
     histories = random_histories(60, len(TITLES))
     one = PromptAssembler(builder, sample=0).history_rows(histories)
     many = PromptAssembler(builder, threads=threads, sample=0).history_rows(histories)
-    assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
+    assert_rows(many, [row.tolist() for row in one])
 
 
 @pytest.mark.parametrize("timed", [True, False])
@@ -314,8 +329,6 @@ def test_examples_of_a_dataset(timed):
     assembler = PromptAssembler(builder)
     assert_rows(assembler.example_rows(dataset, examples), expected)
     assert_rows(assembler.example_rows(dataset, examples[:0]), [])
-    assert assembler.example_ids(dataset, examples) == expected
-    assert assembler.example_ids(dataset, examples[:0]) == []
 
 
 @pytest.mark.parametrize(
@@ -355,12 +368,10 @@ def test_ten_thousand_histories(name):
     titles = movie_titles() + TITLES
     builder = PromptBuilder(tokenizer, catalog(titles))
     assembler = PromptAssembler(builder)
-    assert assembler.uses_segments, assembler.reason
+    assert assembler.reason is None
     histories = random_histories(5000, len(titles)) + [
         History(TITLE_BLOCK[h.items], h.timestamps, h.ratings, h.target_time)
         for h in random_histories(5000, 200, seed=1)
         for TITLE_BLOCK in [np.arange(len(titles) - 200, len(titles))]
     ]
-    values, offsets = assembler.history_rows(histories)
-    for x, history in enumerate(histories):
-        assert values[offsets[x] : offsets[x + 1]].tolist() == builder.user_ids(history)
+    assert_rows(assembler.history_rows(histories), [builder.user_ids(h) for h in histories])

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from r2ec_fast.quickstart.pipeline import Sizes, _ends, reasoning_text, run
+from r2ec_fast.quickstart.pipeline import ends, run
+from r2ec_fast.quickstart.world import Sizes, reasoning_text
 
 TOY = Sizes(
     users=40,
@@ -79,7 +80,7 @@ def test_a_reasoning_names_the_three_items_attributes():
 
 
 def test_ends_are_the_first_and_last_quarter():
-    assert _ends([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0]) == (1.5, 8.0)
+    assert ends([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 9.0]) == (1.5, 8.0)
 
 
 @pytest.mark.slow
@@ -89,5 +90,5 @@ def test_recpo_and_contrastive_learn(tmp_path):
     for name in METHODS[3:]:
         assert rows[name]["ndcg@10"] >= max(bar, 0.02), name
     log = [json.loads(line) for line in (tmp_path / "recpo/metrics.jsonl").read_text().splitlines()]
-    before, after = _ends([record["reward"] for record in log if "reward" in record])
+    before, after = ends([record["reward"] for record in log if "reward" in record])
     assert after > before

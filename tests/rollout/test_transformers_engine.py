@@ -7,6 +7,7 @@ from _support.backbones import KINDS
 from _support.rollout_cases import EOS, random_prompts
 from peft import LoraConfig, get_peft_model
 
+from r2ec_fast.packing import Ragged
 from r2ec_fast.rollout import Rollouts, TransformersEngine
 
 MARKER = "b>"
@@ -247,6 +248,16 @@ def test_foreign_attention_implementation_is_switched_and_restored(engine, promp
     hook.remove()
     assert engine.model.config._attn_implementation == "rollout_test_refuse"
     assert engine.model.training
+
+
+def test_prompts_come_in_any_form_of_rows(engine, prompts):
+    expected = engine.generate(prompts, **ARGUMENTS)
+    rows = Ragged.of(prompts)
+    narrow = Ragged(rows.values.astype(np.int32), rows.offsets)
+    for form in (rows, narrow, tuple(map(tuple, prompts)), [torch.tensor(p) for p in prompts]):
+        assert_same(engine.generate(form, **ARGUMENTS), expected)
+    for row, tokens in enumerate(expected.tokens):
+        assert tokens.tolist() == expected.row(row).tolist()
 
 
 def test_no_prompts_give_no_rows(engine):

@@ -88,7 +88,7 @@ def test_a_scorer_replaces_truncated_log_probs(stand_in, tokenizer):
         VLLMEngine(stand_in, tokenizer, MARKER).generate([[A], [B]], **ARGUMENTS, top_k=5)
 
     def scorer(prompts, rollouts, temperature):
-        assert (prompts, temperature) == ([[A], [B]], 1.5)
+        assert [prompt.tolist() for prompt in prompts] == [[A], [B]] and temperature == 1.5
         return np.arange(len(rollouts.values), dtype=np.float32)
 
     engine = VLLMEngine(stand_in, tokenizer, MARKER, scorer=scorer)

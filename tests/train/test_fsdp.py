@@ -25,7 +25,7 @@ training.toy_model = functools.partial(training.toy_model, dtype=torch.float32)
     [
         ("recpo", {}),
         # one group a pass: the processes' numbers of passes differ
-        ("recpo", {"max_tokens_per_microbatch": 1, "kl_weight": 0.1, "use_lora": True}),
+        ("recpo", {"max_tokens_per_microbatch": 1, "beta": 0.1, "use_lora": True}),
         pytest.param(
             *("recpo", {"use_lora": False, "num_iterations": 2, "learning_rate": 1e-3}),
             marks=pytest.mark.slow,

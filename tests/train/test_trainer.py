@@ -136,6 +136,13 @@ def test_two_processes_equal_one(tmp_path, objective, mode):
         same(parameters, got_parameters, rtol=1e-5, atol=1e-7)
 
 
+def test_bnpo_takes_a_process_as_it_takes_an_accumulation_step(tmp_path):
+    changes = {"max_steps": 2, "eval_steps": 0, "loss_type": "bnpo"}
+    _, parameters = run(tmp_path / "one", **changes, gradient_accumulation_steps=2)
+    for _, got in two(tmp_path / "two", "recpo", changes):
+        same(parameters, got, rtol=1e-5, atol=1e-7)
+
+
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
     out = tmp_path / "run"
     process = launch(out, "recpo", {"max_steps": 10_000, "eval_steps": 0, "save_steps": 0})

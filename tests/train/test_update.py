@@ -1,6 +1,7 @@
 """One optimiser step of RecPO against the equations, and its traps (docs/method.md)."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.config import RecPOConfig
+from r2ec_fast.packing import Ragged
+from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import Rollouts, TransformersEngine
-from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch, select_rows
+from r2ec_fast.train import update as update_module
+from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch
 
 G = 3
 # transformers computes norms in float32 whatever the type of the model
@@ -24,11 +28,10 @@ def step():
     builder = model.prompt_builder(data.data.catalog)
     model.set_items(model.encode_items(data.data.catalog))
     examples = data.train[np.array([0, 3, 6, 9])]
-    pairs = zip(examples.user, examples.position, strict=True)
     users = UserBatch(
-        prompts=[builder.user_ids(data.history(u, p, 3)) for u, p in pairs],
+        prompts=PromptAssembler(builder).example_rows(data, examples),
         targets=data.target(examples),
-        exclude=data.exclude(examples),
+        exclude=Ragged.of(data.exclude(examples)),
         keys=[0, 3, 6, 9],
     )
     engine = TransformersEngine(model.backbone, model.tokenizer, marker_ids=builder.marker_ids)
@@ -82,8 +85,7 @@ def by_hand(model, users, rollouts, rows, cfg, used):
     losses, rewards = [], torch.zeros(len(users.targets), G)
     token_terms, item_terms = [], []
     for b, target in enumerate(users.targets.tolist()):
-        values, offsets = users.exclude
-        seen = set(values[offsets[b] : offsets[b + 1]].tolist()) - {target}
+        seen = set(users.exclude[b].tolist()) - {target}
         for g in range(G):
             r = b * G + g
             own = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
@@ -168,12 +170,8 @@ def test_order_of_users_does_not_matter(step):
         log_prob=np.concatenate([rollouts.log_prob[p] for p in pieces]),
         finish_reason=[rollouts.finish_reason[r] for r in trajectories],
     )
-    permuted = UserBatch(
-        [users.prompts[b] for b in turned],
-        users.targets[turned],
-        select_rows(users.exclude, np.array(turned)),
-        [users.keys[b] for b in turned],
-    )
+    permuted = users.select(np.array(turned))
+    assert permuted.keys == [6, 0, 9, 3]
     _, got = gradients(model, [Experience.of(permuted, again, model.device)], rows, config())
     for name in want:
         torch.testing.assert_close(got[name], want[name], **FLOAT32_INSIDE)
@@ -219,11 +217,78 @@ def test_a_sampler_with_other_numerics_is_corrected(step, cap, factor):
     plain, _ = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
     other = replace(rollouts, sampler_log_prob=rollouts.log_prob - np.float32(0.3))
     experience = Experience.of(users, other, model.device)
-    stats, _ = gradients(model, [experience], rows, config(importance_cap=cap))
+    stats, _ = gradients(model, [experience], rows, config(vllm_importance_sampling_cap=cap))
     assert abs(plain["token_loss"]) > 1e-3
     assert stats["token_loss"] == pytest.approx(factor * plain["token_loss"], rel=1e-4)
     assert stats["item_loss"] == pytest.approx(plain["item_loss"])
     assert stats["importance_ratio"] == pytest.approx(factor, rel=1e-4)
+
+
+def test_bnpo_is_the_mean_over_accumulation_steps(step):
+    # TRL's: each accumulation step of a process divides by its own tokens
+    model, users, rollouts, rows = step
+    cfg = config(item_weight=0.0, loss_type="bnpo", max_tokens_per_microbatch=1)
+    parts = [part(users, rollouts, of) for of in ((0, 1), (1, 4))]
+    assert len({len(own.values) for _, own in parts}) == 2
+    alone = [
+        gradients(model, [Experience.of(*own, model.device)], rows, config(item_weight=0.0))
+        for own in parts
+    ]
+    both = [Experience.of(*own, model.device) for own in parts]
+    stats, got = gradients(model, both, rows, cfg)
+    assert stats["token_loss"] == pytest.approx(
+        sum(s["token_loss"] for s, _ in alone) / 2, rel=1e-4, abs=1e-6
+    )
+    for name in got:
+        want = (alone[0][1][name] + alone[1][1][name]) / 2
+        torch.testing.assert_close(got[name], want, **FLOAT32_INSIDE)
+    whole, _ = gradients(model, both, rows, config(item_weight=0.0))
+    assert abs(whole["token_loss"] - stats["token_loss"]) > 1e-4
+
+
+def part(users, rollouts, of):
+    """Users of[0] to of[1] and their rollouts."""
+    first, last = of
+    bounds = rollouts.offsets[first * G : last * G + 1]
+    own = slice(bounds[0], bounds[-1])
+    some = UserBatch(
+        users.prompts[first:last],
+        users.targets[first:last],
+        users.exclude[first:last],
+        users.keys[first:last],
+    )
+    return some, Rollouts(
+        values=rollouts.values[own],
+        offsets=bounds - bounds[0],
+        sampled=rollouts.sampled[own],
+        log_prob=rollouts.log_prob[own],
+        finish_reason=rollouts.finish_reason[first * G : last * G],
+    )
+
+
+def test_impl_reaches_the_loss_and_the_reference(step, monkeypatch):
+    model, users, rollouts, rows = step
+    _, want = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
+    used = []
+    linear_logprob = update_module.linear_logprob
+
+    def spied(*args, impl, **settings):
+        used.append(impl)
+        return linear_logprob(*args, impl=impl, **settings)
+
+    monkeypatch.setattr(update_module, "linear_logprob", spied)
+    monkeypatch.setattr(model.backbone, "disable_adapter", nullcontext, raising=False)
+    cfg = config(impl="reference", beta=0.1)
+    experience = Experience.of(users, rollouts, model.device)
+    update = PolicyUpdate(model, cfg)
+    model.zero_grad()
+    update.recpo([experience], rows)
+    assert used and set(used) == {"reference"}
+    assert update.loss_config.impl == "reference"
+    # the reference is here the policy itself: the KL term's gradient is zero
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, want[name], **FLOAT32_INSIDE)
 
 
 def test_contrastive_is_the_softmax_cross_entropy(step):
@@ -256,13 +321,6 @@ def test_equal_targets_are_one_candidate(step):
     assert len(candidates.ids) == len(set(candidates.ids.tolist()))
 
 
-def test_select_rows():
-    values, offsets = torch.tensor([5, 6, 7, 8]), torch.tensor([0, 1, 1, 4])
-    got, bounds = select_rows((values, offsets), np.array([2, 1, 0, 2]))
-    assert got.tolist() == [6, 7, 8, 5, 6, 7, 8]
-    assert bounds.tolist() == [0, 3, 3, 4, 7]
-
-
 def test_same_step_same_bits_on_two_threads():
     # the prompt's last state predicts a token of every completion: its gradient is a sum whose
     # order must not depend on the threads
@@ -273,9 +331,9 @@ def test_same_step_same_bits_on_two_threads():
     example = data.train[np.array([1])]
     user, position = int(example.user[0]), int(example.position[0])
     users = UserBatch(
-        [builder.user_ids(data.history(user, position, 3))],
+        Ragged.of([builder.user_ids(data.history(user, position, 3))]),
         data.target(example),
-        data.exclude(example),
+        Ragged.of(data.exclude(example)),
         [1],
     )
     values = np.random.default_rng(0).integers(4, 400, generations * length)

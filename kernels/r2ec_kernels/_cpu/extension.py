@@ -1,15 +1,16 @@
-"""The compiled first passes of ``kernels/csrc``: on a CPU, scores are filtered where they are made.
+"""The compiled coarse scans of ``kernels/csrc``: on a CPU, scores are filtered where they are
+made.
 
 They replace the torch operations that follow every block of products (about 25 a block), multiply
 int8 codes with a few queries at the speed at which memory brings them, and float32 rows by the
-matrix units of CPUs that have them. Without the extension, and on other devices, torch does the
+AMX tiles of CPUs that have them. Without the extension, and on other devices, torch does the
 same: results are equal, time differs. ``R2EC_CPU`` and ``use_cpu`` choose what they run as.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from .._exact.bounds import Queries
 from .._numbers import HUGE
 
 try:
-    from . import _native
+    from . import _native  # type: ignore[attr-defined]  # compiled; it has no stubs
 except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _native = None
 
@@ -34,7 +35,7 @@ def available(device: torch.device) -> bool:
 
 
 def cpu_kind() -> str | None:
-    """What the compiled passes run as: "amx", "avx512", "avx2" or "portable"; None without them."""
+    """What the compiled scans run as: "amx", "avx512", "avx2" or "portable"; None without them."""
     return None if _native is None or _cpu == "none" else _cpu or _native.cpu_kinds()[0]
 
 
@@ -73,44 +74,44 @@ class Codes(NamedTuple):
     """Rows as int8 codes and queries for them: raw scores are scale * step * code . query - half.
 
     codes: int8 [num_rows or more, d], d a multiple of 64; scale, half: float32 [num_rows], or None:
-    1 and 0; trusted: bool [num_rows], or None: rows that are not are left out. queries: int16
-    [B, d], so small that no product leaves int32; step: float32 [B]; error: float32 [B], bound of
-    the raw scores' errors.
+    1 and 0; bounded: bool [num_rows], or None: all; others are excluded. queries: int16 [B, d],
+    so small that no product leaves int32; step: float32 [B]; error: float32 [B], bound of the raw
+    scores' errors.
     """
 
     codes: torch.Tensor
     num_rows: int
     scale: torch.Tensor | None
     half: torch.Tensor | None
-    trusted: torch.Tensor | None
+    bounded: torch.Tensor | None
     queries: torch.Tensor
     step: torch.Tensor
     error: torch.Tensor
 
-    def arrays(self):
+    def arrays(self) -> Any:
         codes, num_rows, *others = self
         return _native.CodeArrays(_array(codes), num_rows, *map(_array, others))
 
 
 class Collector:
-    """The rows that may still be among the k best of each query, filled by passes over a table."""
+    """The rows that may still be among the k best of each query, filled by scans of a table."""
 
     def __init__(self, batch: int, k: int, limit: int, excluded: torch.Tensor) -> None:
         """limit: candidates of a query beyond which it is given up; excluded: int64 [E], row *
         batch + query of pairs that are not wanted, in any order."""
         pairs = (excluded.sort().values if excluded.numel() else excluded).numpy()
-        self._collector = _native.Collector(batch, k, limit, torch.get_num_threads(), pairs, _cpu)
+        self._scan = _native.TopkScan(batch, k, limit, torch.get_num_threads(), pairs, _cpu)
 
     def add_codes(self, codes: Codes) -> None:
         """Offer the raw scores of all rows."""
-        self._collector.codes(codes.arrays(), _ROUNDING)
+        self._scan.scan_codes(codes.arrays(), _ROUNDING)
 
     def add_rows(self, rows: torch.Tensor, query: Queries) -> torch.Tensor:
         """Offer the raw scores (``bounds``) of rows [N, d] that ``fits``.
 
         Returns the rows int64 [M] whose norms leave a score unbounded, in any order.
         """
-        return torch.from_numpy(self._collector.floats(_float_arrays(rows, query)))
+        return torch.from_numpy(self._scan.scan_floats(_float_arrays(rows, query)))
 
     def add_products(
         self,
@@ -132,13 +133,13 @@ class Collector:
         if products.dtype == torch.bfloat16:
             products = products.view(torch.uint16)
         own = map(_array, (scale, half, error))
-        self._collector.products(_array(products), start, num_rows, *own, relative + _ROUNDING)
+        self._scan.scan_products(_array(products), start, num_rows, *own, relative + _ROUNDING)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Candidate rows int64 [B, C], -1 behind the last; queries given up, bool [B]; how many
         scores met a threshold."""
-        rows, failed, opened = self._collector.finish()
-        return torch.from_numpy(rows), torch.from_numpy(failed), opened
+        rows, failed, met = self._scan.finish()
+        return torch.from_numpy(rows), torch.from_numpy(failed), met
 
 
 def reads(rows: torch.Tensor) -> bool:
@@ -153,65 +154,67 @@ def multiplies_codes(device: torch.device, batch: int) -> bool:
     return available(device) and batch <= (_CODE_BATCH_AMX if cpu_kind() == "amx" else _CODE_BATCH)
 
 
-def has_matrix_units() -> bool:
-    """Whether int8 codes are multiplied faster than memory brings them, however many queries."""
+def has_amx() -> bool:
+    """Whether AMX tiles multiply int8 codes as fast as memory brings them, for many queries too."""
     return cpu_kind() == "amx"
 
 
 def fits(rows: torch.Tensor, batch: int) -> bool:
     """Whether products of these rows with ``batch`` queries are made here, faster than by a matrix
-    library: float32 with columns side by side, and few queries unless there are matrix units."""
+    library: float32 with columns side by side, and few queries unless there are AMX tiles."""
     return reads(rows) and batch <= (_FLOAT_BATCH_AMX if cpu_kind() == "amx" else _FLOAT_BATCH)
 
 
-class Contest(NamedTuple):
-    """What a pass compares scores with.
+class RankTargets(NamedTuple):
+    """The targets of a batch, with which a scan compares scores, and what is excluded.
 
     raw: float64 [B], the targets' raw scores; rounded: the same in float32; logit: float32 [B],
-    of a unit of raw score, in units of log 2; mass: float64 [B], the targets' own terms; left_out:
-    int64 [E], row * B + query of pairs that do not compete, the targets' among them.
+    of a unit of raw score, in units of log 2; l: float64 [B], the targets' own terms of the sum;
+    excluded: int64 [E], row * B + query of pairs that do not compete, the targets' among them.
     """
 
     raw: torch.Tensor
     rounded: torch.Tensor
     logit: torch.Tensor
-    mass: torch.Tensor
-    left_out: torch.Tensor
+    l: torch.Tensor
+    excluded: torch.Tensor
 
-    def arrays(self):
-        ordered = self._replace(left_out=self.left_out.sort().values)
-        return _native.ContestArrays(*map(_array, ordered))
+    def arrays(self) -> Any:
+        ordered = self._replace(excluded=self.excluded.sort().values)
+        return _native.RankQueryArrays(*map(_array, ordered))
 
 
 class Stats(NamedTuple):
-    """What a pass finds of each query: the largest logit relative to the target's (in units of log
-    2, at least 0), float32 [B]; the sum of 2^(logit - that), float64 [B]; rows certainly ahead of
-    the target, int64 [B]. ``near``: int64 [M], row * B + query of pairs to be settled.
-    ``complete``: False where some row's score could not be bounded, or too many pairs are to be
-    settled; nothing counts then. It does not depend on the number of threads."""
+    """What a scan finds of each query.
+
+    m: float32 [B], the largest logit relative to the target's, in units of log 2, at least 0; l:
+    float64 [B], the sum of 2^(logit - m); ahead: int64 [B], rows certainly ahead of the target;
+    near_ties: int64 [M], row * B + query of pairs to re-score exactly. complete: False where some
+    row's score could not be bounded, or near-ties are too many; nothing counts then. None of it
+    depends on the number of threads.
+    """
 
     complete: bool
-    peak: torch.Tensor
-    mass: torch.Tensor
+    m: torch.Tensor
+    l: torch.Tensor
     ahead: torch.Tensor
-    near: torch.Tensor
+    near_ties: torch.Tensor
 
 
-def stats(rows: torch.Tensor, query: Queries, contest: Contest, most_near: int) -> Stats:
-    """One pass over rows [N, d] that ``fits``, for dot and cosine.
+def stats(rows: torch.Tensor, query: Queries, targets: RankTargets, most_near: int) -> Stats:
+    """One scan of rows [N, d] that ``fits``, for dot and cosine.
 
-    most_near: pairs to be settled beyond which it stops, a share of which each part of the table
-    has.
+    most_near: near-ties beyond which it stops, a share of which each part of the table has.
     """
-    arrays = _float_arrays(rows, query), contest.arrays()
-    return _stats(_native.stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    arrays = _float_arrays(rows, query), targets.arrays()
+    return _stats(_native.rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
-def code_stats(codes: Codes, low: torch.Tensor, contest: Contest, most_near: int) -> Stats:
+def code_stats(codes: Codes, low: torch.Tensor, targets: RankTargets, most_near: int) -> Stats:
     """The same over rows as two codes, scale * (code + low / ``LOW_PARTS``); low: int8, shaped as
     the codes."""
-    arrays = codes.arrays(), _array(low), contest.arrays()
-    return _stats(_native.code_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
+    arrays = codes.arrays(), _array(low), targets.arrays()
+    return _stats(_native.code_rank_stats(*arrays, most_near, torch.get_num_threads(), _cpu))
 
 
 def _stats(found: tuple) -> Stats:
@@ -258,10 +261,10 @@ def best_keys(
     return torch.from_numpy(found)
 
 
-def _float_arrays(rows: torch.Tensor, query: Queries):
+def _float_arrays(rows: torch.Tensor, query: Queries) -> Any:
     arrays = map(_array, (rows, query.scaled, query.norm, query.floor))
     return _native.FloatArrays(*arrays, query.similarity, HUGE)
 
 
-def _array(tensor: torch.Tensor | None):
+def _array(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().numpy()

@@ -1,7 +1,7 @@
-"""Error bounds of a first pass (derivation: docs/kernels/search.md).
+"""Error bounds of a coarse scan (derivation: docs/kernels/search.md).
 
-A first pass ranks items by a *raw score* g(q, x), an increasing function of the canonical score for
-a fixed query:  dot: q.x    cosine: q.x / |x|    l2: q.x - |x|^2 / 2.
+A coarse scan ranks items by a *raw score* g(q, x), an increasing function of the canonical score
+for a fixed query:  dot: q.x    cosine: q.x / |x|    l2: q.x - |x|^2 / 2.
 It computes an approximation with |g' - g| <= ``unit`` * size(q, x) + ``floor``, where size is
 |q| |x| for dot, |q| for cosine and (|q| + |x|)^2 for l2. The bounds below include the rounding of
 the canonical score itself, so that an item whose upper bound lies below another's lower bound
@@ -19,7 +19,7 @@ _SAFETY = 1.01  # second-order terms and float32 norms
 
 @dataclass(frozen=True)
 class Queries:
-    """A batch prepared for first passes.
+    """A batch prepared for coarse scans.
 
     Attributes:
         original: [B, d], as given; canonical scores are taken from it.
@@ -30,7 +30,7 @@ class Queries:
         rounding: the part of it that does not depend on the rows' product: canonical rounding, and
             TF32 or bfloat16 inside float32 products.
         floor: float32 [B], absolute error where numbers leave float32's normal range.
-        dense: bool [B], queries whose norm is not trusted to float32.
+        dense: bool [B], queries whose norm float32 cannot hold: they take the dense path.
         similarity, temperature: of the search.
     """
 
@@ -46,11 +46,11 @@ class Queries:
     temperature: float
 
     def product_error(self, row_norm: torch.Tensor) -> torch.Tensor:
-        """Error bound [B] of a float32 pass over rows with norms of at most ``row_norm`` []."""
+        """Error bound [B] of a float32 scan of rows with norms of at most ``row_norm`` []."""
         return self.unit * self._size(row_norm) + self.floor
 
     def rounding_error(self, row_norm: torch.Tensor) -> torch.Tensor:
-        """The part [B] of ``product_error`` that a pass with its own bound has to add to it."""
+        """The part [B] of ``product_error`` that a scan with its own bound has to add to it."""
         return self.rounding * self._size(row_norm) + self.floor
 
     def exact(self) -> torch.Tensor:
@@ -75,8 +75,8 @@ class Queries:
 
 
 def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) -> Queries:
-    """Scale a batch [B, d] for first passes and bound their errors."""
-    dim = queries.shape[1]
+    """Scale a batch [B, d] for coarse scans and bound their errors."""
+    d = queries.shape[1]
     exact = queries.double()
     norm = torch.linalg.vector_norm(exact, dim=1)
     dense = ~((norm <= HUGE) & ((norm >= 1 / HUGE) | (norm == 0)))
@@ -92,13 +92,13 @@ def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) 
     norm = torch.where(dense, 0.0, norm * scale * _SAFETY).float()
     # dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and
     # its reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
-    terms = 1.5 * dim + 12 if similarity == "cosine" else dim + 10
+    terms = 1.5 * d + 12 if similarity == "cosine" else d + 10
     product = _product_unit(queries.device)
     unit = _SAFETY * (terms * UNIT + product)
     rounding = _SAFETY * ((4 if similarity == "l2" else 2) * 2 * UNIT + product)
     # Products below float32's normal range may be flushed to zero (cosine: then multiplied by
     # 1/|x| <= HUGE), and the canonical score rounds to a multiple of 2^-149.
-    flushed = dim * 2.0**-126 * (2 * HUGE if similarity == "cosine" else 4)
+    flushed = d * 2.0**-126 * (2 * HUGE if similarity == "cosine" else 4)
     rounded = temperature * 2.0**-148 * (4 * HUGE if similarity == "l2" else 2)
     floor = flushed + rounded * scale.clamp_min(1.0)
     return Queries(

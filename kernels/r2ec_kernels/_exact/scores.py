@@ -1,7 +1,7 @@
 """The canonical score and the canonical order: the one definition of "exact" in this package.
 
 The canonical score of a query and an item is their similarity in float64, divided by the
-temperature and rounded once to float32. Sums run in one fixed order (``_fold_sum``), so that a
+temperature and rounded once to float32. Sums run in one fixed order (``_halving_sum``), so that a
 score depends on its query and its row alone: not on batch size, block size, thread count or device.
 
 Matrix products add in another order. They are used all the same, with their error bound: where
@@ -33,18 +33,18 @@ def canonical_scores(
 
     Memory: the result and float64 temporaries of bounded size.
     """
-    batch, dim = queries.shape
+    batch, d = queries.shape
     count = rows.shape[-2]
     out = torch.empty(batch, count, dtype=torch.float32, device=queries.device)
     if rows.dim() == 3:
-        step = max(1, _BLOCK // max(1, count * dim))
+        step = max(1, _BLOCK // max(1, count * d))
         for start in range(0, batch, step):
             stop = min(batch, start + step)
             out[start:stop] = _scores(
                 queries[start:stop], rows[start:stop], similarity, temperature
             )
         return out
-    step = max(1, _BLOCK // max(1, dim + batch))
+    step = max(1, _BLOCK // max(1, d + batch))
     for start in range(0, count, step):
         stop = min(count, start + step)
         out[:, start:stop] = _scores(queries, rows[start:stop], similarity, temperature)
@@ -138,16 +138,16 @@ def _defining_scores(
 ) -> torch.Tensor:
     """The definition: float64 query [..., d] and row [..., d] -> float32 [...]."""
     if similarity == "l2":
-        value = -_fold_sum((query - row).square_()).sqrt()
+        value = -_halving_sum((query - row).square_()).sqrt()
     else:
-        value = _fold_sum(query * row)
+        value = _halving_sum(query * row)
         if similarity == "cosine":
-            scale = _fold_sum(query * query).sqrt() * _fold_sum(row * row).sqrt()
+            scale = _halving_sum(query * query).sqrt() * _halving_sum(row * row).sqrt()
             value = torch.where(scale == 0, 0.0, value / scale)
     return (value / temperature).float()
 
 
-def _fold_sum(terms: torch.Tensor) -> torch.Tensor:
+def _halving_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum float64 terms [..., d] -> [...], always in the same order; overwrites ``terms``.
 
     The upper half is added to the lower half until one column is left (the middle one of an odd

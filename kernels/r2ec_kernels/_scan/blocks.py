@@ -1,8 +1,13 @@
 """Blocks of coarse scores, and the torch operations that filter them on any device.
 
-A scan multiplies a block of rows with all queries; scores are [rows of the block, B]. Rows are
-grouped so that one maximum a group meets the threshold first, and only groups that reach it are
-looked into.
+A coarse scan multiplies a block of n rows with all B queries: scores [n, B], 2 n B d FLOPs, each
+within ``error`` of the raw score g (``_exact.bounds``). Of a row n of query b only one question is
+asked, g(n, b) >= cut(b), and for almost all rows the answer is no. So rows are taken in groups of
+GROUP, the maximum of a group meets the cut first (``group_best``, one read of the block), and only
+groups that reach it are looked into (``entries_from``).
+
+Blocks are visited in an order that spreads over the table (``visiting_order``). Memory: one block,
+reused (``Buffer``). Numerics: the products are those of the scan; nothing here rounds.
 """
 
 from typing import NamedTuple, Protocol
@@ -19,15 +24,15 @@ class Scores(NamedTuple):
 
     Attributes:
         values: float32 [n, B], n the rows rounded up to a multiple of GROUP, in any memory order;
-            the entries beyond the rows, and those of doubtful rows, are -inf. Valid until the next
+            the entries beyond the rows, and those of unbounded rows, are -inf. Valid until the next
             block.
         error: float32 [B], bound of their errors.
-        doubtful: int64 [M] rows whose scores it does not bound, or None: rescored in any case.
+        unbounded: int64 [M] rows whose scores it does not bound, or None: rescored in any case.
     """
 
     values: torch.Tensor
     error: torch.Tensor
-    doubtful: torch.Tensor | None
+    unbounded: torch.Tensor | None
 
 
 class Buffer:
@@ -50,7 +55,11 @@ class CoarseScan(Protocol):
 
     name: str  # of its product, for statistics
     height: int  # rows of a block; blocks are multiples of it
-    offset: torch.Tensor  # float64 [B], what its raw scores of a query all lack (not for l2)
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """float64 [B]: what its raw scores of a query all lack (not for l2)."""
+        ...
 
     def score(self, start: int, stop: int) -> Scores:
         """Raw scores of rows start..stop-1, ``start`` a multiple of ``height``."""
@@ -61,7 +70,7 @@ class CoarseScan(Protocol):
     ) -> torch.Tensor | None:
         """Offer the scores of all blocks (start, stop), in this order or another.
 
-        Returns the doubtful rows int64 [M] of all blocks, or None. On CPUs only.
+        Returns the unbounded rows int64 [M] of all blocks, or None. On CPUs only.
         """
         ...
 

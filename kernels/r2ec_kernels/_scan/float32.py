@@ -1,4 +1,14 @@
-"""The coarse scan of a table's own rows: float32 products in blocks, any device."""
+"""The coarse scan of a table's own rows: float32 products in blocks, any device.
+
+Raw scores of rows X [N, d] for queries q, in float32: dot q.x, cosine (q.x) / |x|, l2
+q.x - |x|^2 / 2, each within ``Queries.product_error`` of the exact one. Rows of other types are
+widened block by block.
+
+A block has ``block_rows`` rows: [n, B] scores, 2 n B d FLOPs by the matrix library, n d elements
+read (twice where norms are taken on the way, in pieces that stay in the cache). A product may be
+summed in ``parts``, which divides the error bound. Rows whose norm float32 cannot hold are
+unbounded: their scores are -inf and their numbers are returned.
+"""
 
 import math
 from dataclasses import replace
@@ -10,19 +20,19 @@ from .._exact.bounds import Queries
 from .._numbers import HUGE, UNIT
 from .blocks import GROUP, Buffer, Scores, whole_groups
 
-# A first-pass block of rows, in elements: on a CPU enough to hide the bookkeeping of a block. Rows
+# A block of rows, in elements: on a CPU enough to hide the bookkeeping of a block. Rows
 # that are read twice are taken in pieces that stay in its cache.
 _BLOCK, _BLOCK_ROWS = 1 << 24, 1 << 14
 _PIECE = 1 << 20
 _DEVICE_BLOCK = 1 << 26
 
 
-def block_rows(dim: int, batch: int, device: torch.device) -> int:
-    """Rows of a first-pass block for ``batch`` queries."""
+def block_rows(d: int, batch: int, device: torch.device) -> int:
+    """Rows of a block for ``batch`` queries."""
     if device.type != "cpu":
-        rows = _DEVICE_BLOCK // (dim + 2 * batch)
+        rows = _DEVICE_BLOCK // (d + 2 * batch)
     else:
-        rows = min(_BLOCK // (dim + 2 * batch), _BLOCK_ROWS)
+        rows = min(_BLOCK // (d + 2 * batch), _BLOCK_ROWS)
     return max(256, rows // GROUP * GROUP)
 
 
@@ -37,19 +47,21 @@ class Float32Scan:
         """rows: [N, d]; norms: float32 [N] of the rows, or None to take them on the way; parts: a
         product is summed in so many parts, which divides its error bound for a few percent of its
         time."""
-        batch, dim = query.scaled.shape[0], rows.shape[1]
-        self.chunk = -(-dim // parts)
+        batch, d = query.scaled.shape[0], rows.shape[1]
+        self.chunk = -(-d // parts)
         # d terms in ``parts`` sums: chunk + parts roundings instead of d
-        saved = max(0, dim - self.chunk - parts) if parts > 1 else 0
+        saved = max(0, d - self.chunk - parts) if parts > 1 else 0
         query = replace(query, unit=query.unit - saved * UNIT)
         self.rows, self.norms, self.query = rows, norms, query
         self.offset = torch.zeros(batch, dtype=torch.float64, device=rows.device)
-        self.height = self.piece = block_rows(dim, batch, rows.device)
+        self.height = self.piece = block_rows(d, batch, rows.device)
         if norms is None and rows.device.type == "cpu":
-            self.piece = min(self.height, max(64, _PIECE // (dim + 2 * batch)))
+            self.piece = min(self.height, max(64, _PIECE // (d + 2 * batch)))
         self.operand = query.scaled.T.contiguous()
         self.buffer = Buffer(rows.device)
-        self.error = None  # of every block, where the stored norms are all trusted
+        self.error: torch.Tensor | None = (
+            None  # of every block, where the stored norms bound all rows
+        )
         if norms is not None and norms.numel():
             low, high = (float(edge) for edge in torch.aminmax(norms))
             if high <= HUGE and (low >= 1 / HUGE or query.similarity != "cosine"):
@@ -58,28 +70,28 @@ class Float32Scan:
     def score(self, start: int, stop: int) -> Scores:
         values = self.buffer.take(whole_groups(stop - start), self.operand.shape[1])
         values[stop - start :] = float("-inf")
-        error, doubtful = self._fill(start, stop, values[: stop - start])
-        return Scores(values, error, doubtful)
+        error, unbounded = self._fill(start, stop, values[: stop - start])
+        return Scores(values, error, unbounded)
 
     def feed(
         self, collector: extension.Collector, blocks: list[tuple[int, int]]
     ) -> torch.Tensor | None:
         if extension.fits(self.rows, self.query.scaled.shape[0]):
             return collector.add_rows(self.rows, self.query)
-        doubtful = []
+        unbounded = []
         for start, stop in blocks:
             values = self.buffer.take(stop - start, self.operand.shape[1])
             error, rows = self._fill(start, stop, values)
             collector.add_products(values, start, stop - start, None, None, error, 0.0)
             if rows is not None:
-                doubtful.append(rows)
-        return torch.cat(doubtful) if doubtful else None
+                unbounded.append(rows)
+        return torch.cat(unbounded) if unbounded else None
 
     def _fill(
         self, start: int, stop: int, out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Write raw scores of rows start..stop-1 into ``out``; returns their error bounds and the
-        doubtful rows, whose scores are -inf."""
+        unbounded rows, whose scores are -inf."""
         query = self.query
         norms = self._multiply(start, stop, out)
         if query.similarity == "cosine":
@@ -89,16 +101,16 @@ class Float32Scan:
         if self.error is not None:
             return self.error, None
         low, high = (float(edge) for edge in torch.aminmax(norms))
-        trusted = norms <= HUGE
+        bounded = norms <= HUGE
         if query.similarity == "cosine" and low < 1 / HUGE:
-            trusted &= (norms >= 1 / HUGE) | (self.rows[start:stop] == 0).all(1)
-        doubtful = None
-        if not bool(trusted.all()):
-            doubtful = (~trusted).nonzero()[:, 0]
-            out[doubtful] = float("-inf")
-            high = float(torch.where(trusted, norms, 0.0).max())
-            doubtful = doubtful + start
-        return query.product_error(self._norm_bound(high)), doubtful
+            bounded &= (norms >= 1 / HUGE) | (self.rows[start:stop] == 0).all(1)
+        unbounded = None
+        if not bool(bounded.all()):
+            unbounded = (~bounded).nonzero()[:, 0]
+            out[unbounded] = float("-inf")
+            high = float(torch.where(bounded, norms, 0.0).max())
+            unbounded = unbounded + start
+        return query.product_error(self._norm_bound(high)), unbounded
 
     def _multiply(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         """Write products into ``out`` [stop - start, B]; returns the rows' norms."""

@@ -1,4 +1,9 @@
-"""Exact re-scoring: canonical scores of the few rows that a coarse scan leaves."""
+"""Exact re-score: canonical scores of the few rows that a coarse scan leaves.
+
+For pairs (query, row) the canonical score (``_exact.scores``): float64 over d columns, rounded once
+to float32. It gathers M d elements, 2 M d float64 FLOPs, in pieces of bounded size. The C++
+extension and torch give the same bits.
+"""
 
 import torch
 

@@ -1,11 +1,14 @@
 """RecPO's reward of a rank and a probability, and the advantages of a group of rewards."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from .._dispatch import checks_enabled, resolve
 from .impl import torch as torch_impl
+
+_FUSED = frozenset({"triton", "torch"})  # implementations of reward_and_advantage
 
 
 class Advantages(NamedTuple):
@@ -115,15 +118,12 @@ def reward_and_advantage(
     Returns:
         ``RewardedGroups(rewards [B, G], advantages [B, G], best bool [B, G])``.
     """
-    options = {"softmax_weight": softmax_weight, "ndcg_k": ndcg_k}
-    if (
-        resolve(impl, rank.device, "reward_and_advantage", frozenset({"triton", "torch"}))
-        == "torch"
-    ):
-        rewards = recpo_reward(rank, log_prob, **options)
+    reward = partial(recpo_reward, softmax_weight=softmax_weight, ndcg_k=ndcg_k)
+    if resolve(impl, rank.device, "reward_and_advantage", _FUSED) == "torch":
+        rewards = reward(rank, log_prob)
         return RewardedGroups(rewards, *grouped_advantage(rewards, estimator=estimator, best=best))
     # the checks of both, on nothing
-    recpo_reward(rank[:0], log_prob[: 0 if rank.shape == log_prob.shape else 1], **options)
+    reward(rank[:0], log_prob[: 0 if rank.shape == log_prob.shape else 1])
     grouped_advantage(log_prob[:0], estimator=estimator, best=best)
     from .impl import triton as triton_impl
 

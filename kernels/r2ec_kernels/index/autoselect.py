@@ -1,4 +1,4 @@
-"""Which product a first pass uses: the fastest of those that the index's copies allow, measured.
+"""Which product a coarse scan uses: the fastest of those that the index's copies allow, measured.
 
 CPUs differ by two orders of magnitude in what they do with bfloat16 and int8 (AMX, AVX512_BF16 and
 VNNI multiply them; AVX2 has to widen), and the order changes with the batch. So the candidates are

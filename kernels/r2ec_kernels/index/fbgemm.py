@@ -1,5 +1,9 @@
 """Half-precision codes in the packed blocks of FBGEMM, torch's CPU kernels for narrow weights.
 
+Products Q C^T [B, n] of queries Q [B, d] and codes C [n, d], block by block of BLOCK rows: 2 bytes
+a column read, 2 B BLOCK d operations. Numerics: float32 sums of fused multiply-adds, one rounding
+a term.
+
 FBGEMM reads float16 weights, widens them in registers and accumulates in float32: half the bytes of
 a float32 table for a few queries, and its kernels are the faster ones for many. It only multiplies
 blocks that it has packed itself, and a packed block cannot be written. So blocks are packed once,
@@ -25,13 +29,13 @@ class PackedCodes:
 
     dtype = torch.float16
 
-    def __init__(self, dim: int) -> None:
-        self._dim, self._size = dim, 0
+    def __init__(self, d: int) -> None:
+        self._d, self._size = d, 0
         self._blocks: list[_Block | None] = []  # None: all of its rows wait
         self._late_in = torch.empty(0, dtype=torch.int64)  # [blocks], rows of each that wait
         self._slot = torch.empty(0, dtype=torch.int64)  # [blocks * BLOCK], of a waiting row, or -1
         self._late_rows = torch.empty(0, dtype=torch.int64)  # by slot; the first ``waiting`` count
-        self._late_codes = torch.empty(0, dim, dtype=self.dtype)
+        self._late_codes = torch.empty(0, d, dtype=self.dtype)
         self.waiting = 0
 
     def __len__(self) -> int:
@@ -57,7 +61,7 @@ class PackedCodes:
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """The codes [n, d] of rows int64 [n]; unpacks every block they lie in."""
-        codes = torch.empty(len(rows), self._dim, dtype=self.dtype)
+        codes = torch.empty(len(rows), self._d, dtype=self.dtype)
         for block in (rows // BLOCK).unique().tolist():
             own = rows // BLOCK == block
             codes[own] = self._unpack(block)[rows[own] - block * BLOCK]
@@ -97,7 +101,7 @@ class PackedCodes:
         return products
 
     def _grow(self, size: int) -> None:
-        """Make room for rows up to ``size``."""
+        """Hold rows up to ``size``."""
         self._size = max(self._size, size)
         more = -(-self._size // BLOCK) - len(self._blocks)
         self._blocks += [None] * more
@@ -119,7 +123,7 @@ class PackedCodes:
 
     def _unpack(self, block: int) -> torch.Tensor:
         """The codes [rows, d] of a block as last written."""
-        codes = torch.zeros(min(BLOCK, self._size - block * BLOCK), self._dim, dtype=self.dtype)
+        codes = torch.zeros(min(BLOCK, self._size - block * BLOCK), self._d, dtype=self.dtype)
         packed = self._blocks[block]
         if packed is not None:
             rows = min(packed.rows, len(codes))

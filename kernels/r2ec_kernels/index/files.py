@@ -1,91 +1,55 @@
-"""Tensors on disk in the safetensors format, with a checksum, without the safetensors package."""
+"""Tensors on disk: a safetensors file whose metadata hold settings and a checksum of the data."""
 
 import hashlib
-import json
 import os
-import tempfile
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .._files import replacing
 
 _MAGIC = "r2ec_kernels.ItemIndex"
-_MAX_HEADER = 1 << 20
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, torch.Tensor], settings: dict[str, str]
+    path: str | os.PathLike[str], tensors: dict[str, torch.Tensor], settings: dict[str, str]
 ) -> None:
     """Write tensors and string settings to ``path``; an old file is replaced at the end or not."""
-    layout, data, offset = {}, [], 0
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        view = memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-        digest.update(view)
-        data.append(view)
-        layout[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + view.nbytes],
-        }
-        offset += view.nbytes
-    metadata = {"format": _MAGIC, "sha256": digest.hexdigest(), **settings}
-    header = json.dumps({"__metadata__": metadata, **layout}).encode()
-    header += b" " * (-len(header) % 8)
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for view in data:
-                file.write(view)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": _MAGIC, "sha256": _checksum(tensors), **settings}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, settings) that ``write_tensors`` wrote.
+def read_tensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, settings) that ``write_tensors`` wrote. The tensors are views of the mapped file,
+    which takes no memory of its own; copy what is to be written.
 
     Raises:
         ValueError: the file is truncated, changed, or of another kind.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= _MAX_HEADER:
-            raise ValueError(f"{path}: expected a safetensors file, its header length is {length}")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            known = metadata["format"] == _MAGIC
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: expected an ItemIndex file, its header is damaged"
-            ) from error
-        if not known:
-            raise ValueError(f"{path}: expected an ItemIndex file, got {metadata['format']!r}")
-        data = bytearray(os.path.getsize(path) - 8 - length)
-        file.readinto(data)
-    size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if len(data) != size:
-        raise ValueError(f"{path}: expected {size} bytes of data, got {len(data)}: truncated")
-    if hashlib.sha256(data).hexdigest() != metadata.pop("sha256", None):
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, it is damaged or truncated: {error}"
+        ) from error
+    if (kind := metadata.pop("format", None)) != _MAGIC:
+        raise ValueError(f"{path}: expected an ItemIndex file, got {kind!r}")
+    if _checksum(tensors) != metadata.pop("sha256", None):
         raise ValueError(f"{path}: the checksum does not match: the file was changed")
-    metadata.pop("format")
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-        if end == begin:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        flat = torch.frombuffer(data, dtype=torch.uint8)[begin:end]
-        tensors[name] = flat.clone().view(dtype).view(shape)
     return tensors, metadata
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of the tensors' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        if tensor.numel():
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,22 +1,37 @@
 """Codes of two int8 numbers, 16 bits a column: what an index reads ranks and log-probabilities from
-where matrix units multiply int8.
+where AMX tiles multiply int8.
 
 The first number is that of the int8 copy, the second (the kind "fine") what it misses, in
-``LOW_PARTS`` steps. Errors are 1/250 of the int8 copy's and about 1/30 of bfloat16's:
-hardly a row is left to be settled.
+``LOW_PARTS`` steps:
+
+    y - mu ~ scale (code + low / LOW_PARTS),    g' = scale step (code . q' + low . q' / LOW_PARTS)
+
+with int16 queries q' (``products``): two exact integer sums and six roundings. Errors are 1/250 of
+the int8 copy's and about 1/30 of bfloat16's: hardly a row is left to re-score. The C++ extension
+ranks and sums while it makes the scores. It reads 2 bytes a column, 4 N B d operations.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from .._cpu import extension
 from .._exact.bounds import Queries
-from .quantize import PRODUCTS, UP, CodeBounds, Codes, Limits, centre, padded
+from .code_scan import CodeBounds
+from .products import PRODUCTS
+from .quantize import UP, Limits, ScanCopy, centre, padded
 
 KIND, COARSE_KIND = "fine", "int8"
 # exact sums, and six roundings: of each sum, their weighted sum, the step, and times step and scale
 _PRODUCT = replace(PRODUCTS[COARSE_KIND][0], name="2 int8 x int16", unit=2.0**-21)
+
+
+@dataclass(frozen=True)
+class FineCopy(ScanCopy[torch.Tensor]):
+    """The int8 copy with its second codes ``low``, int8, shaped as ``codes``; residual and size are
+    of both codes together."""
+
+    low: torch.Tensor
 
 
 def refine(
@@ -39,20 +54,21 @@ def refine(
 class FineScan(CodeBounds):
     """The ``rank.impl.torch.FusedScan`` over both codes, for dot and cosine."""
 
-    def __init__(
-        self, fields: dict[str, Codes], limits: Limits, mean: torch.Tensor, query: Queries
-    ) -> None:
-        """fields: those of ``quantize.CodeScan`` of the int8 copy; ``low``: the second codes."""
+    def __init__(self, copy: FineCopy, limits: Limits, mean: torch.Tensor, query: Queries) -> None:
         super().__init__(limits, mean, _PRODUCT, query)
-        self.fields = fields
+        self.copy = copy
 
-    def stats(self, contest: extension.Contest, most_near: int) -> extension.Stats:
-        fields = self.fields
-        trusted = None if self.limits.trusted else fields["trusted"]
-        codes = fields["code"], len(fields["trusted"]), fields["scale"], None, trusted
-        return extension.code_stats(
-            extension.Codes(*codes, *self.operand.value, self.error),
-            fields["low"],
-            contest,
-            most_near,
+    def stats(self, targets: extension.RankTargets, most_near: int) -> extension.Stats:
+        copy = self.copy
+        queries, step = self.operand.value
+        codes = extension.Codes(
+            codes=copy.codes,
+            num_rows=len(copy.bounded),
+            scale=copy.scale,
+            half=None,
+            bounded=None if self.limits.bounded else copy.bounded,
+            queries=queries,
+            step=step,
+            error=self.error,
         )
+        return extension.code_stats(codes, copy.low, targets, most_near)

@@ -1,35 +1,24 @@
 """ItemIndex: a table prepared for searching, that can be written while it is searched."""
 
 import os
-from collections.abc import Callable
-from functools import partial
 
 import torch
 
 from .. import _dispatch
-from .._checks import check_scoring, check_vectors
-from .._cpu import extension
+from .._checks import check_scoring, check_vectors, one_of
 from .._exact.bounds import Queries, prepare_queries
 from .._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
 from .._exact.table import Table
-from .._scan.blocks import GROUP, CoarseScan
-from .._scan.float32 import Float32Scan, block_rows
 from ..rank.api import TargetStats
-from ..rank.impl.common import raw_per_score
-from ..rank.impl.torch import RankScan, certified_stats, row_scans
+from ..rank.impl.torch import certified_stats
 from ..topk.api import TopK, check_search
 from ..topk.impl.common import SearchStats, certified_topk
-from . import fbgemm, files, fine
-from .autoselect import batch_class, fastest
+from . import files
 from .locks import SharedLock
-from .quantize import PRODUCTS, CodeScan, Product, has_bf16_tiles, measured_run
+from .scans import SCANS, ScanChoice, copy_kinds
 from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
-_PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
-_UNFIT_SHARE = 1 / 8  # of a search's queries
-_LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
-SCANS = ("auto", "none", "fp16", "bf16", "int8")
 
 
 class ItemIndex:
@@ -48,8 +37,8 @@ class ItemIndex:
         temperature: positive.
         scan: "none" multiplies the rows themselves; "fp16" (CPUs with FBGEMM), "bf16" and "int8" a
             copy of half or a quarter of a float32 table's size; "auto" keeps, on CPUs, the bf16
-            copy where there are matrix units (AMX), else the fp16 copy, and the int8 copy for few
-            queries (where the compiled passes are installed, or there is no FBGEMM); on GPUs the
+            copy where there are AMX tiles, else the fp16 copy, and the int8 copy for few queries
+            (where the compiled scans are installed, or there is no FBGEMM); on GPUs the
             int8 copy. It takes, batch size by batch size, the product it measured to be fastest.
 
     Raises:
@@ -66,15 +55,13 @@ class ItemIndex:
     ) -> None:
         check_vectors("items", items)
         check_scoring(similarity, temperature)
-        if scan not in SCANS:
-            raise ValueError(f"scan: expected one of {', '.join(SCANS)}, got {scan!r}")
+        one_of("scan", scan, SCANS)
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
-        self._kinds = _kinds(scan, items.device)
-        self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
         self._lock = SharedLock()
         self._last_search: SearchStats | None = None
-        self._storage = Storage(similarity, self._kinds)
+        self._storage = Storage(similarity, copy_kinds(scan, items.device))
         self._storage.build(_finite("items", items.detach()))
+        self._scans = ScanChoice(scan, self._storage)
 
     def __len__(self) -> int:
         """Live rows."""
@@ -83,7 +70,7 @@ class ItemIndex:
     @property
     def dim(self) -> int:
         """d."""
-        return self._storage.fields["rows"].shape[1]
+        return self._storage.width
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +80,7 @@ class ItemIndex:
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self._storage.fields["rows"].device
+        return self._storage.device
 
     @property
     def ids(self) -> torch.Tensor:
@@ -134,11 +121,10 @@ class ItemIndex:
             name = _dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
             if name == "triton":
                 scores, ids, stats = self._search_triton(query, k, excluded)
-            elif name == "torch":
-                scan, passes = self._first_passes(query)
-                scores, ids, stats = certified_topk(self._view(), passes, query, k, excluded)
-                if self.scan == "auto" and stats.scanned_again > len(queries) * _UNFIT_SHARE:
-                    self._unfit |= {scan}
+            else:
+                product, scans = self._scans.of_search(query)
+                scores, ids, stats = certified_topk(self._view(), scans, query, k, excluded)
+                self._scans.observe(product, stats)
         self._last_search = stats
         return TopK(scores, ids)
 
@@ -152,7 +138,7 @@ class ItemIndex:
     ) -> TargetStats:
         """Exact rank (from 1) and log-probability of each query's target among the live items.
 
-        An fp16 copy, or, where matrix units multiply int8, one of two int8 numbers a column, serves
+        An fp16 copy, or, where AMX tiles multiply int8, one of two int8 numbers a column, serves
         where its rounding errors are expected to move a log-probability by less than 1e-3, the rows
         themselves elsewhere; ranks are exact always. The first call builds the second kind of copy
         (``scan="auto"``, a quarter of a float32 table's size).
@@ -169,15 +155,16 @@ class ItemIndex:
             raise ValueError(
                 f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}"
             )
-        if use_scan:
-            self._keep_fine()
+        if use_scan and self._scans.wants_fine_copy():
+            with self._lock.alone():
+                self._storage.keep_fine()
         with self._lock.shared():
             rows = self._storage.place[self._live_ids("targets", targets)]
             query = prepare_queries(queries, self.similarity, self.temperature)
             excluded = self._excluded(exclude, queries)
             rank, log_prob = certified_stats(
                 self._view(),
-                self._stats_passes(query, use_scan),
+                self._scans.of_stats(query, use_scan),
                 query,
                 rows,
                 excluded,
@@ -254,12 +241,12 @@ class ItemIndex:
         return index
 
     def _checked_queries(self, queries: torch.Tensor) -> torch.Tensor:
-        check_vectors("queries", queries, dim=self.dim, device=self.device)
+        check_vectors("queries", queries, d=self.dim, device=self.device)
         queries = queries.detach()
         return _finite("queries", queries) if _dispatch.checks_enabled() else queries
 
     def _checked_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        check_vectors("rows", rows, dim=self.dim, device=self.device)
+        check_vectors("rows", rows, d=self.dim, device=self.device)
         if rows.dtype != self.dtype:
             raise TypeError(f"rows: expected {self.dtype} like the index, got {rows.dtype}")
         return _finite("rows", rows.detach())
@@ -283,57 +270,6 @@ class ItemIndex:
     def _view(self) -> Table:
         return Table(self._storage.live("rows"), self._storage.live("ids"))
 
-    def _first_passes(self, query: Queries) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
-        """The name of the product to scan with, and the passes of a search."""
-        if not len(self) or not len(query.scaled):
-            return "none", []
-        kind, product = self._product(query)
-        rows = partial(Float32Scan, self._storage.live("rows"), self._storage.live("norm"))
-        if product is None:
-            return "float32", [rows]
-        codes = partial(self._code_pass, kind=kind, product=product, packed_rows=_PACKED_ROWS)
-        return product.name, [codes, rows]
-
-    def _code_pass(self, query: Queries, kind: str, product: Product, packed_rows: int) -> CodeScan:
-        """packed_rows: of a block of packed codes, at most."""
-        batch, storage = query.scaled.shape[0], self._storage
-        if product.block == GROUP and not extension.available(self.device):
-            height = block_rows(self.dim, batch, self.device)
-        else:  # nothing but scores to keep in a cache
-            height = min(_PACKED_SCORES // batch, packed_rows)
-        return CodeScan(
-            storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
-        )
-
-    def _stats_passes(self, query: Queries, use_scan: bool) -> list[RankScan]:
-        """First passes for log-probabilities: chosen by the numbers, never by a measured time, so
-        that one input gives one result."""
-        storage = self._storage
-        passes = row_scans(storage.live("rows"), storage.live("norm"), len(query.scaled))
-        if not use_scan or not len(self) or not len(query.scaled):
-            return passes
-        if fine.KIND in storage.kinds:
-            copy, limits = storage.copy(fine.KIND), storage.limits(fine.KIND)
-            scan = partial(fine.FineScan, copy, limits, storage.mean)
-        elif "fp16" in self._kinds:
-            [product] = PRODUCTS["fp16"]
-            rows = _PACKED_ROWS // 4
-            scan = partial(self._code_pass, kind="fp16", product=product, packed_rows=rows)
-        else:
-            return passes
-        # A log-probability is off by a mean of the scores' errors; the target's own has none.
-        if bool((scan(query).typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()):
-            passes.insert(0, scan)
-        return passes
-
-    def _keep_fine(self) -> None:
-        """Keep what ranks are read from where matrix units multiply int8."""
-        serves = self.device.type == "cpu" and extension.has_matrix_units()
-        serves = serves and self.similarity != "l2" and "int8" in self._kinds
-        if serves and self.scan == "auto" and fine.KIND not in self._storage.kinds:
-            with self._lock.alone():
-                self._storage.keep_fine()
-
     def _search_triton(
         self, query: Queries, k: int, excluded: ExcludedPairs
     ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
@@ -342,65 +278,14 @@ class ItemIndex:
         from .triton import scan_codes
 
         view = self._view()
-        kind = next((kind for kind in self._kinds if kind != "fp16"), None)  # packed for CPUs only
-        if kind and view.rows.shape[0]:
-            copy = self._storage.copy(kind)
-            copy["code"] = copy["code"][: view.rows.shape[0]]
-            scanned = scan_codes(query, copy, self._storage.mean)
-        elif view.rows.shape[0]:
+        kind = self._scans.device_kind()
+        scanned = None
+        if kind and len(view):
+            scanned = scan_codes(query, self._storage.copy(kind), self._storage.mean)
+        elif len(view):
             scanned = scan_rows(query, view.rows, self._storage.live("norm"))
-        else:
-            scanned = None
         name = f"triton {kind or 'none'}"
         return triton_impl.certified_topk(scanned, query, view, k, excluded, name)
-
-    def _product(self, query: Queries) -> tuple[str, Product | None]:
-        """The copy and the product a search of this batch scans; ("none", None): the rows."""
-        storage, batch = self._storage, query.scaled.shape[0]
-        runs: dict[str, Callable[[], Callable[[int], int]]] = {}
-        products: dict[str, tuple[str, Product | None]] = {}
-        for kind in self._kinds:
-            codes = storage.codes(kind)
-            for product in PRODUCTS[kind]:
-                if product.supports(codes, batch) and product.name not in self._unfit:
-                    products[product.name] = (kind, product)
-                    runs[product.name] = partial(measured_run, product, codes, query)
-        if self.scan in ("auto", "none"):
-            products["float32"] = ("none", None)
-            runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
-        machine = (extension.cpu_kind(), torch.get_num_threads())
-        key = (
-            self.scan,
-            self.dtype,
-            self.device,
-            self.dim,
-            batch_class(batch),
-            machine,
-            self._unfit,
-        )
-        weights = {name: product.rescoring for name, (_, product) in products.items() if product}
-        return products[fastest(key, runs, storage.size, 4 * self.dim, weights)]
-
-
-def _measured_rows(rows: torch.Tensor, query: Queries) -> Callable[[int], int]:
-    """As ``quantize.measured_run``, for the float32 product of the rows themselves."""
-    operand = query.scaled.T.contiguous()
-    return lambda count: len(torch.mm(rows[:count].float(), operand))
-
-
-def _kinds(scan: str, device: torch.device) -> tuple[str, ...]:
-    """The low-precision copies of an index."""
-    packs = fbgemm.available(device)
-    if scan == "fp16" and not packs:
-        raise ValueError(
-            f"scan: 'fp16' needs a CPU whose torch has FBGEMM (x86), got device {device}; "
-            "'bf16' runs everywhere"
-        )
-    if scan == "auto":
-        many = ("bf16",) if has_bf16_tiles(device) else ("fp16",) if packs else ()
-        few = ("int8",) if extension.available(device) or not many else ()
-        return many + few
-    return () if scan == "none" else (scan,)
 
 
 def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """The rows of an index: tensors of one length that grow, move and are overwritten together."""
 
+from typing import Any
+
 import torch
 
 from .._checks import MAX_ITEMS
 from .._scan.blocks import whole_groups
 from . import fine
 from .fbgemm import BLOCK, PackedCodes
-from .quantize import Codes, Limits, encode, mean_row
+from .quantize import Limits, ScanCopy, encode, mean_row
 
 _SEED = 20240607  # of the row permutation
 
@@ -114,30 +116,51 @@ class Storage:
             for name, tensor in made.items():
                 self.fields[f"{fine.KIND}.{name}"][part] = tensor
 
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.fields["rows"].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.fields["rows"].device
+
     def live(self, name: str) -> torch.Tensor:
         """The live part of a field."""
         return self.fields[name][: self.size]
 
-    def codes(self, kind: str) -> Codes:
+    def codes(self, kind: str) -> torch.Tensor | PackedCodes:
         """The codes of a copy: live rows, and rows without meaning up to a whole group."""
-        if kind == "fp16":
+        if kind == "fp16" and self.packed is not None:
             return self.packed
         return self.fields[f"{kind}.code"][: whole_groups(self.size)]
 
-    def copy(self, kind: str) -> dict[str, Codes]:
-        """The live fields of a copy, as ``quantize.CodeScan`` (``fine.FineScan``) names them."""
-        if kind == fine.KIND:
-            own = {name: self.live(f"{kind}.{name}") for name in ("residual", "size")}
-            return {**self.copy(fine.COARSE_KIND), **own, "low": self.codes(kind)}
-        prefix = kind + "."
-        names = [name for name in self.fields if name.startswith(prefix)]
-        picked = {name.removeprefix(prefix): self.live(name) for name in names}
-        return {**picked, "code": self.codes(kind), "norm": self.live("norm")}
+    def copy(self, kind: str) -> ScanCopy[Any]:
+        """The live rows of a copy; its codes are what ``products.PRODUCTS[kind]`` multiply."""
+        names = ("scale", "residual", "size", "half", "bounded")
+        picked = {name: self.live(f"{kind}.{name}") for name in names}
+        return ScanCopy(codes=self.codes(kind), norm=self.live("norm"), **picked)
+
+    def fine_copy(self) -> fine.FineCopy:
+        """The live rows of the int8 copy with the second codes (``keep_fine``)."""
+        coarse = self.copy(fine.COARSE_KIND)
+        return fine.FineCopy(
+            codes=coarse.codes,
+            scale=coarse.scale,
+            residual=self.live(f"{fine.KIND}.residual"),
+            size=self.live(f"{fine.KIND}.size"),
+            half=coarse.half,
+            bounded=coarse.bounded,
+            norm=coarse.norm,
+            low=self.fields[f"{fine.KIND}.code"][: whole_groups(self.size)],
+        )
 
     def limits(self, kind: str) -> Limits:
         """Of the live rows of a copy; kept until the next change."""
         if kind not in self._limits:
-            self._limits[kind] = Limits.of(self.copy(kind))
+            copy = self.fine_copy() if kind == fine.KIND else self.copy(kind)
+            self._limits[kind] = Limits.of(copy)
         return self._limits[kind]
 
     def _allocate(self, like: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
@@ -155,7 +178,7 @@ class Storage:
         self._limits = {}
         fields = self._encode(rows, ids)
         code = fields.pop("fp16.code", None)
-        if code is not None:
+        if code is not None and self.packed is not None:
             self.packed.write(at, code)
         for name, tensor in fields.items():
             self.fields[name][at] = tensor

@@ -4,12 +4,12 @@ import torch
 
 from .._exact.bounds import Queries
 from ..topk.impl.triton_kernels import PACK_UNIT, Scanned, product_unit
-from .quantize import padded
+from .quantize import ScanCopy, padded
 
 
-def scan_codes(query: Queries, fields: dict[str, torch.Tensor], mean: torch.Tensor) -> Scanned:
-    """A pass over the live ``fields`` of a low-precision copy (see ``quantize.encode``)."""
-    codes = fields["code"]
+def scan_codes(query: Queries, copy: ScanCopy[torch.Tensor], mean: torch.Tensor) -> Scanned:
+    """What scans the live rows of a low-precision copy."""
+    codes = copy.codes[: len(copy.bounded)]
     exact = query.exact()
     if query.similarity == "l2":
         exact = exact - mean
@@ -17,13 +17,13 @@ def scan_codes(query: Queries, fields: dict[str, torch.Tensor], mean: torch.Tens
     operand = exact.bfloat16()
     norm = torch.linalg.vector_norm(exact, dim=1)
     missed = torch.linalg.vector_norm(exact - operand.double(), dim=1)
-    residual, size, high = (fields[name].max() for name in ("residual", "size", "norm"))
+    residual, size, high = copy.residual.max(), copy.size.max(), copy.norm.max()
     unit = product_unit(codes, exact.shape[1]) + query.unit
     error = norm * residual + (missed + unit * (norm + missed)) * size
     if query.similarity == "l2":
         error = error + (2.0**-21 + PACK_UNIT) * (norm + size + residual) ** 2
     error = 1.01 * error.float() + query.product_error(high * 1.001)
-    error = torch.where(fields["trusted"].all(), error, float("inf"))
-    mul = fields["scale"] if codes.dtype == torch.int8 else None
-    sub = fields["half"] if query.similarity == "l2" else None
+    error = torch.where(copy.bounded.all(), error, float("inf"))
+    mul = copy.scale if codes.dtype == torch.int8 else None
+    sub = copy.half if query.similarity == "l2" else None
     return Scanned(codes, operand, mul, sub, error)

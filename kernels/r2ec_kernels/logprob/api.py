@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_float, check_ids, check_shape
+from .._checks import check_float, check_ids, check_positive, check_shape, check_widths
 from .._dispatch import resolve
 from .function import LinearLogProb
 from .impl import reference
@@ -72,8 +72,8 @@ def head_logprob(
         return reference.linear_logprob(hidden, weight, targets, bias, settings)
     needed = (False, False, False)
     if torch.is_grad_enabled():
-        has_bias = bias is not None
-        needed = (hidden.requires_grad, weight.requires_grad, has_bias and bias.requires_grad)
+        bias_needed = bias is not None and bias.requires_grad
+        needed = (hidden.requires_grad, weight.requires_grad, bias_needed)
     log_prob, entropies = LinearLogProb.apply(
         hidden, weight, bias, targets, differentiated, needed, settings
     )
@@ -90,8 +90,7 @@ def head_settings(
 ) -> HeadSettings:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    check_positive("temperature", temperature)
     compute = compute_dtype(hidden, weight)
     if impl == "auto" and compute == torch.float64:
         impl = "torch"  # float64 has no kernels
@@ -106,13 +105,7 @@ def check_head(
     targets: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
-    check_float("hidden", hidden, 2)
-    check_float("weight", weight, 2)
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden and weight: expected [T, d] and [V, d], got {list(hidden.shape)} and "
-            f"{list(weight.shape)}"
-        )
+    check_widths("hidden", hidden, "weight", weight, rows=("T", "V"))
     if weight.shape[0] == 0:
         raise ValueError("weight: expected at least one row, got [0, d]")
     check_ids("targets", targets, hidden.shape[0], 0, weight.shape[0], ignore=True)

@@ -2,6 +2,7 @@
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ def implementation(name: str) -> ModuleType:
     return importlib.import_module(f".impl.{name}", __package__)
 
 
-def settings_list(settings: HeadSettings) -> tuple:
+def settings_list(settings: HeadSettings) -> tuple[Any, ...]:
     """The settings as the ops of ``r2ec_kernels.ops`` take them."""
     return (
         settings.softcap,
@@ -35,7 +36,7 @@ class LinearLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -60,7 +61,9 @@ class LinearLogProb(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None):
+    def backward(
+        ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         none = (None,) * 4
         if not ctx.settings.entropy:
@@ -69,6 +72,7 @@ class LinearLogProb(torch.autograd.Function):
             return (None, None, None, *none)
         out = HeadForward(*saved)
         if ctx.frozen and grad_entropy is None:
+            assert grad_log_prob is not None  # not both, see above
             grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
             return (grad_hidden, None, None, *none)
         inputs = (hidden, weight, targets, bias)

@@ -7,6 +7,7 @@ from ..advantage.api import grouped_advantage
 from ..logprob.api import check_head, head_logprob, head_settings
 from .config import RecPOLoss, RecPOLossConfig
 from .impl import item_action, objective, reference
+from .impl.common import Normalizers, StoredLogProbs
 
 
 def recpo_loss(
@@ -79,46 +80,32 @@ def recpo_loss(
     config = RecPOLossConfig() if config is None else config
     if item_targets is None:
         item_targets = torch.arange(rewards.shape[0], device=item_states.device)
+    stored = StoredLogProbs(old_log_prob, sampler_log_prob, ref_log_prob)
     check_head(hidden, weight, targets, bias)
     _check_groups(targets, trajectory, rewards, user_states, config)
     _check_items(rewards, user_states, item_states, item_ids, item_targets, item_table, config)
-    _check_stored(targets, old_log_prob, sampler_log_prob, ref_log_prob, config)
-    if old_item_log_prob is not None and old_item_log_prob.numel() != rewards.numel():
-        raise ValueError(
-            f"old_item_log_prob: expected one number per trajectory, {rewards.numel()}, "
-            f"got shape {list(old_item_log_prob.shape)}"
-        )
+    _check_stored(targets, stored, rewards, old_item_log_prob, config)
     settings = head_settings(
         config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
     )
     plain = settings.impl == "reference"
 
-    num_trajectories: float | torch.Tensor = rewards.numel()
-    if num_selected is None:
-        num_selected = rewards.shape[0] * config.best
-    else:
-        num_trajectories = num_selected * (rewards.shape[1] / config.best)
     advantages, best = grouped_advantage(
         rewards.detach(), estimator=config.estimator, best=config.best
     )
     counted = targets != IGNORE
     local_tokens = counted.sum()
-    if num_tokens is None:
-        num_tokens = local_tokens.clamp(min=1)
+    step = _normalizers(rewards, local_tokens, num_tokens, num_selected, config)
 
     differentiated = None  # rows whose gradient can differ from zero
     if config.kl_weight == 0:
         differentiated = advantages.flatten()[trajectory] != 0
     log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
     flat = advantages.flatten().to(log_prob.dtype)
-    stored = [
-        None if value is None else value.detach().to(log_prob.dtype)
-        for value in (old_log_prob, sampler_log_prob, ref_log_prob)
-    ]
-    steps = (num_tokens, num_trajectories)
-    token = objective.token_term(log_prob, counted, trajectory, flat, *stored, *steps, config)
+    constants = stored.constants(log_prob.dtype)
+    token = objective.token_term(log_prob, counted, trajectory, flat, constants, step, config)
     if plain:
-        exact = reference.token_loss(log_prob, counted, trajectory, flat, *stored, *steps, config)
+        exact = reference.token_loss(log_prob, counted, trajectory, flat, constants, step, config)
         token = token._replace(loss=exact)
 
     item_log_prob = (reference if plain else item_action).item_log_prob(
@@ -127,9 +114,9 @@ def recpo_loss(
     old_items = None
     if old_item_log_prob is not None:
         old_items = old_item_log_prob.detach().flatten().to(item_log_prob.dtype)
-    item = objective.item_term(
-        item_log_prob, old_items, flat, best.flatten(), num_selected, num_trajectories, config
-    )
+    item = objective.item_term(item_log_prob, old_items, flat, best.flatten(), step, config)
+
+    found = objective.statistics(token, item, flat, trajectory, counted, best.flatten(), config)
     return RecPOLoss(
         loss=token.loss + config.item_weight * item.loss,
         token_loss=token.loss.detach(),
@@ -140,8 +127,26 @@ def recpo_loss(
         best=best,
         num_tokens=local_tokens,
         entropy=None if entropy is None else objective.mean(entropy, counted),
-        **objective.statistics(token, item, flat, trajectory, counted, best.flatten(), config),
+        **found._asdict(),
     )
+
+
+def _normalizers(
+    rewards: torch.Tensor,
+    local_tokens: torch.Tensor,
+    num_tokens: int | torch.Tensor | None,
+    num_selected: int | torch.Tensor | None,
+    config: RecPOLossConfig,
+) -> Normalizers:
+    """Those of the optimiser step; where not given, of this call."""
+    num_trajectories: float | torch.Tensor = rewards.numel()
+    if num_selected is None:
+        num_selected = rewards.shape[0] * config.best
+    else:
+        num_trajectories = num_selected * (rewards.shape[1] / config.best)
+    if num_tokens is None:
+        num_tokens = local_tokens.clamp(min=1)
+    return Normalizers(num_tokens, num_selected, num_trajectories)
 
 
 def _check_groups(
@@ -196,19 +201,19 @@ def _check_items(
 
 def _check_stored(
     targets: torch.Tensor,
-    old_log_prob: torch.Tensor | None,
-    sampler_log_prob: torch.Tensor | None,
-    ref_log_prob: torch.Tensor | None,
+    stored: StoredLogProbs,
+    rewards: torch.Tensor,
+    old_item_log_prob: torch.Tensor | None,
     config: RecPOLossConfig,
 ) -> None:
-    named = {
-        "old_log_prob": old_log_prob,
-        "sampler_log_prob": sampler_log_prob,
-        "ref_log_prob": ref_log_prob,
-    }
-    for name, value in named.items():
+    for name, value in stored._asdict().items():
         if value is not None:
-            check_float(name, value, 1)
-            check_shape(name, value, list(targets.shape))
-    if config.kl_weight and ref_log_prob is None:
+            check_float(f"{name}_log_prob", value, 1)
+            check_shape(f"{name}_log_prob", value, list(targets.shape))
+    if config.kl_weight and stored.ref is None:
         raise ValueError("ref_log_prob: expected [T] log-probabilities because kl_weight > 0")
+    if old_item_log_prob is not None and old_item_log_prob.numel() != rewards.numel():
+        raise ValueError(
+            f"old_item_log_prob: expected one number per trajectory, {rewards.numel()}, "
+            f"got shape {list(old_item_log_prob.shape)}"
+        )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import SIMILARITIES, one_of
+from .._checks import SIMILARITIES, check_positive, one_of
 
 REDUCTIONS = ("token", "sequence", "constant", "sum")
 ESTIMATORS = ("grpo", "rloo")
@@ -70,8 +70,7 @@ class RecPOLossConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         for name in ("temperature", "item_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name))
         for name in ("softcap", "importance_cap"):
             value = getattr(self, name)
             if value is not None and not value > 0:

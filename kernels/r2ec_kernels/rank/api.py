@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import SIMILARITIES
-from .._dispatch import checks_enabled, resolve
+from .._checks import SIMILARITIES, check_ids, check_positive, check_widths, one_of
+from .._dispatch import resolve
 from .._exact.excluded import Exclude, check_exclude, normalize_exclude, split_exclude
 
 _AVAILABLE = frozenset({"triton", "torch", "reference"})
@@ -53,7 +53,10 @@ def target_stats(
         TypeError, ValueError: wrong type, shape or range.
         RuntimeError: ``impl`` cannot run here.
     """
-    _check_tables(queries, items, targets, similarity, temperature)
+    check_widths("queries", queries, "items", items, rows=("B", "N"))
+    one_of("similarity", similarity, SIMILARITIES)
+    check_positive("temperature", temperature)
+    check_ids("targets", targets, queries.shape[0], 0, items.shape[0])
     check_exclude(exclude, queries.shape[0])
     values, offsets = split_exclude(exclude)
     rank, log_prob = torch.ops.r2ec_kernels.target_stats(
@@ -67,45 +70,6 @@ def target_stats(
         impl,
     )
     return TargetStats(rank, log_prob)
-
-
-def _check_tables(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    targets: torch.Tensor,
-    similarity: str,
-    temperature: float,
-) -> None:
-    for name, table in (("queries", queries), ("items", items)):
-        if not isinstance(table, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
-        if not table.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {table.dtype}")
-        if table.dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions, got shape {list(table.shape)}")
-    if queries.shape[1] != items.shape[1]:
-        raise ValueError(
-            f"queries and items: expected [B, d] and [N, d], got {list(queries.shape)} and "
-            f"{list(items.shape)}"
-        )
-    if similarity not in SIMILARITIES:
-        raise ValueError(
-            f"similarity: expected one of {', '.join(SIMILARITIES)}, got {similarity!r}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}")
-    if targets.shape != queries.shape[:1]:
-        raise ValueError(f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}")
-    if torch.compiler.is_compiling():
-        return
-    if targets.numel() and (targets.device.type == "cpu" or checks_enabled()):
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= items.shape[0]:
-            raise ValueError(
-                f"targets: expected values in 0..{items.shape[0] - 1}, got {low}..{high}"
-            )
 
 
 def run_target_stats(

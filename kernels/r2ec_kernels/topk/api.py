@@ -55,7 +55,7 @@ def item_topk(
         RuntimeError: ``impl`` names an implementation that cannot run here.
     """
     check_vectors("queries", queries)
-    check_vectors("items", items, dim=queries.shape[1], device=queries.device)
+    check_vectors("items", items, d=queries.shape[1], device=queries.device)
     check_search(k, similarity, temperature)
     check_exclude(exclude, queries.shape[0])
     values, offsets = split_exclude(exclude)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from r2ec_fast.data.blocks import ReadStats
 from r2ec_fast.data.build import (
     CodedEvents,
     EventCollector,
@@ -23,18 +24,13 @@ from r2ec_fast.data.build import (
     to_interactions,
 )
 from r2ec_fast.data.categories import AMAZON_CATEGORIES
+from r2ec_fast.data.formats import TextFormat, guess_format
 from r2ec_fast.data.items import clean_items, resolve_columns, unique_items
 from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_prices
 from r2ec_fast.data.progress import reading
-from r2ec_fast.data.reader import (
-    ReadStats,
-    TextFormat,
-    add_read_lines,
-    column_names,
-    guess_format,
-    read_blocks,
-)
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
+from r2ec_fast.data.settings import EventRules
 from r2ec_fast.data.text import clean_column
 from r2ec_fast.data.types import InteractionData
 from r2ec_fast.data.window import cut_window
@@ -61,38 +57,36 @@ _META_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class AmazonRules:
+class AmazonRules(EventRules):
     """The paper's rules as settings; the defaults are the paper's.
 
+    The window's start moves back until the first year of the data. Words of a title are the pieces
+    between single spaces of the raw title. The k-core over all time goes before anything else,
+    after the earliest event of each (user, item) was taken. The paper keeps users with one event:
+    they are no examples, but their items are in the catalog.
+
     Args:
-        start, end: the window [start, end), ISO text.
-        min_items: `start` moves back while fewer items have events in the window.
-        rollback_months: by this many months at a time, until the first year of the data.
-        max_title_words: items with more words in the title are dropped; words are the pieces
-            between single spaces of the raw title.
+        start: first day of the window.
+        end: first day after the window.
+        min_items: the window's start moves back until this many items have events.
+        rollback_months: by this many months at a time.
+        max_title_words: items with more words in the title are dropped.
         require_price: items without a readable price are dropped.
-        history_k_core: k-core over all time, before anything else, after the earliest event of each
-            (user, item) was taken; None: 5 for raw reviews, 0 for files of the 5-core benchmark,
-            which are already cut (known by their columns: user_id, parent_asin, rating, timestamp).
-        k_core: iterative k-core within the window (0: off, as the paper).
-        min_rating: events rated lower, or not rated, are dropped; None keeps all.
-        min_user_events: users with fewer events in the window are dropped. The paper keeps users
-            with one: they are no examples, but their items are in the catalog.
-        item_statistics: where average_rating and rating_number come from. "catalog": Amazon's own
-            at the time of the crawl, which may know ratings of the test time (as the paper);
-            "window_start": the ratings in the review file before the window; "none": left out.
+        history_k_core: k-core over all time; None: 5 for raw reviews, 0 for benchmark files
+            (no other columns than user_id, parent_asin, rating, timestamp), which are 5-core.
+        k_core: iterative k-core within the window; 0 is off.
+        min_user_events: users with fewer events in the window are dropped; 1 as the paper.
+        item_statistics: average_rating and rating_number as the "catalog" has them (the paper; may
+            know the test time), from the reviews before the window ("window_start"), or "none".
     """
 
     start: str = "2022-10-01"
     end: str = "2023-10-01"
     min_items: int = 10_000
-    rollback_months: int = 3
+    min_user_events: int = 1
     max_title_words: int = 20
     require_price: bool = True
     history_k_core: int | None = None
-    k_core: int = 0
-    min_rating: float | None = None
-    min_user_events: int = 1
     item_statistics: str = "catalog"
 
     def __post_init__(self) -> None:
@@ -169,18 +163,8 @@ def load_amazon(
         )
     events.stage(report, "item rules")
     everything = (events.item, events.time, events.rating)
-    start = cut_window(
-        events,
-        report,
-        start=rules.start,
-        end=rules.end,
-        min_items=rules.min_items,
-        rollback_months=rules.rollback_months,
-        k_core=rules.k_core,
-    )
-    if rules.min_user_events > 1:
-        drop_short_users(events, report, rules.min_user_events)
-        events.stage(report, f"users with >= {rules.min_user_events} events")
+    start = cut_window(events, report, rules)
+    drop_short_users(events, report, rules.min_user_events)
     table = _item_table(parts, events, report)
     table = _with_statistics(table, events, everything, start, rules, report)
     return AmazonData(to_interactions(events, table, report), start, [review_stats, meta_stats])
@@ -345,7 +329,7 @@ def _with_statistics(
     if rules.item_statistics == "none":
         return table
     item, time, rating = everything
-    before = (time < start * 1000) & np.isfinite(rating)
+    before = (time < (start or 0) * 1000) & np.isfinite(rating)
     size = len(events.item_ids)
     count = np.bincount(item[before], minlength=size)
     total = np.bincount(item[before], weights=rating[before], minlength=size)

@@ -90,8 +90,8 @@ def _transfer(url: str, part: Path, show: Callable[[int, int | None], None]) -> 
         answer = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing after `have`: it is complete, or of another file
-            total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-            if total == str(have):
+            whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+            if whole == str(have):
                 return have
             part.unlink()
         raise

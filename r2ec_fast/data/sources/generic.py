@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from r2ec_fast.data.blocks import ReadStats
 from r2ec_fast.data.build import (
+    CodedEvents,
     EventCollector,
     drop_short_users,
     match_catalog,
     sort_events,
     to_interactions,
 )
+from r2ec_fast.data.formats import TextFormat, guess_format
 from r2ec_fast.data.items import clean_items, load_items, resolve_columns, unique_items
-from r2ec_fast.data.reader import (
-    ReadStats,
-    TextFormat,
-    add_read_lines,
-    column_names,
-    guess_format,
-    read_blocks,
-)
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
-from r2ec_fast.data.sources.movielens import find_movielens
+from r2ec_fast.data.settings import LoadSettings
+from r2ec_fast.data.sources.movielens import MovieLensLayout, find_movielens
 from r2ec_fast.data.types import InteractionData
 from r2ec_fast.data.window import cut_window
 
@@ -40,25 +37,7 @@ EVENT_ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def load_interactions(
-    path: str | Path,
-    *,
-    items: str | Path | None = None,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    item_columns: Mapping[str, str] | None = None,
-    min_user_events: int = 2,
-    min_rating: float | None = None,
-    rating_range: tuple[float, float] = (0.0, float("inf")),
-    repeats: str = "keep",
-    k_core: int = 0,
-    start: str | None = None,
-    end: str | None = None,
-    min_items: int = 0,
-    rollback_months: int = 3,
-    missing_text: str = "drop",
-    keep_unused_items: bool | None = None,
-    quote: str | None = "auto",
-    truncated: str = "refuse",
+    path: str | Path, *, items: str | Path | None = None, **settings: Any
 ) -> InteractionData:
     """Read interactions and item text.
 
@@ -69,26 +48,7 @@ def load_interactions(
             directory, or a file of sequences (a line: user, then item ids, oldest first).
         items: the item table, any of the table formats. None: a RecBole .item file beside `path`
             or MovieLens' own is used; else every item's title is its id, and the report says so.
-        format: one of "auto" (by name), "csv", "tsv", "jsonl", "parquet", "recbole", "movielens",
-            "sequences".
-        columns: our name (user_id, item_id, timestamp, rating) -> the file's name, where the known
-            aliases (userId, movieId, weight, datetime, ...) do not fit.
-        item_columns: the same for the item table (item_id, title, description, average_rating,
-            rating_number, genres, brand, price, categories); other names become text columns.
-        min_user_events: users with fewer events are dropped (2: a user needs something to predict).
-        min_rating: events rated lower, or not rated, are dropped; None keeps all.
-        rating_range: (lowest, highest) valid rating; the event of an invalid one stays, unrated.
-        repeats: "keep" all events of a user with one item, or only the "first" or "last".
-        k_core: iterative k-core of users and items (in the window); 0 or 1 is off.
-        start, end: keep the events in [start, end), ISO text such as "2022-10-01"; None is open.
-        min_items: move `start` back while fewer items than this have events.
-        rollback_months: by how many months at a time.
-        missing_text: items of events without a row or title in the table: "drop" them with their
-            events, "refuse" the data, or "use_id" as their title.
-        keep_unused_items: whether catalog items without events stay; None: only
-            without a k-core, which says that they do not.
-        quote: the quote character of CSV; None: quotes are ordinary; "auto": '"' in CSV, none else.
-        truncated: a gzip file which stops early: "refuse", or "keep" the rows before the break.
+        **settings: those of `LoadSettings`.
 
     Returns:
         InteractionData; ids are text; users and items are numbered in text order of their ids.
@@ -96,62 +56,72 @@ def load_interactions(
     Raises:
         FileNotFoundError, ValueError: naming the argument, what was expected and what came.
     """
-    path = Path(path)
-    kind = _kind(path, format)
-    report = LoadReport(source=path.name)
-    collector = EventCollector(report, rating_range=rating_range, min_rating=min_rating)
-    layout = find_movielens(path) if kind == "movielens" else None
-    if kind == "sequences":
-        _collect_sequences(path, collector, truncated)
-    else:
-        place, form = (layout.events, layout.event_form) if layout else (path, None)
-        form = form or _form(path, kind, quote)
-        _collect_table(place, form, collector, columns, kind == "recbole", truncated)
-    events = collector.finish()
-    sort_events(events, report, repeats=repeats)
-    events.stage(report, "duplicates and rating rules")
+    return read_interactions(path, items, LoadSettings(**settings))
 
+
+def read_interactions(
+    path: str | Path, items: str | Path | None, settings: LoadSettings
+) -> InteractionData:
+    """`load_interactions` with the settings as one value."""
+    path = Path(path)
+    kind = _kind(path, settings.format)
+    report = LoadReport(source=path.name)
+    layout = find_movielens(path) if kind == "movielens" else None
+    events = _read_events(path, kind, layout, report, settings)
     if items is None and kind == "recbole" and path.with_suffix(".item").exists():
         items = path.with_suffix(".item")
     if items is not None:
-        table = _read_items(Path(items), quote, report, item_columns, truncated)
+        table = _read_items(Path(items), report, settings)
     elif layout is not None:
         table = unique_items(clean_items(layout.read_items(report), report), report)
     else:
         table = pl.DataFrame({"item_id": events.item_ids, "title": events.item_ids})
         report.add("item without item table", table.height, "changed", "its id is its title")
-    table = match_catalog(events, table, report, missing_text=missing_text)
+    table = match_catalog(events, table, report, missing_text=settings.missing_text)
     events.stage(report, "item text")
-    cut_window(
-        events,
-        report,
-        start=start,
-        end=end,
-        min_items=min_items,
-        rollback_months=rollback_months,
-        k_core=k_core,
-    )
-    if min_user_events > 1:
-        drop_short_users(events, report, min_user_events)
-        events.stage(report, f"users with >= {min_user_events} events")
-    keep = k_core < 2 if keep_unused_items is None else keep_unused_items
-    if not keep:
+    cut_window(events, report, settings)
+    drop_short_users(events, report, settings.min_user_events)
+    keep = settings.keep_unused_items
+    if not (settings.k_core < 2 if keep is None else keep):
         used = events.item_ids.gather(np.unique(events.item))
         table = table.filter(pl.col("item_id").is_in(used.implode()))
     return to_interactions(events, table, report)
 
 
-def _read_items(
+def _read_events(
     path: Path,
-    quote: str | None,
+    kind: str,
+    layout: MovieLensLayout | None,
     report: LoadReport,
-    item_columns: Mapping[str, str] | None,
-    truncated: str,
-) -> pl.DataFrame:
-    form = _form(path, "auto", quote)
+    settings: LoadSettings,
+) -> CodedEvents:
+    """The events of the log, ordered, without duplicates."""
+    collector = EventCollector(
+        report, rating_range=settings.rating_range, min_rating=settings.min_rating
+    )
+    if kind == "sequences":
+        _collect_sequences(path, collector, settings.truncated)
+    elif layout is not None:
+        _collect_table(layout.events, layout.event_form, collector, settings)
+    else:
+        form = _form(path, kind, settings.quote)
+        _collect_table(path, form, collector, settings, typed_header=kind == "recbole")
+    events = collector.finish()
+    sort_events(events, report, repeats=settings.repeats)
+    events.stage(report, "duplicates and rating rules")
+    return events
+
+
+def _read_items(path: Path, report: LoadReport, settings: LoadSettings) -> pl.DataFrame:
+    form = _form(path, "auto", settings.quote)
     names = _recbole_names(column_names(path, form)) if path.suffix == ".item" else None
     return load_items(
-        path, form, report, item_columns=item_columns, names=names, truncated=truncated
+        path,
+        form,
+        report,
+        item_columns=settings.item_columns,
+        names=names,
+        truncated=settings.truncated,
     )
 
 
@@ -190,17 +160,18 @@ def _collect_table(
     path: Path,
     form: TextFormat,
     collector: EventCollector,
-    columns: Mapping[str, str] | None,
-    typed_header: bool,
-    truncated: str,
+    settings: LoadSettings,
+    *,
+    typed_header: bool = False,
 ) -> None:
     header = column_names(path, form)
     plain = [_recbole_names(header)[h] for h in header] if typed_header else header
-    found = resolve_columns(plain, EVENT_ALIASES, columns, ("user_id", "item_id"), "columns", path)
+    required = ("user_id", "item_id")
+    found = resolve_columns(plain, EVENT_ALIASES, settings.columns, required, "columns", path)
     theirs = {ours: header[plain.index(column)] for ours, column in found.items()}
     stats = ReadStats()
     wanted = list(dict.fromkeys(theirs.values()))
-    for block in read_blocks(path, wanted, form, stats, truncated=truncated):
+    for block in read_blocks(path, wanted, form, stats, truncated=settings.truncated):
         collector.add(block.select([pl.col(c).alias(ours) for ours, c in theirs.items()]))
     add_read_lines(stats, collector.report)
 

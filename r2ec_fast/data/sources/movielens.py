@@ -7,7 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from r2ec_fast.data.reader import ReadStats, TextFormat, add_read_lines, read_blocks
+from r2ec_fast.data.blocks import ReadStats
+from r2ec_fast.data.formats import TextFormat
+from r2ec_fast.data.reader import add_read_lines, read_blocks
 from r2ec_fast.data.report import LoadReport
 
 GENRES_100K = (

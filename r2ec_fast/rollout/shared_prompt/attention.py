@@ -5,6 +5,8 @@ product: [G * rep, D] x [D, P]. Nothing is repeated, so the prompt's cache is re
 suffix scores are laid beside the prefix scores and one softmax covers both.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +56,8 @@ def rollout_attention(
         raise ValueError(f"{NAME} attention takes no attention_mask and no dropout")
     if rollout_cache.suffix_length is None:
         return _prefill(query, key, value, scaling, softcap, sliding_window), None
-    return _decode(rollout_cache, module.layer_idx, query, scaling, softcap, sliding_window), None
+    layer = cast(int, module.layer_idx)
+    return _decode(rollout_cache, layer, query, scaling, softcap, sliding_window), None
 
 
 def _prefill(

@@ -76,11 +76,10 @@ class SharedPromptCache(Cache):
         prompts, longest = self.num_prompts, int(self.lengths.max())
         self.lengths = self.lengths.to(like.device)
         # zeros: padding is masked by a zero weight, which must not meet a NaN
-        self.prefix.append(tuple(like.new_zeros(prompts, heads, longest, dim) for _ in range(2)))
-        slots = prompts * self.num_samples
-        self.suffix.append(
-            tuple(like.new_empty(slots, heads, self.max_suffix, dim) for _ in range(2))
-        )
+        prefix = (prompts, heads, longest, dim)
+        self.prefix.append((like.new_zeros(prefix), like.new_zeros(prefix)))
+        suffix = (prompts * self.num_samples, heads, self.max_suffix, dim)
+        self.suffix.append((like.new_empty(suffix), like.new_empty(suffix)))
 
     def advance(self, keep: Tensor | None) -> Tensor:
         """Make room for one token a row; returns the position ids [n, 1] of the new tokens.
@@ -129,7 +128,7 @@ class SharedPromptCache(Cache):
         return self._bias[window]
 
     def _make_bias(self, window: int | None) -> Tensor | None:
-        longest, suffix = self.prefix[0][0].shape[2], self.suffix_length
+        longest, suffix = self.prefix[0][0].shape[2], self.suffix_length or 0
         ragged = bool((self.lengths < longest).any())
         if not ragged and (window is None or longest + suffix <= window):
             return None

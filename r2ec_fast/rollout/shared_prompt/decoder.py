@@ -13,6 +13,7 @@ from r2ec_fast.model.hf_compat import (
     model_device,
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
+from r2ec_fast.packing.ragged import Ragged, Rows
 from r2ec_fast.rollout.shared_prompt import attention
 from r2ec_fast.rollout.shared_prompt.cache import SharedPromptCache
 
@@ -58,21 +59,20 @@ class SharedPromptDecoder:
         if batch:
             yield batch
 
-    def start(
-        self, prompts: Sequence[Sequence[int]], num_generations: int, max_completion_length: int
-    ) -> Tensor:
+    def start(self, prompts: Rows, num_generations: int, max_completion_length: int) -> Tensor:
         """Prefill the prompts one after the other; returns the next-token logits [B * G, V]."""
-        lengths = [len(prompt) for prompt in prompts]
+        prompts = Ragged.of(prompts, "prompts")
         known = self._prefix
         if known is not None and not known.begins(prompts):
             known = None
         first = 0 if known is None else len(known)
+        lengths = prompts.lengths.tolist()
         self._cache = SharedPromptCache(lengths, num_generations, max_completion_length, known)
         device = model_device(self._model)
         logits = []
         for index, prompt in enumerate(prompts):
             self._cache.prompt = index
-            ids = torch.tensor([prompt[first:]], device=device)
+            ids = torch.from_numpy(prompt[first:]).to(device, torch.int64)[None]
             logits.append(self._forward(ids, torch.arange(first, len(prompt), device=device)[None]))
         return torch.cat(logits).repeat_interleave(num_generations, 0)
 

@@ -6,18 +6,35 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.packing.ragged import Ragged, Rows
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.sampling import SamplingParams
 
-Scorer = Callable[[Sequence[Sequence[int]], Rollouts, float], np.ndarray]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Scorer = Callable[[Ragged, Rollouts, float], np.ndarray]
 Completion = tuple[list[int], list[float]]  # token ids and their log-probabilities
+
+
+def _one_adapter(policy: nn.Module | None) -> "PeftModel | None":
+    if policy is None:
+        return None
+    from peft import PeftModel
+
+    if not isinstance(policy, PeftModel) or len(policy.active_adapters) != 1:
+        raise ValueError(
+            f"policy must be a PeftModel with one active adapter, got {type(policy).__name__}"
+        )
+    return policy
 
 
 class VLLMBase(ABC):
@@ -43,24 +60,20 @@ class VLLMBase(ABC):
         scorer: Scorer | None,
         adapter_dir: str | None = None,
     ) -> None:
-        if policy is not None and len(getattr(policy, "active_adapters", ())) != 1:
-            raise ValueError(
-                f"policy must be a PeftModel with one active adapter, got {type(policy).__name__}"
-            )
         self.stop = MarkerStop(tokenizer, marker)
         if marker_ids is None:
             marker_ids = tokenizer.encode(marker, add_special_tokens=False)
         self.marker_ids = [int(token) for token in marker_ids]
         eos = [tokenizer.eos_token_id] if eos_token_ids is None else eos_token_ids
         self.eos_token_ids = frozenset(int(token) for token in eos if token is not None)
-        self.policy = policy
+        self.policy = _one_adapter(policy)
         self.scorer = scorer
         self._adapters = tempfile.TemporaryDirectory(prefix="r2ec-adapters-", dir=adapter_dir)
         self._version = 0
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Rows,
         *,
         user_keys: Sequence[int],
         num_generations: int,
@@ -79,14 +92,14 @@ class VLLMBase(ABC):
         Raises:
             ValueError: bad arguments, or `top_k > 0` without a scorer.
         """
-        check_request(prompts, user_keys, num_generations, max_completion_length)
+        prompts = check_request(prompts, user_keys, num_generations, max_completion_length)
         params = SamplingParams(temperature, top_k, greedy)
         if self.scorer is None and not greedy and top_k > 0:
             raise ValueError(
                 f"top_k={top_k} needs a scorer: vLLM's log-probabilities are renormalised to the "
                 "top-k; give the engine a scorer or sample with top_k=0"
             )
-        if not prompts:
+        if not len(prompts):
             return assemble([], self.marker_ids)
         # the samples of a request use its seed + 0 .. G - 1
         seeds = (row_keys(user_keys, 1, seed=seed, step=step) & (2**62 - 1)).tolist()
@@ -106,7 +119,7 @@ class VLLMBase(ABC):
     @abstractmethod
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Ragged,
         seeds: Sequence[int],
         num_generations: int,
         max_completion_length: int,

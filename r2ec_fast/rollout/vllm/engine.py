@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout.sampling import SamplingParams
 from r2ec_fast.rollout.vllm.common import Completion, Scorer, VLLMBase
 
@@ -90,14 +91,14 @@ class VLLMEngine(VLLMBase):
 
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Ragged,
         seeds: Sequence[int],
         num_generations: int,
         max_completion_length: int,
         params: SamplingParams,
     ) -> list[Completion]:
         outputs = self.llm.generate(
-            [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompts],
+            [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
             [self._settings(key, num_generations, max_completion_length, params) for key in seeds],
             lora_request=self._lora_request,
             use_tqdm=False,

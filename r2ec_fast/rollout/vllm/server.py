@@ -9,9 +9,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout.sampling import SamplingParams
 from r2ec_fast.rollout.vllm.common import Completion, Scorer, VLLMBase
 
@@ -67,7 +69,8 @@ class VLLMServerEngine(VLLMBase):
     def _check_mode(self) -> None:
         # the one token that top_k=1 keeps has probability 1 only where truncation is counted
         params = SamplingParams(temperature=2.0, top_k=1)
-        ((_, log_probs),) = self._complete([[self.marker_ids[0]]], [0], 1, 1, params)
+        one_token = Ragged.of([self.marker_ids[:1]])
+        ((_, log_probs),) = self._complete(one_token, [0], 1, 1, params)
         if log_probs[0] < -1e-3:
             raise ValueError(
                 f"the server at {self.url} must run with --logprobs-mode processed_logprobs"
@@ -101,16 +104,16 @@ class VLLMServerEngine(VLLMBase):
 
     def _complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Ragged,
         seeds: Sequence[int],
         num_generations: int,
         max_completion_length: int,
         params: SamplingParams,
     ) -> list[Completion]:
-        def ask(prompt: Sequence[int], seed: int) -> list[Completion]:
+        def ask(prompt: np.ndarray, seed: int) -> list[Completion]:
             body = {
                 "model": self._served,
-                "prompt": [int(token) for token in prompt],
+                "prompt": prompt.tolist(),
                 "n": num_generations,
                 "temperature": 0.0 if params.greedy else params.temperature,
                 "top_k": 0 if params.greedy else params.top_k,

@@ -142,7 +142,7 @@ def stable_ranks(queries, items, targets, similarity, alive=None):
 @pytest.fixture
 def fine(passes, monkeypatch):
     """Codes of two numbers, whatever the CPU."""
-    monkeypatch.setattr(extension, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(extension, "has_amx", lambda: True)
     used = []
     one_pass = extension.code_stats
     monkeypatch.setattr(
@@ -195,7 +195,7 @@ def test_fine_codes_leave_few_pairs_open(fine):
     queries = items[:16] + 3 * torch.randn(16, 64, generator=generator)
     index = ItemIndex(items, similarity="cosine", temperature=0.02)
     index.target_stats(queries, torch.arange(16))
-    assert fine[0].complete and fine[0].near.numel() < 16  # of 96,000
+    assert fine[0].complete and fine[0].near_ties.numel() < 16  # of 96,000
 
 
 def test_rows_that_codes_cannot_hold_are_ranked_by_themselves(fine):
@@ -216,8 +216,8 @@ def stats_of(queries, items, targets, most_near=1 << 20):
     logit = (1 / query.scale).float() * 1.442695
     own = targets * len(queries) + torch.arange(len(queries))
     one = torch.ones(len(queries), dtype=torch.float64)
-    contest = extension.Contest(raw, raw.float(), logit, one, own)
-    return extension.stats(items, query, contest, most_near)
+    compared = extension.RankTargets(raw, raw.float(), logit, one, own)
+    return extension.stats(items, query, compared, most_near)
 
 
 @pytest.mark.parametrize("batch", [2, 33])
@@ -233,15 +233,16 @@ def test_sums_do_not_depend_on_threads(passes, batch):
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        assert torch.equal(other.mass, found[0].mass) and torch.equal(other.peak, found[0].peak)
-        assert torch.equal(other.ahead, found[0].ahead) and torch.equal(other.near, found[0].near)
+        assert torch.equal(other.l, found[0].l) and torch.equal(other.m, found[0].m)
+        assert torch.equal(other.ahead, found[0].ahead)
+        assert torch.equal(other.near_ties, found[0].near_ties)
 
 
 def test_too_many_ties_stop_the_pass_and_are_settled_elsewhere(passes):
     items = torch.ones(6400, 8)
     queries = torch.ones(6, 8)
     found = stats_of(queries, items, torch.arange(6), most_near=50)
-    assert not found.complete and found.near.numel() < 6399 * 6
+    assert not found.complete and found.near_ties.numel() < 6399 * 6
     assert stats_of(queries, items, torch.arange(6), most_near=64 * 1000).complete
     rank = target_stats(queries, items, torch.arange(6)).rank
     assert torch.equal(rank, torch.arange(1, 7))

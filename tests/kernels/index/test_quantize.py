@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r2ec_kernels._scan.blocks import Buffer
-from r2ec_kernels.index.quantize import PRODUCTS
+from r2ec_kernels.index.products import PRODUCTS
 
 TO_BF16 = [p for products in PRODUCTS.values() for p in products if p.rounding]
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..._numbers import LOG2_E
+
 STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
 
 
@@ -32,10 +34,20 @@ class HeadForward(NamedTuple):
 
     log_prob: torch.Tensor  # [T]
     entropy: torch.Tensor  # [T], or [0] if not asked for
-    maximum: torch.Tensor  # [T], of the transformed logits, in units of log 2
-    total: torch.Tensor  # [T], sum exp(x - maximum)
+    m: torch.Tensor  # [T], largest transformed logit, in units of log 2
+    l: torch.Tensor  # [T], sum 2^(x - m)
     jacobian: torch.Tensor  # [T, d] d log_prob / d hidden, or [0, d]
     logits: torch.Tensor  # [T, V], counted rows first, in units of log 2 (soft-capped: tanh)
+
+
+class OnlineSoftmax(NamedTuple):
+    """The running values of a tile of n rows after the whole vocabulary; x in units of log 2."""
+
+    m: torch.Tensor  # [n], largest x
+    l: torch.Tensor  # [n], sum 2^(x - m)
+    weighted: torch.Tensor | None  # [n], sum 2^(x - m) (x - m), for the entropy
+    picked: torch.Tensor  # [n], x of the target
+    acc: torch.Tensor | None  # [n, d], sum 2^(x - m) (slope of the soft-cap) w, for the Jacobian
 
 
 class HeadGradients(NamedTuple):
@@ -73,8 +85,8 @@ def empty_forward(
     return HeadForward(
         log_prob=hidden.new_zeros(num, dtype=dtype),
         entropy=hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
-        maximum=hidden.new_zeros(num, dtype=dtype),
-        total=hidden.new_ones(num, dtype=dtype),
+        m=hidden.new_zeros(num, dtype=dtype),
+        l=hidden.new_ones(num, dtype=dtype),
         jacobian=hidden.new_zeros(num if mode == "jacobian" else 0, d, dtype=dtype),
         logits=hidden.new_empty(num if stored else 0, vocab, dtype=dtype),
     )
@@ -95,6 +107,47 @@ def row_parts(
         return
     yield (counted & differentiated).nonzero()[:, 0], True
     yield (counted & ~differentiated).nonzero()[:, 0], False
+
+
+def scales(settings: HeadSettings) -> tuple[float, float]:
+    """(inner, outer): factors of a product before and after the soft-cap that make it a logit in
+    units of log 2, temperature included; without a soft-cap the first is all."""
+    scale = LOG2_E / settings.temperature
+    if settings.softcap is None:
+        return scale, 1.0
+    return 1 / settings.softcap, settings.softcap * scale
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out = left @ right``, summed in the type of ``out``."""
+    if left.dtype == out.dtype:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def write_results(
+    out: HeadForward,
+    rows: torch.Tensor,  # [n], of the tile
+    weight: torch.Tensor,
+    target: torch.Tensor,  # [n]
+    picked_slope: torch.Tensor | None,  # [n], of the soft-cap at the target; None without one
+    found: OnlineSoftmax,
+    settings: HeadSettings,
+) -> None:
+    """Write a tile's results; ``found.acc`` is used up. Negative targets are not counted."""
+    counted = target >= 0
+    log_l = found.l.log2()
+    out.m[rows], out.l[rows] = found.m, found.l
+    out.log_prob[rows] = torch.where(counted, found.picked - found.m - log_l, 0.0) / LOG2_E
+    if found.weighted is not None and settings.entropy:
+        entropy = log_l - found.weighted / found.l
+        out.entropy[rows] = torch.where(counted, entropy, 0.0) / LOG2_E
+    if found.acc is not None:
+        chosen = weight[target.clamp(min=0)].to(found.acc.dtype)
+        if picked_slope is not None:
+            chosen *= picked_slope[:, None]
+        chosen.sub_(found.acc.div_(found.l[:, None])).div_(settings.temperature)
+        out.jacobian[rows] = chosen.masked_fill_(~counted[:, None], 0.0)
 
 
 def slope(tanh: torch.Tensor) -> torch.Tensor:
@@ -141,7 +194,7 @@ def block_gradients(
     d, compute, dtype = weight.shape[1], settings.compute, accumulate_dtype(settings.compute)
     d_hidden = hidden.new_zeros(rows.numel() if needed[0] else 0, d, dtype=dtype)
     d_weight = torch.empty_like(weight) if needed[1] else None
-    d_bias = torch.empty_like(bias) if needed[2] else None
+    d_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
     for start in range(0, weight.shape[0], columns):
         block = weight[start : start + columns].to(compute)
         dw = hidden.new_zeros(block.shape[0] if needed[1] else 0, d, dtype=dtype)

@@ -1,7 +1,22 @@
-"""The language-model head in flash form, in plain torch: any device, never [tokens, vocab].
+"""The language-model head in flash form, in plain torch: any device, never [tokens, vocabulary].
 
-Blocks of the vocabulary are streamed with an online maximum. For a frozen head the same pass also
-accumulates ``sum_v p_v f_v W_v``, so that it yields the log-probability and its Jacobian row.
+For states H [T, d] and a head W [V, d], with x = outer * f(inner * (h . w_v + bias_v)) the logit in
+units of log 2 (f: tanh with a soft-cap, else identity), every row keeps an online softmax:
+
+    m = max_v x,  l = sum_v 2^(x - m),  weighted = sum_v 2^(x - m) (x - m),
+    acc = sum_v 2^(x - m) f' w_v                     (frozen head only)
+
+    log_prob = ln 2 (x[target] - m - log2 l),  entropy = ln 2 (log2 l - weighted / l),
+    d log_prob / d h = (f'[target] w[target] - acc / l) / temperature
+
+so that one pass over the vocabulary yields the log-probability and, for a frozen head, its Jacobian
+row. A trainable head keeps its logits where they are few, else backward makes them again.
+
+Tiles: at most ROW_TILE rows against a block of the vocabulary whose logits (TILE_ELEMENTS) stay in
+the last-level cache and whose rows of W (BLOCK_BYTES) do too until the second product reads them.
+Reads W once a row tile, H once; writes nothing of size [T, V]. FLOPs: 2 T V d a product: one
+forward without, two with the Jacobian; backward with a trainable head three (two from stored
+logits). Numerics: products of ``settings.compute``, everything else float32 (float64 for float64).
 """
 
 from dataclasses import dataclass
@@ -13,13 +28,17 @@ from .common import (
     HeadForward,
     HeadGradients,
     HeadSettings,
+    OnlineSoftmax,
     accumulate_dtype,
     addmm,
     block_gradients,
     empty_forward,
     live_rows,
+    multiply,
     row_parts,
+    scales,
     slope,
+    write_results,
 )
 
 ROW_TILE = 1024  # rows of one pass over the vocabulary
@@ -36,9 +55,10 @@ class _Tiles:
         compute, accumulate: types of the products' inputs and of everything else.
         inner: factor of the product before the soft-cap (or of all, without one).
         outer: factor after the soft-cap.
-        fold: multiply ``inner`` into the hidden states (not where it would be rounded to 16 bits).
+        prescaled: ``inner`` is multiplied into the hidden states (not where it would be rounded to
+            16 bits).
         width: rows of the head of a block.
-        first, second: room for the logits of a tile, and for their exponentials where the logits
+        first, second: memory for the logits of a tile, and for their exponentials where the logits
             themselves are still needed then.
     """
 
@@ -47,7 +67,7 @@ class _Tiles:
     softcap: bool
     inner: float
     outer: float
-    fold: bool
+    prescaled: bool
     width: int
     first: torch.Tensor
     second: torch.Tensor
@@ -55,7 +75,7 @@ class _Tiles:
     def hidden(self, rows: torch.Tensor) -> torch.Tensor:
         """States [n, d] as the product wants them."""
         rows = rows.to(self.compute)
-        return rows * self.inner if self.fold else rows
+        return rows * self.inner if self.prescaled else rows
 
     def logits(
         self,
@@ -65,20 +85,17 @@ class _Tiles:
         out: torch.Tensor,  # [n, w]
     ) -> torch.Tensor:
         """Logits in units of log 2, or the tanh of capped ones."""
-        if out.dtype == hidden.dtype:
-            torch.mm(hidden, block.T, out=out)
-        else:
-            torch.mm(hidden, block.T, out_dtype=out.dtype, out=out)
-        if not self.fold:
+        multiply(hidden, block.T, out)
+        if not self.prescaled:
             out.mul_(self.inner)
         if bias is not None:
             out.add_(bias.to(self.accumulate), alpha=self.inner)
         return out.tanh_() if self.softcap else out
 
-    def shifted(self, logits: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-        """``x - maximum`` [n, w] from what :meth:`logits` gave, in its place if it can be lost."""
+    def shifted(self, logits: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """``x - m`` [n, w] from what :meth:`logits` gave, in its place if it can be lost."""
         out = self.second[: logits.numel()].view_as(logits) if self.second.numel() else logits
-        return torch.add(-maximum[:, None], logits, alpha=self.outer, out=out)
+        return torch.add(-m[:, None], logits, alpha=self.outer, out=out)
 
 
 def head_forward(
@@ -129,14 +146,14 @@ def _tiles(
     width = vocab if stored else min(max(MIN_BLOCK, min(by_logits, by_bytes)), vocab)
     accumulate = accumulate_dtype(compute)
     capped = settings.softcap is not None
-    scale = LOG2_E / settings.temperature
+    inner, outer = scales(settings)
     return _Tiles(
         compute=compute,
         accumulate=accumulate,
         softcap=capped,
-        inner=1 / settings.softcap if capped else scale,
-        outer=settings.softcap * scale if capped else 1.0,
-        fold=compute == accumulate,
+        inner=inner,
+        outer=outer,
+        prescaled=compute == accumulate,
         width=width,
         first=hidden.new_empty(rows * width, dtype=accumulate),
         second=hidden.new_empty(rows * width if capped or stored else 0, dtype=accumulate),
@@ -159,10 +176,10 @@ def _stream(
     num = rows.numel()
     tile = tiles.hidden(hidden[rows])  # [n, d]
     target = targets[rows]
-    # the lowest finite number, so that a block of -inf alone gives exp(-inf - maximum) = 0
-    maximum = out.total.new_full((num,), torch.finfo(tiles.accumulate).min)
-    total, weighted, picked = (torch.zeros_like(maximum) for _ in range(3))
-    mean = torch.zeros_like(tile, dtype=tiles.accumulate) if jacobian else None  # sum e f W
+    # the lowest finite number, so that a block of -inf alone gives exp(-inf - m) = 0
+    m = out.l.new_full((num,), torch.finfo(tiles.accumulate).min)
+    l, weighted, picked = (torch.zeros_like(m) for _ in range(3))
+    acc = torch.zeros_like(tile, dtype=tiles.accumulate) if jacobian else None
     for start in range(0, weight.shape[0], tiles.width):
         block = weight[start : start + tiles.width].to(tiles.compute)
         part = None if bias is None else bias[start : start + tiles.width]
@@ -174,32 +191,25 @@ def _stream(
         local = local.clamp(0, columns - 1)[:, None]
         picked = torch.where(inside, logits.gather(1, local)[:, 0], picked)
 
-        above = torch.maximum(maximum, logits.amax(1).mul_(tiles.outer))
-        lowered = maximum - above
+        above = torch.maximum(m, logits.amax(1).mul_(tiles.outer))
+        lowered = m - above
         rescale = lowered.exp2()
-        maximum = above
-        x = tiles.shifted(logits, maximum)
+        m = above
+        x = tiles.shifted(logits, m)
         e = x.exp2() if settings.entropy else x.exp2_()
         if settings.entropy:
-            # sum e (x - maximum), moved along with the maximum; clamped because -inf * 0 is NaN
+            # sum e (x - m), moved along with m; clamped because -inf * 0 is NaN
             here = x.clamp_(min=torch.finfo(x.dtype).min).mul_(e).sum(1)
-            weighted = torch.addcmul(here, rescale, torch.addcmul(weighted, total, lowered))
-        total = torch.addcmul(e.sum(1), total, rescale)
-        if mean is not None:
+            weighted = torch.addcmul(here, rescale, torch.addcmul(weighted, l, lowered))
+        l = torch.addcmul(e.sum(1), l, rescale)
+        if acc is not None:
             if tiles.softcap:
                 e.mul_(slope(logits))
-            addmm(mean.mul_(rescale[:, None]), e, block)
+            addmm(acc.mul_(rescale[:, None]), e, block)
 
-    out.maximum[rows], out.total[rows] = maximum, total
-    log_total = total.log2()
-    out.log_prob[rows] = (picked * tiles.outer - maximum - log_total) / LOG2_E
-    if settings.entropy:
-        out.entropy[rows] = (log_total - weighted / total) / LOG2_E
-    if mean is not None:
-        chosen = weight[target].to(tiles.accumulate)
-        if tiles.softcap:
-            chosen.mul_(slope(picked)[:, None])
-        out.jacobian[rows] = chosen.sub_(mean.div_(total[:, None])).div_(settings.temperature)
+    found = OnlineSoftmax(m, l, weighted, picked * tiles.outer, acc)
+    picked_slope = slope(picked) if tiles.softcap else None
+    write_results(out, rows, weight, target, picked_slope, found, settings)
 
 
 def head_backward(
@@ -215,7 +225,7 @@ def head_backward(
 ) -> HeadGradients:
     """Gradients from stored or recomputed logits: one unit, and one each for hidden and weight.
 
-    Rows whose incoming gradient is zero are left out.
+    Rows whose incoming gradient is zero are skipped.
     """
     stored = forward.logits.shape[0] > 0
     if stored:
@@ -252,14 +262,15 @@ def _grad_logits(
     grad_entropy: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of the uncapped logits times the temperature, [n, w]."""
-    total = forward.total[rows]
-    x = tiles.shifted(logits, forward.maximum[rows])
+    l = forward.l[rows]
+    x = tiles.shifted(logits, forward.m[rows])
     if grad_entropy is None:
-        dz = x.exp2_().mul_((-grad_log_prob[rows] / total)[:, None])
+        assert grad_log_prob is not None  # ``LinearLogProb.backward`` returns where both are None
+        dz = x.exp2_().mul_((-grad_log_prob[rows] / l)[:, None])
     else:
         # -p (g_entropy (log p + entropy) + g_log_prob)
-        dz = x.exp2().mul_(-(1 / total)[:, None])
-        scale = x.clamp_(min=torch.finfo(x.dtype).min).sub_(total.log2()[:, None]).div_(LOG2_E)
+        dz = x.exp2().mul_(-(1 / l)[:, None])
+        scale = x.clamp_(min=torch.finfo(x.dtype).min).sub_(l.log2()[:, None]).div_(LOG2_E)
         scale.add_(forward.entropy[rows, None]).mul_(grad_entropy[rows, None])
         if grad_log_prob is not None:
             scale.add_(grad_log_prob[rows, None])

@@ -1,7 +1,14 @@
 """The language-model head in flash form: how the kernels of ``triton_kernels`` are launched.
 
-Two ways: library products with one kernel that folds a block of logits between them, for any width;
-and, for narrow heads, one kernel that does both products itself. Float64 has no kernels.
+What is computed is that of ``torch.py``; there are two ways. For any width a matrix library makes
+the products of ROW_TILE rows and BLOCK_COLUMNS words, and ``update_kernel`` takes them into the
+online softmax; with a Jacobian the library then multiplies its exponentials with the head. For
+narrow heads (d <= FUSED_WIDTH) ``fused_kernel`` does both products, and few rows split the
+vocabulary, which the launcher merges by the splits' maxima. Logits are never stored:
+``grad_kernel`` makes gradients from recomputed products.
+
+Memory above the results: BLOCK_COLUMNS logits a row (float32, and their exponentials in the type of
+the products); with splits, their m, l, picked and acc. Float64 has no kernels.
 """
 
 from typing import Any
@@ -9,20 +16,23 @@ from typing import Any
 import torch
 import triton
 
-from ..._numbers import LOG2_E
 from .common import (
     HeadForward,
     HeadGradients,
     HeadSettings,
+    OnlineSoftmax,
     accumulate_dtype,
     addmm,
     block_gradients,
     empty_forward,
     live_rows,
+    multiply,
     row_parts,
+    scales,
     slope,
+    write_results,
 )
-from .triton_kernels import fold_kernel, fused_kernel, grad_kernel
+from .triton_kernels import fused_kernel, grad_kernel, update_kernel
 
 ROW_TILE = 4096  # rows of one pass over the vocabulary
 BLOCK_COLUMNS = 2048  # vocabulary of a block: 32 MiB of float32 logits stay in the L2 cache
@@ -35,19 +45,6 @@ BLOCK_SIZES = (  # that tests may change
     *("ROW_TILE", "BLOCK_COLUMNS", "FUSED_WIDTH", "FUSED_TYPES", "FUSED_ROWS", "FUSED_COLUMNS"),
     *("FUSED_ROWS_SOFTCAP", "FUSED_PROGRAMS"),
 )
-
-
-def _scales(settings: HeadSettings) -> tuple[float, float]:
-    scale = LOG2_E / settings.temperature
-    if settings.softcap is None:
-        return scale, 1.0
-    return 1 / settings.softcap, settings.softcap * scale
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    if left.dtype == out.dtype:
-        return torch.mm(left, right, out=out)
-    return torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def head_forward(
@@ -71,89 +68,70 @@ def head_forward(
             states, target = hidden[tile].to(settings.compute), targets[tile]
             narrow = d <= FUSED_WIDTH and settings.compute in FUSED_TYPES
             fused = with_jacobian and narrow and not settings.entropy
-            run = _fused if fused else _folded
-            found = run(states, weight, target, bias, with_jacobian, settings)
-            _finish(out, tile, weight, target, counted[tile], found, settings)
+            if fused:
+                found = _fused(states, weight, target, bias, settings)
+            else:
+                found = _streamed(states, weight, target, bias, with_jacobian, settings)
+            picked_slope = None
+            if settings.softcap is not None:
+                picked_slope = slope(found.picked / scales(settings)[1])
+            write_results(out, tile, weight, target, picked_slope, found, settings)
     return out
 
 
-def _finish(
-    out: HeadForward,
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    counted: torch.Tensor,
-    found: tuple[torch.Tensor, ...],
-    settings: HeadSettings,
-) -> None:
-    """Write a tile's results: (maximum, total, weighted, picked, mean or None)."""
-    maximum, total, weighted, picked, mean = found
-    log_total = total.log2()
-    out.maximum[rows], out.total[rows] = maximum, total
-    out.log_prob[rows] = torch.where(counted, picked - maximum - log_total, 0.0) / LOG2_E
-    if settings.entropy:
-        out.entropy[rows] = torch.where(counted, log_total - weighted / total, 0.0) / LOG2_E
-    if mean is not None:
-        chosen = weight[target.clamp(min=0)].to(mean.dtype)
-        if settings.softcap is not None:
-            chosen *= slope(picked / _scales(settings)[1])[:, None]
-        chosen -= mean / total[:, None]
-        out.jacobian[rows] = torch.where(counted[:, None], chosen / settings.temperature, 0.0)
-
-
-def _folded(
+def _streamed(
     states: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
     jacobian: bool,
     settings: HeadSettings,
-) -> tuple[torch.Tensor, ...]:
-    """Library products with the fold kernel between them."""
+) -> OnlineSoftmax:
+    """Library products with the update kernel between them."""
     num, d = states.shape
     vocab = weight.shape[0]
-    maximum = states.new_full((num,), torch.finfo(torch.float32).min, dtype=torch.float32)
-    total, weighted, picked = (torch.zeros_like(maximum) for _ in range(3))
-    mean = states.new_zeros(num, d, dtype=torch.float32) if jacobian else None
+    m = states.new_full((num,), torch.finfo(torch.float32).min, dtype=torch.float32)
+    l, weighted, picked = (torch.zeros_like(m) for _ in range(3))
+    acc = states.new_zeros(num, d, dtype=torch.float32) if jacobian else None
     width = min(BLOCK_COLUMNS, vocab)
     z = states.new_empty(num * width, dtype=torch.float32)
-    p = states.new_empty(num * width if jacobian else 0)
-    inner, outer = _scales(settings)
+    e = states.new_empty(num * width if jacobian else 0)
+    inner, outer = scales(settings)
     for start in range(0, vocab, width):
         block = weight[start : start + width].to(states.dtype)
         columns = block.shape[0]
-        logits = _product(states, block.T, z[: num * columns].view(num, columns))
+        logits = multiply(states, block.T, z[: num * columns].view(num, columns))
         # without a Jacobian nothing is written: any pointer will do
-        into = p[: num * columns].view(num, columns) if jacobian else logits
-        fold_kernel[(num,)](
-            logits,
-            into,
-            bias if bias is not None else logits,
-            target,
-            maximum,
-            total,
-            weighted,
-            picked,
-            mean if jacobian else logits,
-            start,
-            columns,
-            d,
-            columns,
-            columns,
-            d,
-            inner,
-            outer,
+        into = e[: num * columns].view(num, columns) if jacobian else logits
+        update_kernel[(num,)](
+            z_ptr=logits,
+            e_ptr=into,
+            bias_ptr=bias if bias is not None else logits,
+            target_ptr=target,
+            m_ptr=m,
+            l_ptr=l,
+            weighted_ptr=weighted,
+            picked_ptr=picked,
+            acc_ptr=acc if acc is not None else logits,
+            start=start,
+            columns=columns,
+            d=d,
+            stride_z=logits.stride(0),
+            stride_e=into.stride(0),
+            stride_acc=d,
+            inner=inner,
+            outer=outer,
             HAS_BIAS=bias is not None,
             SOFTCAP=settings.softcap is not None,
             ENTROPY=settings.entropy,
             JACOBIAN=jacobian,
-            BLOCK_V=triton.next_power_of_2(width),
+            BLOCK_N=triton.next_power_of_2(width),
             BLOCK_D=min(1024, triton.next_power_of_2(d)),
             num_warps=8,
         )
-        if mean is not None:
-            addmm(mean, into, block)
-    return maximum, total, weighted, picked, mean
+        if acc is not None:
+            addmm(acc, into, block)
+    return OnlineSoftmax(m, l, weighted, picked, acc)
 
 
 def _fused(
@@ -161,9 +139,8 @@ def _fused(
     weight: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
-    jacobian: bool,
     settings: HeadSettings,
-) -> tuple[torch.Tensor | None, ...]:
+) -> OnlineSoftmax:
     """One kernel for a narrow head; splits of the vocabulary are merged by their maxima."""
     num, d = states.shape
     vocab = weight.shape[0]
@@ -172,42 +149,42 @@ def _fused(
     splits = max(1, min(FUSED_PROGRAMS // tiles, triton.cdiv(vocab, 8 * FUSED_COLUMNS)))
     per_split = triton.cdiv(triton.cdiv(vocab, splits), FUSED_COLUMNS) * FUSED_COLUMNS
     splits = triton.cdiv(vocab, per_split)
-    maximum, total, picked = states.new_empty(3, splits, num, dtype=torch.float32)
-    mean = states.new_empty(splits, num, d, dtype=torch.float32)
+    m, l, picked = states.new_empty(3, splits, num, dtype=torch.float32)
+    acc = states.new_empty(splits, num, d, dtype=torch.float32)
     weight = weight.to(states.dtype)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    inner, outer = _scales(settings)
+    inner, outer = scales(settings)
     fused_kernel[(tiles, splits)](
-        states,
-        weight,
-        bias if bias is not None else weight,
-        target,
-        maximum,
-        total,
-        picked,
-        mean,
-        num,
-        vocab,
-        d,
-        per_split,
-        states.stride(0),
-        weight.stride(0),
-        inner,
-        outer,
+        hidden_ptr=states,
+        weight_ptr=weight,
+        bias_ptr=bias if bias is not None else weight,
+        target_ptr=target,
+        m_ptr=m,
+        l_ptr=l,
+        picked_ptr=picked,
+        acc_ptr=acc,
+        num_tokens=num,
+        vocab=vocab,
+        d=d,
+        per_split=per_split,
+        stride_hidden=states.stride(0),
+        stride_weight=weight.stride(0),
+        inner=inner,
+        outer=outer,
         HAS_BIAS=bias is not None,
         SOFTCAP=settings.softcap is not None,
         PRECISION="ieee",
-        BLOCK_T=row_tile,
-        BLOCK_V=FUSED_COLUMNS,
+        BLOCK_M=row_tile,
+        BLOCK_N=FUSED_COLUMNS,
         BLOCK_D=max(16, triton.next_power_of_2(d)),
         num_warps=4,
         num_stages=2,
     )
-    top = maximum.amax(0)
-    scale = (maximum - top).exp2()
-    total = (total * scale).sum(0)
-    return top, total, None, picked.sum(0), (mean * scale[..., None]).sum(0)
+    top = m.amax(0)
+    scale = (m - top).exp2()
+    l = (l * scale).sum(0)
+    return OnlineSoftmax(top, l, None, picked.sum(0), (acc * scale[..., None]).sum(0))
 
 
 def head_backward(
@@ -231,11 +208,10 @@ def head_backward(
         states: torch.Tensor, block: torch.Tensor, start: int, tile: torch.Tensor, first: int
     ) -> torch.Tensor:
         shape = (tile.numel(), block.shape[0])
-        logits = _product(states, block.T, z[: shape[0] * shape[1]].view(shape))
+        logits = multiply(states, block.T, z[: shape[0] * shape[1]].view(shape))
         grad = dz[: shape[0] * shape[1]].view(shape)
-        saved = (targets, forward.maximum, forward.total, forward.entropy)
         incoming = (grad_log_prob, grad_entropy)
-        _launch_grad(logits, grad, bias, start, tile, saved, incoming, settings)
+        _launch_grad(logits, grad, bias, start, tile, targets, forward, incoming, settings)
         return grad
 
     return block_gradients(
@@ -249,57 +225,56 @@ def _launch_grad(
     bias: torch.Tensor | None,
     start: int,
     rows: torch.Tensor,
-    saved: tuple[torch.Tensor, ...],
-    incoming: tuple[torch.Tensor | None, torch.Tensor | None],
+    targets: torch.Tensor,
+    forward: HeadForward,
+    incoming: tuple[torch.Tensor | None, torch.Tensor | None],  # of log_prob, of the entropy
     settings: HeadSettings,
 ) -> None:
     num, columns = logits.shape
-    targets, maximum, total, entropy = saved
-    inner, outer = _scales(settings)
-    target = targets[rows]
+    inner, outer = scales(settings)
 
     def of(values: torch.Tensor | None) -> torch.Tensor:
         return logits if values is None or not values.numel() else values[rows].float()
 
     grad_kernel[(num,)](
-        logits,
-        grad,
-        bias if bias is not None else logits,
-        target,
-        of(maximum),
-        of(total),
-        of(entropy),
-        of(incoming[0]),
-        of(incoming[1]),
-        start,
-        columns,
-        columns,
-        columns,
-        inner,
-        outer,
+        z_ptr=logits,
+        dz_ptr=grad,
+        bias_ptr=bias if bias is not None else logits,
+        target_ptr=targets[rows],
+        m_ptr=of(forward.m),
+        l_ptr=of(forward.l),
+        entropy_ptr=of(forward.entropy),
+        grad_ptr=of(incoming[0]),
+        grad_entropy_ptr=of(incoming[1]),
+        start=start,
+        columns=columns,
+        stride_z=logits.stride(0),
+        stride_dz=grad.stride(0),
+        inner=inner,
+        outer=outer,
         HAS_BIAS=bias is not None,
         SOFTCAP=settings.softcap is not None,
         HAS_GRAD=incoming[0] is not None,
         HAS_GRAD_ENTROPY=incoming[1] is not None,
-        BLOCK_V=triton.next_power_of_2(columns),
+        BLOCK_N=triton.next_power_of_2(columns),
         num_warps=8,
     )
 
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    flags: dict[str, Any] = {"HAS_BIAS": True, "BLOCK_V": BLOCK_COLUMNS}
-    fold = flags | {"ENTROPY": True, "JACOBIAN": True, "BLOCK_D": 1024}
+    flags: dict[str, Any] = {"HAS_BIAS": True, "BLOCK_N": BLOCK_COLUMNS}
+    update = flags | {"ENTROPY": True, "JACOBIAN": True, "BLOCK_D": 1024}
     grad = flags | {"HAS_GRAD": True, "HAS_GRAD_ENTROPY": True}
-    tile = {"HAS_BIAS": True, "PRECISION": "ieee", "BLOCK_V": FUSED_COLUMNS}
+    tile = {"HAS_BIAS": True, "PRECISION": "ieee", "BLOCK_N": FUSED_COLUMNS}
     found = []
     for compute in ("bf16", "fp16", "fp32"):
         for rows, softcap in ((FUSED_ROWS, False), (FUSED_ROWS_SOFTCAP, True)):
             cap = {"SOFTCAP": softcap}
-            found.append(_aot(fold_kernel, compute, fold | cap, 8, 1, False))
+            found.append(_aot(update_kernel, compute, update | cap, 8, 1, False))
             found.append(_aot(grad_kernel, compute, grad | cap, 8, 1, False))
             for d in (16, 32, 64, FUSED_WIDTH) if compute != "fp32" else ():
-                shape = tile | cap | {"BLOCK_T": rows, "BLOCK_D": d}
+                shape = tile | cap | {"BLOCK_M": rows, "BLOCK_D": d}
                 found.append(_aot(fused_kernel, compute, shape, 4, 2, True))
     return found
 
@@ -308,7 +283,7 @@ def _aot(
     kernel: Any, compute: str, constexprs: dict[str, Any], warps: int, stages: int, mma: bool
 ) -> dict[str, Any]:
     kinds = {"target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}
-    narrow = ("p_ptr", "dz_ptr", "hidden_ptr", "weight_ptr", "bias_ptr")
+    narrow = ("e_ptr", "dz_ptr", "hidden_ptr", "weight_ptr", "bias_ptr")
     signature = {}
     for name in kernel.arg_names:
         kind = f"*{compute}" if name in narrow else "*fp32" if name.endswith("_ptr") else "i32"

@@ -1,4 +1,28 @@
-"""The device code of the language-model head. Logits are in units of log 2."""
+"""The device code of the language-model head: a forward kernel, its gradient, and both products
+of a narrow head in one kernel.
+
+For states H [M, d] (M tokens) and a head W [N, d] (N words), in units of log 2:
+
+    z = h_m . w_n + bias_n,    x = outer * f(z * inner),    f = tanh with a soft-cap, else identity
+    m = max_n x,   l = sum_n 2^(x - m),   weighted = sum_n 2^(x - m) (x - m),   picked = x[target]
+    acc = sum_n 2^(x - m) f'(z) w_n     the softmax mean of the head's rows, before division by l
+
+``update_kernel`` is the online-softmax update of one block of the vocabulary whose products z a
+matrix library has made. Grid: one program a token. Tile: [BLOCK_N], a token's products of the
+block. It reads 4 bytes a product and writes 2 to 4 (2^(x - m) f', the left side of the library's
+second product); where m grew it also reads and writes the token's acc, 8 d bytes. FLOPs: about ten
+a product.
+
+``grad_kernel`` is the gradient of z: g (1[n = target] - p) - g_entropy p (log p + entropy), times
+f'. Grid, tile and bytes as above.
+
+``fused_kernel`` makes both products itself, as flash attention does, for d <= 128. Grid:
+ceil(M / BLOCK_M) tiles of tokens x splits of the vocabulary. Tile: [BLOCK_M, BLOCK_N] products and
+[BLOCK_M, BLOCK_D] of acc, in registers. Reads (M d + ceil(M / BLOCK_M) N d) elements, mostly from
+cache; writes 4 M (d + 3) bytes a split. FLOPs: 4 M N d.
+
+Numerics: products of 16-bit or float32 inputs summed in float32, everything after them in float32.
+"""
 
 import triton
 import triton.language as tl
@@ -9,89 +33,94 @@ TWO_LOG2_E = tl.constexpr(2 * LOG2_E)
 
 
 @triton.jit
-def _row(p_z, p_bias, o_v, m_v, HAS_BIAS: tl.constexpr):
-    """One row's products of a block, with the bias."""
-    z = tl.load(p_z + o_v, mask=m_v, other=0.0).to(tl.float32)
+def _row(p_z, p_bias, o_n, m_n, HAS_BIAS: tl.constexpr):
+    """One token's products of a block, with the bias."""
+    # [BLOCK_N]
+    b_z = tl.load(p_z + o_n, mask=m_n, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)
-    return z
+        b_z += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
+    return b_z
 
 
 @triton.jit
-def _transform(z, inner, outer, SOFTCAP: tl.constexpr):
+def _transform(b_z, inner, outer, SOFTCAP: tl.constexpr):
     """Products to logits in units of log 2, and the slope of the soft-cap."""
-    x = z * inner
-    derivative = 1.0
+    b_x = b_z * inner
+    b_slope = 1.0
     if SOFTCAP:
-        tanh = 1.0 - 2.0 / (tl.exp2(x * TWO_LOG2_E) + 1.0)
-        derivative = 1.0 - tanh * tanh
-        x = tanh * outer
-    return x, derivative
+        b_tanh = 1.0 - 2.0 / (tl.exp2(b_x * TWO_LOG2_E) + 1.0)
+        b_slope = 1.0 - b_tanh * b_tanh
+        b_x = b_tanh * outer
+    return b_x, b_slope
 
 
 @triton.jit
-def fold_kernel(
+def update_kernel(
     z_ptr,
-    p_ptr,
+    e_ptr,
     bias_ptr,
     target_ptr,
-    maximum_ptr,
-    total_ptr,
+    m_ptr,
+    l_ptr,
     weighted_ptr,
     picked_ptr,
-    mean_ptr,
+    acc_ptr,
     start,
     columns,
     d,
     stride_z,
-    stride_p,
-    stride_mean,
+    stride_e,
+    stride_acc,
     inner,
     outer,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     JACOBIAN: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row of a block: fold its logits into (max, sum, target), write exp times slope, and
-    rescale the row of the running mean where the maximum rose."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_v = tl.arange(0, BLOCK_V)
-    m_v = o_v < columns
-    # [BLOCK_V]
-    z = _row(z_ptr + i_row * stride_z, bias_ptr + start, o_v, m_v, HAS_BIAS)
-    x, derivative = _transform(z, inner, outer, SOFTCAP)
-    x = tl.where(m_v, x, -float("inf"))
+    """One token's products of a block: update m, l, weighted and picked, write exp times slope, and
+    rescale the token's acc where m grew.
 
-    before = tl.load(maximum_ptr + i_row)
-    maximum = tl.maximum(before, tl.max(x, axis=0))
-    lowered = before - maximum
+    z, e: [M, columns], of the words from ``start``. m, l, weighted, picked: [M]. acc: [M, d].
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < columns
+    # [BLOCK_N]
+    b_z = _row(z_ptr + i_m * stride_z, bias_ptr + start, o_n, m_n, HAS_BIAS)
+    b_x, b_slope = _transform(b_z, inner, outer, SOFTCAP)
+    b_x = tl.where(m_n, b_x, -float("inf"))
+
+    before = tl.load(m_ptr + i_m)
+    b_m = tl.maximum(before, tl.max(b_x, axis=0))
+    lowered = before - b_m
     rescale = tl.exp2(lowered)
-    e = tl.exp2(x - maximum)
-    total = tl.load(total_ptr + i_row)
+    b_e = tl.exp2(b_x - b_m)
+    b_l = tl.load(l_ptr + i_m)
     if ENTROPY:
-        weighted = rescale * (tl.load(weighted_ptr + i_row) + total * lowered)
-        weighted += tl.sum(e * tl.where(e > 0, x - maximum, 0.0), axis=0)
-        tl.store(weighted_ptr + i_row, weighted)
-    tl.store(total_ptr + i_row, total * rescale + tl.sum(e, axis=0))
-    tl.store(maximum_ptr + i_row, maximum)
+        weighted = rescale * (tl.load(weighted_ptr + i_m) + b_l * lowered)
+        weighted += tl.sum(b_e * tl.where(b_e > 0, b_x - b_m, 0.0), axis=0)
+        tl.store(weighted_ptr + i_m, weighted)
+    tl.store(l_ptr + i_m, b_l * rescale + tl.sum(b_e, axis=0))
+    tl.store(m_ptr + i_m, b_m)
 
-    local = tl.load(target_ptr + i_row) - start
+    local = tl.load(target_ptr + i_m) - start
     if (local >= 0) & (local < columns):
-        tl.store(picked_ptr + i_row, tl.sum(tl.where(o_v == local, x, 0.0), axis=0))
+        tl.store(picked_ptr + i_m, tl.sum(tl.where(o_n == local, b_x, 0.0), axis=0))
 
     if JACOBIAN:
         if SOFTCAP:
-            e = e * derivative
-        tl.store(p_ptr + i_row * stride_p + o_v, e.to(p_ptr.dtype.element_ty), mask=m_v)
+            b_e = b_e * b_slope
+        tl.store(e_ptr + i_m * stride_e + o_n, b_e.to(e_ptr.dtype.element_ty), mask=m_n)
         if rescale < 1.0:
             for first in range(0, d, BLOCK_D):
                 o_d = first + tl.arange(0, BLOCK_D)
-                p_mean = mean_ptr + i_row * stride_mean + o_d
-                mean = tl.load(p_mean, mask=o_d < d, other=0.0)
-                tl.store(p_mean, mean * rescale, mask=o_d < d)
+                p_acc = acc_ptr + i_m * stride_acc + o_d
+                # [BLOCK_D]
+                b_acc = tl.load(p_acc, mask=o_d < d, other=0.0)
+                tl.store(p_acc, b_acc * rescale, mask=o_d < d)
 
 
 @triton.jit
@@ -100,8 +129,8 @@ def grad_kernel(
     dz_ptr,
     bias_ptr,
     target_ptr,
-    maximum_ptr,
-    total_ptr,
+    m_ptr,
+    l_ptr,
     entropy_ptr,
     grad_ptr,
     grad_entropy_ptr,
@@ -115,29 +144,32 @@ def grad_kernel(
     SOFTCAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """One row of a block: the gradient of the uncapped logits, times the temperature."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_v = tl.arange(0, BLOCK_V)
-    m_v = o_v < columns
-    # [BLOCK_V]
-    z = _row(z_ptr + i_row * stride_z, bias_ptr + start, o_v, m_v, HAS_BIAS)
-    x, derivative = _transform(z, inner, outer, SOFTCAP)
-    shifted = x - tl.load(maximum_ptr + i_row)
-    total = tl.load(total_ptr + i_row)
-    p = tl.exp2(shifted) / total
-    dz = tl.zeros((BLOCK_V,), tl.float32)
+    """One token's products of a block: the gradient of the uncapped logits, times the temperature.
+
+    z, dz: [M, columns], of the words from ``start``; the rest [M].
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < columns
+    # [BLOCK_N]
+    b_z = _row(z_ptr + i_m * stride_z, bias_ptr + start, o_n, m_n, HAS_BIAS)
+    b_x, b_slope = _transform(b_z, inner, outer, SOFTCAP)
+    b_shifted = b_x - tl.load(m_ptr + i_m)
+    b_l = tl.load(l_ptr + i_m)
+    b_p = tl.exp2(b_shifted) / b_l
+    b_dz = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_GRAD:
-        grad = tl.load(grad_ptr + i_row)
-        local = tl.load(target_ptr + i_row) - start
-        dz += tl.where(o_v == local, grad, 0.0) - grad * p
+        grad = tl.load(grad_ptr + i_m)
+        local = tl.load(target_ptr + i_m) - start
+        b_dz += tl.where(o_n == local, grad, 0.0) - grad * b_p
     if HAS_GRAD_ENTROPY:
-        log_p = tl.where(p > 0, shifted - tl.log2(total), 0.0) * 0.6931471805599453
-        dz -= tl.load(grad_entropy_ptr + i_row) * p * (log_p + tl.load(entropy_ptr + i_row))
+        b_log_p = tl.where(b_p > 0, b_shifted - tl.log2(b_l), 0.0) * 0.6931471805599453
+        b_dz -= tl.load(grad_entropy_ptr + i_m) * b_p * (b_log_p + tl.load(entropy_ptr + i_m))
     if SOFTCAP:
-        dz = dz * derivative
-    tl.store(dz_ptr + i_row * stride_dz + o_v, dz.to(dz_ptr.dtype.element_ty), mask=m_v)
+        b_dz = b_dz * b_slope
+    tl.store(dz_ptr + i_m * stride_dz + o_n, b_dz.to(dz_ptr.dtype.element_ty), mask=m_n)
 
 
 @triton.jit
@@ -146,11 +178,11 @@ def fused_kernel(
     weight_ptr,
     bias_ptr,
     target_ptr,
-    maximum_ptr,
-    total_ptr,
+    m_ptr,
+    l_ptr,
     picked_ptr,
-    mean_ptr,
-    num_rows,
+    acc_ptr,
+    num_tokens,
     vocab,
     d,
     per_split,
@@ -161,49 +193,53 @@ def fused_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A tile of rows against one split of the vocabulary: both products, as in flash attention."""
-    i_t, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    """A tile of tokens against one split of the vocabulary: both products, as in flash attention.
+
+    m, l, picked: [splits, M]. acc: [splits, M, d].
+    """
+    i_m, i_split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    m_t, m_d = o_t < num_rows, o_d < d
-    # [BLOCK_T, BLOCK_D]
-    p_hidden = hidden_ptr + o_t[:, None] * stride_hidden + o_d[None, :]
-    hidden = tl.load(p_hidden, mask=m_t[:, None] & m_d[None, :], other=0.0)
-    target = tl.load(target_ptr + o_t, mask=m_t, other=-1)
-    maximum = tl.full((BLOCK_T,), -3.4e38, tl.float32)
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    picked = tl.zeros((BLOCK_T,), tl.float32)
-    mean = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    m_m, m_d = o_m < num_tokens, o_d < d
+    # [BLOCK_M, BLOCK_D]
+    p_hidden = hidden_ptr + o_m[:, None] * stride_hidden + o_d[None, :]
+    b_hidden = tl.load(p_hidden, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    # [BLOCK_M]
+    b_target = tl.load(target_ptr + o_m, mask=m_m, other=-1)
+    b_m = tl.full((BLOCK_M,), -3.4e38, tl.float32)
+    b_l = tl.zeros((BLOCK_M,), tl.float32)
+    b_picked = tl.zeros((BLOCK_M,), tl.float32)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     end = tl.minimum((i_split + 1) * per_split, vocab)
-    for start in range(i_split * per_split, end, BLOCK_V):
-        o_v = start + tl.arange(0, BLOCK_V)
-        m_v = o_v < end
-        # [BLOCK_V, BLOCK_D]
-        p_weight = weight_ptr + o_v[:, None] * stride_weight + o_d[None, :]
-        weight = tl.load(p_weight, mask=m_v[:, None] & m_d[None, :], other=0.0)
-        # [BLOCK_T, BLOCK_V]
-        z = tl.dot(hidden, tl.trans(weight), input_precision=PRECISION)
+    for start in range(i_split * per_split, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        # [BLOCK_N, BLOCK_D]
+        p_weight = weight_ptr + o_n[:, None] * stride_weight + o_d[None, :]
+        b_weight = tl.load(p_weight, mask=m_n[:, None] & m_d[None, :], other=0.0)
+        # [BLOCK_M, BLOCK_N]
+        b_z = tl.dot(b_hidden, tl.trans(b_weight), input_precision=PRECISION)
         if HAS_BIAS:
-            z += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
-        x, derivative = _transform(z, inner, outer, SOFTCAP)
-        x = tl.where(m_v[None, :], x, -float("inf"))
-        picked += tl.sum(tl.where(o_v[None, :] == target[:, None], x, 0.0), axis=1)
-        above = tl.maximum(maximum, tl.max(x, axis=1))
-        rescale = tl.exp2(maximum - above)
-        maximum = above
-        e = tl.exp2(x - maximum[:, None])
-        total = total * rescale + tl.sum(e, axis=1)
+            b_z += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        b_x, b_slope = _transform(b_z, inner, outer, SOFTCAP)
+        b_x = tl.where(m_n[None, :], b_x, -float("inf"))
+        b_picked += tl.sum(tl.where(o_n[None, :] == b_target[:, None], b_x, 0.0), axis=1)
+        b_above = tl.maximum(b_m, tl.max(b_x, axis=1))
+        b_rescale = tl.exp2(b_m - b_above)
+        b_m = b_above
+        b_e = tl.exp2(b_x - b_m[:, None])
+        b_l = b_l * b_rescale + tl.sum(b_e, axis=1)
         if SOFTCAP:
-            e = e * derivative
-        mean = mean * rescale[:, None]
-        mean += tl.dot(e.to(weight.dtype), weight, input_precision=PRECISION)
-    o_out = i_split * num_rows + o_t
-    tl.store(maximum_ptr + o_out, maximum, mask=m_t)
-    tl.store(total_ptr + o_out, total, mask=m_t)
-    tl.store(picked_ptr + o_out, picked, mask=m_t)
-    p_mean = mean_ptr + o_out[:, None] * d + o_d[None, :]
-    tl.store(p_mean, mean, mask=m_t[:, None] & m_d[None, :])
+            b_e = b_e * b_slope
+        b_acc = b_acc * b_rescale[:, None]
+        b_acc += tl.dot(b_e.to(b_weight.dtype), b_weight, input_precision=PRECISION)
+    o_out = i_split * num_tokens + o_m
+    tl.store(m_ptr + o_out, b_m, mask=m_m)
+    tl.store(l_ptr + o_out, b_l, mask=m_m)
+    tl.store(picked_ptr + o_out, b_picked, mask=m_m)
+    p_acc = acc_ptr + o_out[:, None] * d + o_d[None, :]
+    tl.store(p_acc, b_acc, mask=m_m[:, None] & m_d[None, :])

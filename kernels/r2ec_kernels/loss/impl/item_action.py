@@ -1,5 +1,7 @@
 """The item action: log-probability of each trajectory's target among its candidate items."""
 
+from typing import Any
+
 import torch
 
 from ..config import RecPOLossConfig
@@ -80,10 +82,10 @@ class CatalogLSE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         queries: torch.Tensor,  # [R, d]
         table: torch.Tensor,  # [N, d]
-        left_out: torch.Tensor,  # int64, ids of rows that do not take part
+        excluded: torch.Tensor,  # int64, ids of rows that do not take part
         similarity: str,
         temperature: float,
         needed: bool,
@@ -91,13 +93,13 @@ class CatalogLSE(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         run = torch.ops.r2ec_kernels.catalog_lse if compiling else catalog_lse
         with torch.autocast(queries.device.type, enabled=False):
-            lse, jacobian = run(queries, table, left_out, similarity, temperature, needed)
+            lse, jacobian = run(queries, table, excluded, similarity, temperature, needed)
         ctx.save_for_backward(jacobian)
         return lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
         return grad[:, None] * jacobian, None, None, None, None, None
 
@@ -105,7 +107,7 @@ class CatalogLSE(torch.autograd.Function):
 def catalog_lse(
     queries: torch.Tensor,
     table: torch.Tensor,
-    left_out: torch.Tensor,
+    excluded: torch.Tensor,
     similarity: str,
     temperature: float,
     jacobian: bool,
@@ -114,9 +116,9 @@ def catalog_lse(
     num, d = queries.shape
     user = unit(queries) if similarity == "cosine" else queries
     square = user.square().sum(1, keepdim=True)
-    maximum = user.new_full((num,), torch.finfo(user.dtype).min)
-    total, pull = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    mean = user.new_zeros(num if jacobian else 0, d)  # sum e d(score)/d(dot) x
+    m = user.new_full((num,), torch.finfo(user.dtype).min)
+    l, pull = torch.zeros_like(m), torch.zeros_like(m)
+    acc = user.new_zeros(num if jacobian else 0, d)  # sum e d(score)/d(dot) x
     width = max(512, min(TILE_ELEMENTS // max(num, 1), BLOCK_BYTES // (d * user.itemsize)))
     for start in range(0, table.shape[0], width):
         block = table[start : start + width].to(user.dtype)
@@ -127,25 +129,25 @@ def catalog_lse(
             distance = (square + block.square().sum(1) - 2 * scores).clamp_(min=0).sqrt_()
             scores = -distance
         scores /= temperature
-        here = left_out[(left_out >= start) & (left_out < start + block.shape[0])]
+        here = excluded[(excluded >= start) & (excluded < start + block.shape[0])]
         scores[:, here - start] = -torch.inf
-        above = torch.maximum(maximum, scores.amax(1))
-        rescale = (maximum - above).exp()
-        maximum = above
+        above = torch.maximum(m, scores.amax(1))
+        rescale = (m - above).exp()
+        m = above
         e = scores.sub_(above[:, None]).exp_()
-        total = total * rescale + e.sum(1)
+        l = l * rescale + e.sum(1)
         if not jacobian:
             continue
         if similarity == "l2":
             e = torch.where(distance > 0, e / distance, 0.0)
             pull = pull * rescale + e.sum(1)
-        mean.mul_(rescale[:, None]).addmm_(e, block)
-    lse = maximum + total.log()
+        acc.mul_(rescale[:, None]).addmm_(e, block)
+    lse = m + l.log()
     if not jacobian:
-        return lse, mean
+        return lse, acc
     if similarity == "l2":
-        mean -= pull[:, None] * user
-    mean /= (total * temperature)[:, None]
+        acc -= pull[:, None] * user
+    mean = acc.div_((l * temperature)[:, None])
     if similarity == "cosine":
         # through the user's own normalisation: the component along it does not count
         norm = torch.linalg.vector_norm(queries, dim=1, keepdim=True)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import RecPOLossConfig
+from .common import Normalizers, StoredLogProbs
 
 
 class TokenTerm(NamedTuple):
@@ -17,6 +18,18 @@ class TokenTerm(NamedTuple):
 class ItemTerm(NamedTuple):
     loss: torch.Tensor  # scalar
     ratio: torch.Tensor  # [R], 1 where not selected
+
+
+class Statistics(NamedTuple):
+    """Scalars for the log; the fields of ``RecPOLoss`` of the same names."""
+
+    clip_fraction: torch.Tensor
+    clip_fraction_low: torch.Tensor
+    clip_fraction_high: torch.Tensor
+    item_clip_fraction: torch.Tensor
+    ratio: torch.Tensor
+    importance_ratio: torch.Tensor | None
+    kl: torch.Tensor | None
 
 
 def sum_by_trajectory(values: torch.Tensor, trajectory: torch.Tensor, num: int) -> torch.Tensor:
@@ -35,11 +48,8 @@ def token_term(
     counted: torch.Tensor,
     trajectory: torch.Tensor,
     advantages: torch.Tensor,
-    old_log_prob: torch.Tensor | None,
-    sampler_log_prob: torch.Tensor | None,
-    ref_log_prob: torch.Tensor | None,
-    num_tokens: int | torch.Tensor,
-    num_trajectories: float | torch.Tensor,
+    stored: StoredLogProbs,
+    step: Normalizers,
     config: RecPOLossConfig,
 ) -> TokenTerm:
     """Loss of the reasoning tokens, one advantage per trajectory.
@@ -49,13 +59,11 @@ def token_term(
         counted: bool [T].
         trajectory: int64 [T], in 0..R-1.
         advantages: [R].
-        old_log_prob, sampler_log_prob, ref_log_prob: [T] or None.
-        num_tokens, num_trajectories: scalars, of the whole optimiser step.
     """
     num = advantages.shape[0]
     weight = counted.to(log_prob.dtype)
     lengths = sum_by_trajectory(weight, trajectory, num)
-    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    old = log_prob.detach() if stored.old is None else stored.old
     log_ratio = torch.where(counted, log_prob - old, 0.0)
     if config.ratio_level == "sequence":
         mean = sum_by_trajectory(log_ratio, trajectory, num) / lengths.clamp(min=1)
@@ -63,22 +71,23 @@ def token_term(
     ratio = log_ratio.exp()
     loss = -clipped(ratio, advantages[trajectory], config)
     importance_ratio = None
-    if sampler_log_prob is not None:
-        importance_ratio = torch.where(counted, old - sampler_log_prob, 0.0).exp()
+    if stored.sampler is not None:
+        importance_ratio = torch.where(counted, old - stored.sampler, 0.0).exp()
         if config.importance_cap is not None:
             importance_ratio = importance_ratio.clamp(max=config.importance_cap)
         loss = loss * importance_ratio
         importance_ratio = importance_ratio * weight
     kl = None
-    if ref_log_prob is not None:
-        gap = torch.where(counted, ref_log_prob - log_prob, 0.0)
+    if stored.ref is not None:
+        gap = torch.where(counted, stored.ref - log_prob, 0.0)
         kl = gap.exp() - gap - 1
         if config.kl_weight:
             loss = loss + config.kl_weight * kl
     if config.reduction == "sequence":
         weight = weight / lengths.clamp(min=1)[trajectory]
-    divisor = num_tokens if config.reduction == "token" else num_trajectories
+    divisor = step.tokens if config.reduction == "token" else step.trajectories
     if config.reduction == "constant":
+        assert config.max_completion_length is not None  # the config asks for it
         divisor = divisor * config.max_completion_length
     total = (loss * weight).sum() / divisor
     return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl)
@@ -89,8 +98,7 @@ def item_term(
     old_log_prob: torch.Tensor | None,
     advantages: torch.Tensor,
     best: torch.Tensor,
-    num_selected: float | torch.Tensor,
-    num_trajectories: float | torch.Tensor,
+    step: Normalizers,
     config: RecPOLossConfig,
 ) -> ItemTerm:
     """Loss of the item actions.
@@ -100,12 +108,11 @@ def item_term(
         old_log_prob: [R] or None.
         advantages: [R].
         best: bool [R], the trajectories that train.
-        num_selected, num_trajectories: of the whole optimiser step.
     """
     old = log_prob.detach() if old_log_prob is None else old_log_prob
     ratio = torch.where(best, log_prob - old, 0.0).exp()
     loss = -torch.where(best, clipped(ratio, advantages.to(ratio.dtype), config), 0.0).sum()
-    divisor = num_trajectories if config.reduction == "sum" else num_selected
+    divisor = step.trajectories if config.reduction == "sum" else step.selected
     return ItemTerm(loss / divisor, ratio.detach())
 
 
@@ -117,20 +124,20 @@ def statistics(
     counted: torch.Tensor,
     best: torch.Tensor,
     config: RecPOLossConfig,
-) -> dict[str, torch.Tensor | None]:
+) -> Statistics:
     """Scalars for the log, on the device."""
     low, high = _clip_fractions(token.ratio, advantages[trajectory], counted, config)
     item_low, item_high = _clip_fractions(item.ratio, advantages, best, config)
     correction = token.importance_ratio
-    return {
-        "clip_fraction": low + high,
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "item_clip_fraction": item_low + item_high,
-        "ratio": mean(token.ratio, counted),
-        "importance_ratio": None if correction is None else mean(correction, counted),
-        "kl": None if token.kl is None else mean(token.kl, counted),
-    }
+    return Statistics(
+        clip_fraction=low + high,
+        clip_fraction_low=low,
+        clip_fraction_high=high,
+        item_clip_fraction=item_low + item_high,
+        ratio=mean(token.ratio, counted),
+        importance_ratio=None if correction is None else mean(correction, counted),
+        kl=None if token.kl is None else mean(token.kl, counted),
+    )
 
 
 def mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

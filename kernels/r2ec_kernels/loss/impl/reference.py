@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..config import RecPOLossConfig
+from .common import Normalizers, StoredLogProbs
 
 
 def similarity_matrix(queries: torch.Tensor, items: torch.Tensor, similarity: str) -> torch.Tensor:
@@ -61,15 +62,12 @@ def token_loss(
     counted: torch.Tensor,
     trajectory: torch.Tensor,
     advantages: torch.Tensor,
-    old_log_prob: torch.Tensor | None,
-    sampler_log_prob: torch.Tensor | None,
-    ref_log_prob: torch.Tensor | None,
-    num_tokens: float | torch.Tensor,
-    num_trajectories: float | torch.Tensor,
+    stored: StoredLogProbs,
+    step: Normalizers,
     config: RecPOLossConfig,
 ) -> torch.Tensor:
     """Loss of the reasoning tokens, one trajectory after another."""
-    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    old = log_prob.detach() if stored.old is None else stored.old
     sums, means = [], []
     for i, advantage in enumerate(advantages):
         own = (trajectory == i) & counted
@@ -78,22 +76,23 @@ def token_loss(
         if config.ratio_level == "sequence":
             log_ratio = (log_ratio.sum() / length).expand_as(log_ratio)
         loss = -clipped(log_ratio.exp(), advantage, config)
-        if sampler_log_prob is not None:
+        if stored.sampler is not None:
             cap = math.inf if config.importance_cap is None else config.importance_cap
-            loss = loss * (old[own] - sampler_log_prob[own]).exp().clamp(max=cap)
-        if config.kl_weight:
-            gap = ref_log_prob[own] - log_prob[own]
+            loss = loss * (old[own] - stored.sampler[own]).exp().clamp(max=cap)
+        if config.kl_weight and stored.ref is not None:
+            gap = stored.ref[own] - log_prob[own]
             loss = loss + config.kl_weight * (gap.exp() - gap - 1)
         sums.append(loss.sum())
         means.append(loss.sum() / length)
     if config.reduction == "sequence":
-        return torch.stack(means).sum() / num_trajectories
+        return torch.stack(means).sum() / step.trajectories
     total = torch.stack(sums).sum()
     if config.reduction == "token":
-        return total / num_tokens
+        return total / step.tokens
     if config.reduction == "constant":
-        return total / (num_trajectories * config.max_completion_length)
-    return total / num_trajectories
+        assert config.max_completion_length is not None  # the config asks for it
+        return total / (step.trajectories * config.max_completion_length)
+    return total / step.trajectories
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

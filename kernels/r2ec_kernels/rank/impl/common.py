@@ -17,8 +17,8 @@ PAIR_ELEMENTS = 1 << 20  # elements of the rows gathered at once to compare near
 
 
 class Origin(NamedTuple):
-    """The target's raw score (``_exact.bounds``) as a first pass counts it, to which all scores of
-    a query are compared.
+    """The target's raw score (``_exact.bounds``) as a coarse scan counts it, with which all scores
+    of a query are compared.
 
     Log-sum-exps are taken relative to the target, whose own term they start with.
     """
@@ -30,7 +30,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, query: Queries, own: torch.Tensor, offset: torch.Tensor | float = 0.0) -> "Origin":
-        """own: [B, d], the targets' rows; offset: float64 [B], what the pass leaves out."""
+        """own: [B, d], the targets' rows; offset: float64 [B], what the scan leaves out."""
         own = own.double()
         raw = (query.original.double() * query.scale[:, None] * own).sum(1)
         if query.similarity == "cosine":
@@ -40,10 +40,10 @@ class Origin(NamedTuple):
         raw = raw - offset
         return cls(raw, raw.float(), logit.float(), (raw - raw.float().double()) * logit)
 
-    def log_prob(self, peak: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """The targets' log-probabilities, float32 [B], of a pass's largest logits and its sums
+    def log_prob(self, m: torch.Tensor, l: torch.Tensor) -> torch.Tensor:
+        """The targets' log-probabilities, float32 [B], of a scan's largest logits and its sums
         (``_cpu.extension.Stats``)."""
-        return ((self.moved - peak.double() - mass.log2()) / LOG2_E).float()
+        return ((self.moved - m.double() - l.log2()) / LOG2_E).float()
 
 
 def raw_per_score(query: Queries) -> torch.Tensor:

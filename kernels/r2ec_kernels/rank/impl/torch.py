@@ -1,13 +1,25 @@
-"""target_stats in plain torch: one scan of the items in blocks, any device.
+"""target_stats in plain torch: one coarse scan of the items in blocks, any device.
 
-``certified_stats`` counts the items ahead of the target by a coarse scan with its error bound and
-compares what lies within the bound by canonical scores, so that ranks are exact.
+For each query with target t, canonical scores s and the competing rows n:
+
+    rank = 1 + sum_n [s_n > s_t, or s_n = s_t and id_n < id_t]
+    log_prob = -ln 2 (m + log2 l),  m = max_n x,  l = sum_n 2^(x - m),  x = log2(e) (s_n - s_t)
+
+A coarse scan gives raw scores within a proven error e of the exact ones. A row above origin + e is
+ahead, one below origin - e is not, and the near-ties between are re-scored exactly, so that ranks
+are exact. The log-sum-exp is an online softmax over the scan's scores relative to the target's,
+whose own term it starts with. Where near-ties are too many, the next scan is tried; where no scan
+can bound a row, canonical scores of all rows decide (``common.dense_stats``).
+
+Blocks: [n, B] scores (``_scan.blocks``); one read of the table, 2 N B d FLOPs, and five reads of
+each score. Numerics: scores and m float32, l float64. On CPUs the compiled scan does all of it
+while it makes the scores (``FusedScan``).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -22,11 +34,11 @@ from ..._scan.float32 import Float32Scan
 from . import common
 from .common import Origin, count_ahead, dense_stats
 
-# Share of the scores within the error bound of the target from which settling them costs more than
-# a narrower bound, for many queries and for one.
+# Share of near-ties from which re-scoring them costs more than a narrower bound, for many queries
+# and for one.
 NEAR_SHARE, NEAR_SHARE_ONE = 0.003, 0.05
 FEW_GROUPS = 8  # where an eighth of the groups reach the target, all scores are compared with it
-_MOST_NEAR = 1 << 22  # pairs that the compiled pass may leave to be settled
+_MOST_NEAR = 1 << 22  # near-ties that the compiled scan may leave
 SPLIT_BATCH = 32  # queries from which products are split in two: half the error bound, 3% time
 
 
@@ -46,47 +58,48 @@ def target_stats(
     return certified_stats(Table(items), scans, query, targets, excluded)
 
 
+@runtime_checkable
 class FusedScan(Protocol):
-    """A pass that ranks and sums while it makes the scores. ``offset``: what the raw scores leave
+    """A scan that ranks and sums while it makes the scores. ``offset``: what the raw scores leave
     out, float64 [B] or 0."""
 
     @property
     def offset(self) -> torch.Tensor | float: ...
 
-    def stats(self, contest: extension.Contest, most_near: int) -> extension.Stats: ...
+    def stats(self, targets: extension.RankTargets, most_near: int) -> extension.Stats: ...
 
 
 @dataclass(frozen=True)
 class FusedRows:
-    """The compiled pass over the rows themselves."""
+    """The compiled scan of the rows themselves."""
 
     rows: torch.Tensor
     query: Queries
     offset: float = 0.0
 
-    def stats(self, contest: extension.Contest, most_near: int) -> extension.Stats:
-        return extension.stats(self.rows, self.query, contest, most_near)
+    def stats(self, targets: extension.RankTargets, most_near: int) -> extension.Stats:
+        return extension.stats(self.rows, self.query, targets, most_near)
 
 
 RankScan = Callable[[Queries], CoarseScan | FusedScan]
 
 
 def row_scans(rows: torch.Tensor, norms: torch.Tensor | None, batch: int) -> list[RankScan]:
-    """The passes over rows [N, d] themselves; norms: [N], or None: not known."""
+    """The scans of rows [N, d] themselves; norms: [N], or None: not known."""
     fused: list[RankScan] = [partial(FusedRows, rows)] if extension.fits(rows, batch) else []
     return [*fused, partial(_float32_scan, rows, norms)]
 
 
 def _float32_scan(rows: torch.Tensor, norms: torch.Tensor | None, query: Queries) -> Float32Scan:
-    """The rows' own products, in two parts for many queries: what lies within the error bound of a
-    target costs more there than the second part."""
+    """The rows' own products, in two parts for many queries: near-ties cost more there than the
+    second part."""
     parts = 2 if query.scaled.shape[0] >= SPLIT_BATCH and rows.shape[1] > 1 else 1
     return Float32Scan(rows, norms, query, parts)
 
 
 def certified_stats(
     table: Table,
-    passes: Sequence[RankScan],
+    scans: Sequence[RankScan],
     query: Queries,
     targets: torch.Tensor,
     excluded: ExcludedPairs,
@@ -95,8 +108,9 @@ def certified_stats(
 
     Args:
         table: the rows, and the ids by which equal scores are ordered.
-        passes: first passes, the next one for when too much lies within the bound of the one
-            before; where the last cannot bound a row's score, canonical scores of all rows.
+        scans: what makes the coarse scan of a batch; the next one is tried where the one before
+            leaves too many near-ties; where the last cannot bound a row's score, canonical scores
+            of all rows.
         query: the prepared batch.
         targets: int64 [B], row positions; a target competes even where it is excluded.
         excluded: pairs of queries and row positions that do not compete.
@@ -113,24 +127,40 @@ def certified_stats(
     dense = query.dense | ~torch.isfinite(target) | (query.similarity == "l2")
     scanned = ~dense
     if bool(scanned.any()):
-        part, own = query[scanned], (target[scanned], targets[scanned])
-        for position, make in enumerate(passes, start=1):
-            first_pass = make(part)
-            if hasattr(first_pass, "stats"):
-                found = _fused_stats(table, first_pass, part, *own, excluded.pick(scanned))
-            else:
-                scan = _Scan(table, first_pass, part, *own, patient=position == len(passes))
-                found = scan.run(excluded.pick(scanned))
-            if found is not None:
-                break
+        found = _scanned_stats(
+            table, scans, query[scanned], target[scanned], targets[scanned], excluded.pick(scanned)
+        )
         if found is not None:
             rank[scanned], log_prob[scanned] = found
         else:
             dense[:] = True
     if bool(dense.any()):
-        part = query[dense], target[dense], targets[dense], excluded.pick(dense)
-        rank[dense], log_prob[dense] = dense_stats(table, *part)
+        rank[dense], log_prob[dense] = dense_stats(
+            table, query[dense], target[dense], targets[dense], excluded.pick(dense)
+        )
     return rank, log_prob
+
+
+def _scanned_stats(
+    table: Table,
+    scans: Sequence[RankScan],
+    query: Queries,
+    target: torch.Tensor,
+    targets: torch.Tensor,
+    excluded: ExcludedPairs,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Ranks and log-probabilities by the first scan that leaves few near-ties; None where none can
+    be exact."""
+    for position, make in enumerate(scans, start=1):
+        scan = make(query)
+        if isinstance(scan, FusedScan):
+            found = _fused_stats(table, scan, query, target, targets, excluded)
+        else:
+            patient = position == len(scans)
+            found = _RankScan(table, scan, query, target, targets, patient).run(excluded)
+        if found is not None:
+            return found
+    return None
 
 
 def _fused_stats(
@@ -141,70 +171,69 @@ def _fused_stats(
     targets: torch.Tensor,
     excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Ranks and log-probabilities; None where some row's score cannot be bounded, or too many lie
-    within the bound."""
+    """Ranks and log-probabilities; None where some row's score cannot be bounded, or
+    near-ties are too many."""
     batch = targets.shape[0]
     origin = Origin.of(query, table.rows[targets], fused.offset)
-    out = excluded.adding(targets)
-    contest = extension.Contest(
-        origin.raw,
-        origin.rounded,
-        origin.logit,
-        origin.moved.exp2(),
-        out.keys(),
+    compared = extension.RankTargets(
+        raw=origin.raw,
+        rounded=origin.rounded,
+        logit=origin.logit,
+        l=origin.moved.exp2(),
+        excluded=excluded.adding(targets).keys(),
     )
-    found = fused.stats(contest, _MOST_NEAR)
+    found = fused.stats(compared, _MOST_NEAR)
     if not found.complete:
         return None
     rank = 1 + found.ahead
-    near = found.near % batch, found.near // batch
-    rank += count_ahead(table, query, target, targets, *near)
-    return rank, origin.log_prob(found.peak, found.mass)
+    of, at = found.near_ties % batch, found.near_ties // batch
+    rank += count_ahead(table, query, target, targets, of, at)
+    return rank, origin.log_prob(found.m, found.l)
 
 
-class _Scan:
+class _RankScan:
     """The running ranks and log-sum-exps of a batch. Scores are [rows of the block, B]."""
 
     def __init__(
         self,
         table: Table,
-        first_pass: CoarseScan,
+        scan: CoarseScan,
         query: Queries,
         target: torch.Tensor,
         targets: torch.Tensor,
         patient: bool,
     ) -> None:
-        """patient: go on however much lies within the error bound."""
-        self.table, self.first_pass, self.query = table, first_pass, query
+        """patient: go on however many near-ties there are."""
+        self.table, self.scan, self.query = table, scan, query
         self.target, self.targets = target, targets
-        self.origin = Origin.of(query, table.rows[targets], first_pass.offset)
-        self.peak = torch.zeros_like(target)
-        self.mass = self.origin.moved.exp2()
+        self.origin = Origin.of(query, table.rows[targets], scan.offset)
+        self.m = torch.zeros_like(target)
+        self.l = self.origin.moved.exp2()
         self.rank = torch.ones_like(targets)
         self.above: torch.Tensor | None = None  # memory in the order of the scores
         self.reach: torch.Tensor | None = None
-        self.near: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.num_near = 0
+        self.near_ties: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_near_ties = 0
         share = 1.0 if patient else max(NEAR_SHARE, NEAR_SHARE_ONE / targets.shape[0])
-        self.most_near = share * targets.shape[0]  # of a row
+        self.most_near_ties = share * targets.shape[0]  # of a row
 
     def run(self, excluded: ExcludedPairs) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scan all rows but the targets. Returns ranks and log-probabilities; None where some row's
-        score cannot be bounded, or too many lie within the bound."""
+        score cannot be bounded, or near-ties are too many."""
         excluded = excluded.adding(self.targets)
-        height = self.first_pass.height
+        height = self.scan.height
         for start in range(0, self.table.rows.shape[0], height):
             stop = min(start + height, self.table.rows.shape[0])
-            scores, error, doubtful = self.first_pass.score(start, stop)
-            if doubtful is not None:
+            scores, error, unbounded = self.scan.score(start, stop)
+            if unbounded is not None:
                 return None
             excluded.mask(start, stop, scores, -torch.inf)
             best = group_best(scores)
-            if self._count(scores, best, error, start) > self.most_near * (stop - start):
+            if self._count(scores, best, error, start) > self.most_near_ties * (stop - start):
                 return None
             self._add(scores, best)
-        self._settle()
-        return self.rank, self.origin.log_prob(self.peak, self.mass)
+        self._rescore()
+        return self.rank, self.origin.log_prob(self.m, self.l)
 
     def _count(
         self, scores: torch.Tensor, best: torch.Tensor, error: torch.Tensor, start: int
@@ -213,48 +242,49 @@ class _Scan:
         # both canonical roundings and that of the two limits
         error = error.double() + self.origin.raw.abs() * 4 * UNIT
         high, low = (self.origin.raw + error).float(), (self.origin.raw - error).float()
-        opened = best >= low
-        if int(opened.sum()) * FEW_GROUPS < opened.numel():
-            of, row, score = entries_from(scores, *opened.T.nonzero(as_tuple=True), low)
+        met = best >= low
+        if int(met.sum()) * FEW_GROUPS < met.numel():
+            of, group = met.T.nonzero(as_tuple=True)
+            of, row, score = entries_from(scores, of, group, low)
             sure = score > high[of]
             self.rank += torch.bincount(of[sure], minlength=self.rank.numel())
             of, row = of[~sure], row[~sure]
         else:
-            if self.above is None or self.above.shape != scores.shape:
+            if self.above is None or self.reach is None or self.above.shape != scores.shape:
                 self.above, self.reach = torch.empty_like(scores), torch.empty_like(scores)
             above = torch.gt(scores, high, out=self.above)
             self.rank += _sum_rows(above).long()
-            near = torch.ge(scores, low, out=self.reach).sub_(above)
-            some = near.amax(1).nonzero()[:, 0]
-            row, of = near[some].nonzero(as_tuple=True)
+            near_ties = torch.ge(scores, low, out=self.reach).sub_(above)
+            some = near_ties.amax(1).nonzero()[:, 0]
+            row, of = near_ties[some].nonzero(as_tuple=True)
             row = some[row]
         if of.numel():
-            self.near.append((of, row + start))
-            self.num_near += of.numel()
-            if self.num_near * self.table.rows.shape[1] > common.PAIR_ELEMENTS:
-                self._settle()
+            self.near_ties.append((of, row + start))
+            self.num_near_ties += of.numel()
+            if self.num_near_ties * self.table.rows.shape[1] > common.PAIR_ELEMENTS:
+                self._rescore()
         return of.numel()
 
-    def _settle(self) -> None:
-        """Compare the near pairs' canonical scores with the target's."""
-        if not self.near:
+    def _rescore(self) -> None:
+        """Compare the near-ties' canonical scores with the target's."""
+        if not self.near_ties:
             return
-        of, at = (torch.cat(parts) for parts in zip(*self.near, strict=True))
-        self.near, self.num_near = [], 0
+        of, at = (torch.cat(parts) for parts in zip(*self.near_ties, strict=True))
+        self.near_ties, self.num_near_ties = [], 0
         self.rank += count_ahead(self.table, self.query, self.target, self.targets, of, at)
 
     def _add(self, scores: torch.Tensor, best: torch.Tensor) -> None:
-        """Fold a block into the log-sum-exp; overwrites the scores."""
+        """Update the online softmax by a block; overwrites the scores."""
         scores.sub_(self.origin.rounded)
         best = best.amax(0) - self.origin.rounded
-        peak = torch.maximum(self.peak, best * self.origin.logit)
-        self.mass *= (self.peak - peak).double().exp2()
-        e = torch.addcmul(-peak, scores, self.origin.logit, out=scores).exp2_()
-        self.mass += _sum_rows(e)
-        self.peak = peak
+        m = torch.maximum(self.m, best * self.origin.logit)
+        self.l *= (self.m - m).double().exp2()
+        e = torch.addcmul(-m, scores, self.origin.logit, out=scores).exp2_()
+        self.l += _sum_rows(e)
+        self.m = m
 
 
-def _fold(scores: torch.Tensor) -> torch.Tensor:
+def _widened(scores: torch.Tensor) -> torch.Tensor:
     """Scores [n, B] in rows of the width that reductions want, [n / f, f B]; the entry of a column
     belongs to query ``column % B``."""
     rows, batch = scores.shape
@@ -268,4 +298,4 @@ def _sum_rows(scores: torch.Tensor) -> torch.Tensor:
     """Sum [n, B] over n; exact for fewer than 2^24 ones."""
     if not scores.is_contiguous():  # [B, n] in memory
         return scores.T.sum(1)
-    return _fold(scores).sum(0).view(-1, scores.shape[1]).sum(0)
+    return _widened(scores).sum(0).view(-1, scores.shape[1]).sum(0)

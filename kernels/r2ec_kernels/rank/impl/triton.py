@@ -1,4 +1,26 @@
-"""Rank and log-sum-exp in one pass over the items, in Triton."""
+"""Rank and log-sum-exp of a target among all items, in one kernel.
+
+For queries Q [M, d] (M = B) and items X [N, d], with s = q_m . x_n (cosine: / |x_n|), o the
+target's own raw score and e(m, n) the error bound of s, it computes for every query
+
+    ahead = sum_n [s > o + e]                        items certainly ahead of the target
+    near-ties: the pairs (m, n) with |s - o| <= e    compared exactly afterwards (``count_ahead``)
+    m = max(0, max_n x),  l = sum_n 2^(x - m),       x = (s - o) * logit, in units of log 2
+
+over the items other than the excluded ones and the target, which the launcher adds itself.
+
+Grid: ceil(M / BLOCK_M) tiles of queries x splits of the items, queries fastest: neighbours share a
+split, so that the table is read once from memory, then from cache.
+Tile: the product is written items x queries, [BLOCK_N, BLOCK_M] in steps of BLOCK_D columns: the
+hardware's tile wants its long side on the left. It is the largest tile that no target's compiler
+spills; one product serves the norm, the rank and the sum.
+Reads N d + M d elements from memory; writes 12 bytes a query and split, and 16 a near-tie. FLOPs:
+2 M N d, N d for the norms, and about ten a score for m and l.
+Numerics: float32 products (CUDA: three products of TF32 parts, in the bound), one online softmax a
+split, merged by the launcher in float64. A row whose norm float32 cannot hold is unbounded: it is
+counted, and the caller takes the dense path. The order of near-ties is that of an atomic counter;
+only their set is used.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +36,7 @@ from ..._exact.table import Table
 from ..._numbers import HUGE, LOG2_E, UNIT
 from .common import Origin, count_ahead, dense_stats
 
-# the largest tile that no target's compiler spills
+# of a tile
 BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32
 WARPS, STAGES = 8, 2
 PROGRAMS = 528  # a few rounds of one on each multiprocessor
@@ -30,7 +52,6 @@ _PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 def _stats_kernel(
     x_ptr,
     q_ptr,
-    low_ptr,
     origin_ptr,
     logit_ptr,
     size_ptr,
@@ -39,13 +60,13 @@ def _stats_kernel(
     pair_of_ptr,
     pair_start_ptr,
     ahead_ptr,
-    peak_ptr,
-    mass_ptr,
+    m_ptr,
+    l_ptr,
     near_of_ptr,
     near_row_ptr,
     counter_ptr,
-    num_rows,
-    batch,
+    num_items,
+    num_queries,
     d,
     tiles_per_split,
     capacity,
@@ -54,81 +75,85 @@ def _stats_kernel(
     largest,
     COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A split of the items against a tile of queries. counter: [near-ties, untrusted rows]."""
-    # neighbours share a split of the items: the table is read once from memory, then from cache
-    i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_b = i_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    m_b = o_b < batch
-    # [BLOCK_B]: limits are raw scores relative to nothing; the rest to the target's
-    raw = tl.load(low_ptr + o_b, mask=m_b, other=0.0)
-    origin = tl.load(origin_ptr + o_b, mask=m_b, other=0.0)
-    logit = tl.load(logit_ptr + o_b, mask=m_b, other=0.0)
-    size = tl.load(size_ptr + o_b, mask=m_b, other=0.0)
-    floor = tl.load(floor_ptr + o_b, mask=m_b, other=0.0)
-    ahead = tl.zeros((BLOCK_B,), tl.int32)
-    peak = tl.zeros((BLOCK_B,), tl.float32)
-    mass = tl.zeros((BLOCK_B,), tl.float32)
-    num_tiles = tl.cdiv(num_rows, BLOCK_N)
+    """A split of the items against a tile of queries.
+
+    ahead, m, l: [splits, M]. near_of, near_row: int64 [capacity]. counter: int32, [near-ties, tiles
+    with unbounded rows]. The excluded pairs of tile i are pair_start[i] .. pair_start[i + 1] - 1.
+    """
+    i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < num_queries
+    # [BLOCK_M]: the target's raw score, log 2 units of a unit of raw score, and the two parts of
+    # the error bound: size * |x| + floor
+    b_origin = tl.load(origin_ptr + o_m, mask=m_m, other=0.0)
+    b_logit = tl.load(logit_ptr + o_m, mask=m_m, other=0.0)
+    b_size = tl.load(size_ptr + o_m, mask=m_m, other=0.0)
+    b_floor = tl.load(floor_ptr + o_m, mask=m_m, other=0.0)
+    b_ahead = tl.zeros((BLOCK_M,), tl.int32)
+    b_m = tl.zeros((BLOCK_M,), tl.float32)
+    b_l = tl.zeros((BLOCK_M,), tl.float32)
+    num_tiles = tl.cdiv(num_items, BLOCK_N)
     last = tl.minimum((i_split + 1) * tiles_per_split, num_tiles)
     for i_n in range(i_split * tiles_per_split, last):
         # 32-bit places in a tile whose base is 64-bit: pointers of a tile take half the registers
         o_n = tl.arange(0, BLOCK_N)
-        m_n = o_n < num_rows - i_n * BLOCK_N
+        m_n = o_n < num_items - i_n * BLOCK_N
         p_tile = x_ptr + i_n * BLOCK_N * stride_x
-        scores = tl.zeros((BLOCK_N, BLOCK_B), tl.float32)
-        square = tl.zeros((BLOCK_N,), tl.float32)
+        b_s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        b_square = tl.zeros((BLOCK_N,), tl.float32)
         for first in range(0, d, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < d
             # [BLOCK_N, BLOCK_D]
             p_x = p_tile + (o_n[:, None] * stride_x + o_d[None, :])
-            x = tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-            # [BLOCK_D, BLOCK_B]
-            p_q = q_ptr + o_b[None, :] * stride_q + o_d[:, None]
-            q = tl.load(p_q, mask=m_b[None, :] & m_d[:, None], other=0.0)
-            scores = tl.dot(x, q, scores, input_precision=PRECISION)
-            square += tl.sum(x * x, axis=1)
-        norm = tl.sqrt(square)
-        untrusted = m_n & ~(norm <= largest)
+            b_x = tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            # [BLOCK_D, BLOCK_M]
+            p_q = q_ptr + o_m[None, :] * stride_q + o_d[:, None]
+            b_q = tl.load(p_q, mask=m_m[None, :] & m_d[:, None], other=0.0)
+            b_s = tl.dot(b_x, b_q, b_s, input_precision=PRECISION)
+            b_square += tl.sum(b_x * b_x, axis=1)
+        b_norm = tl.sqrt(b_square)
+        m_unbounded = m_n & ~(b_norm <= largest)
         if COSINE:
-            untrusted = untrusted | (m_n & (norm < 1.0 / largest))
-            scores = scores * tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
-            norm = tl.full((BLOCK_N,), 1.0, tl.float32)
-        if tl.sum(untrusted.to(tl.int32)) > 0:
+            m_unbounded = m_unbounded | (m_n & (b_norm < 1.0 / largest))
+            b_s = b_s * tl.where(b_norm > 0, 1.0 / b_norm, 0.0)[:, None]
+            b_norm = tl.full((BLOCK_N,), 1.0, tl.float32)
+        if tl.sum(m_unbounded.to(tl.int32)) > 0:
             tl.atomic_add(counter_ptr + 1, 1)
-        error = norm[:, None] * size[None, :] + floor[None, :]
-        alive = m_n[:, None] & m_b[None, :]
+        b_error = b_norm[:, None] * b_size[None, :] + b_floor[None, :]
+        m_alive = m_n[:, None] & m_m[None, :]
         begin, end = tl.load(pair_start_ptr + i_n), tl.load(pair_start_ptr + i_n + 1)
         for i_pair in range(begin, end):
             row, of = tl.load(pair_row_ptr + i_pair), tl.load(pair_of_ptr + i_pair)
-            alive = alive & ~((o_n == row - i_n * BLOCK_N)[:, None] & (o_b == of)[None, :])
-        above = alive & (scores > raw[None, :] + error)
-        ahead += tl.sum(above.to(tl.int32), axis=0)
-        near = tl.where(alive & ~above & (scores >= raw[None, :] - error), 1, 0)
-        count = tl.sum(near)
+            m_alive = m_alive & ~((o_n == row - i_n * BLOCK_N)[:, None] & (o_m == of)[None, :])
+        m_ahead = m_alive & (b_s > b_origin[None, :] + b_error)
+        b_ahead += tl.sum(m_ahead.to(tl.int32), axis=0)
+        b_near = tl.where(m_alive & ~m_ahead & (b_s >= b_origin[None, :] - b_error), 1, 0)
+        count = tl.sum(b_near)
         if count > 0:
-            # [BLOCK_N, BLOCK_B]: query by query, the order of the places does not matter
-            per_query = tl.sum(near, axis=0)
-            before = tl.cumsum(per_query, 0) - per_query
-            place = tl.cumsum(near, 0) - 1 + before[None, :] + tl.atomic_add(counter_ptr, count)
-            m_near = (near > 0) & (place < capacity)
-            row_of = i_n * BLOCK_N + tl.broadcast_to(o_n[:, None], (BLOCK_N, BLOCK_B))
-            tl.store(near_row_ptr + place, row_of, mask=m_near)
-            query_of = tl.broadcast_to(o_b[None, :], (BLOCK_N, BLOCK_B)).to(tl.int64)
-            tl.store(near_of_ptr + place, query_of, mask=m_near)
-        x2 = tl.where(alive, (scores - origin[None, :]) * logit[None, :], -float("inf"))
-        higher = tl.maximum(peak, tl.max(x2, axis=0))
-        mass = mass * tl.exp2(peak - higher)
-        mass += tl.sum(tl.exp2(x2 - higher[None, :]), axis=0)
-        peak = higher
-    o_out = i_split * batch + o_b
-    tl.store(ahead_ptr + o_out, ahead, mask=m_b)
-    tl.store(peak_ptr + o_out, peak, mask=m_b)
-    tl.store(mass_ptr + o_out, mass, mask=m_b)
+            # [BLOCK_N, BLOCK_M]: query by query; the order of the places does not matter
+            b_count = tl.sum(b_near, axis=0)
+            b_before = tl.cumsum(b_count, 0) - b_count
+            o_near = tl.cumsum(b_near, 0) - 1 + b_before[None, :]
+            o_near = o_near + tl.atomic_add(counter_ptr, count)
+            m_near = (b_near > 0) & (o_near < capacity)
+            b_row = i_n * BLOCK_N + tl.broadcast_to(o_n[:, None], (BLOCK_N, BLOCK_M))
+            tl.store(near_row_ptr + o_near, b_row, mask=m_near)
+            b_of = tl.broadcast_to(o_m[None, :], (BLOCK_N, BLOCK_M)).to(tl.int64)
+            tl.store(near_of_ptr + o_near, b_of, mask=m_near)
+        b_s = tl.where(m_alive, (b_s - b_origin[None, :]) * b_logit[None, :], -float("inf"))
+        b_above = tl.maximum(b_m, tl.max(b_s, axis=0))
+        b_l = b_l * tl.exp2(b_m - b_above)
+        b_l += tl.sum(tl.exp2(b_s - b_above[None, :]), axis=0)
+        b_m = b_above
+    o_out = i_split * num_queries + o_m
+    tl.store(ahead_ptr + o_out, b_ahead, mask=m_m)
+    tl.store(m_ptr + o_out, b_m, mask=m_m)
+    tl.store(l_ptr + o_out, b_l, mask=m_m)
 
 
 def target_stats(
@@ -145,8 +170,8 @@ def target_stats(
     excluded = ExcludedPairs.from_offsets(exclude_values, exclude_offsets).without(targets)
     own = canonical_scores(queries, items[targets][:, None], similarity, temperature)[:, 0]
     found = None
-    trusted = ~query.dense & torch.isfinite(own)
-    if targets.numel() and similarity != "l2" and bool(trusted.all()):
+    bounded = ~query.dense & torch.isfinite(own)
+    if targets.numel() and similarity != "l2" and bool(bounded.all()):
         found = _scan(items, query, own, targets, excluded)
     if found is None:
         found = dense_stats(Table(items), query, own, targets, excluded)
@@ -160,8 +185,8 @@ def _scan(
     targets: torch.Tensor,
     excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The kernel's pass; None where it cannot be exact (untrusted rows, too many near-ties)."""
-    (num, d), batch, device = items.shape, targets.shape[0], items.device
+    """The kernel's scan; None where it cannot be exact (unbounded rows, too many near-ties)."""
+    (count, d), batch, device = items.shape, targets.shape[0], items.device
     on_cuda = device.type == "cuda" and torch.version.hip is None
     precision = _PRECISION["cuda" if on_cuda else "hip"]
     if precision == "tf32x3":
@@ -169,67 +194,66 @@ def _scan(
     items = items if items.stride(1) == 1 else items.contiguous()
     origin = Origin.of(query, items[targets])
     size = query.unit * query.norm * 1.001
-    # both canonical roundings, that of ``raw`` and of the two limits
+    # both canonical roundings, that of the origin and of origin + error, origin - error
     floor = query.floor + origin.raw.abs().float() * 6 * UNIT + size * d**0.5 * 2.0**-62
     pairs = excluded.adding(targets)
-    tiles = triton.cdiv(num, BLOCK_ITEMS)
+    tiles = triton.cdiv(count, BLOCK_ITEMS)
     edges = torch.arange(tiles + 1, device=device) * BLOCK_ITEMS
     pair_start = torch.searchsorted(pairs.rows, edges)
-    columns = triton.cdiv(batch, BLOCK_QUERIES)
-    splits = max(1, min(tiles, PROGRAMS // columns))
+    query_tiles = triton.cdiv(batch, BLOCK_QUERIES)
+    splits = max(1, min(tiles, PROGRAMS // query_tiles))
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     ahead = torch.empty(splits, batch, dtype=torch.int32, device=device)
-    peak, mass = torch.empty(2, splits, batch, device=device)
-    near = torch.empty(2, CAPACITY, dtype=torch.int64, device=device)
+    m, l = torch.empty(2, splits, batch, device=device)
+    near_ties = torch.empty(2, CAPACITY, dtype=torch.int64, device=device)
     counter = torch.zeros(2, dtype=torch.int32, device=device)
-    _stats_kernel[(columns, splits)](
-        items,
-        query.scaled,
-        origin.rounded,
-        origin.rounded,
-        origin.logit,
-        size,
-        floor,
-        pairs.rows,
-        pairs.of,
-        pair_start,
-        ahead,
-        peak,
-        mass,
-        near[0],
-        near[1],
-        counter,
-        num,
-        batch,
-        d,
-        per_split,
-        CAPACITY,
-        items.stride(0),
-        query.scaled.stride(0),
-        HUGE,
+    _stats_kernel[(query_tiles, splits)](
+        x_ptr=items,
+        q_ptr=query.scaled,
+        origin_ptr=origin.rounded,
+        logit_ptr=origin.logit,
+        size_ptr=size,
+        floor_ptr=floor,
+        pair_row_ptr=pairs.rows,
+        pair_of_ptr=pairs.of,
+        pair_start_ptr=pair_start,
+        ahead_ptr=ahead,
+        m_ptr=m,
+        l_ptr=l,
+        near_of_ptr=near_ties[0],
+        near_row_ptr=near_ties[1],
+        counter_ptr=counter,
+        num_items=count,
+        num_queries=batch,
+        d=d,
+        tiles_per_split=per_split,
+        capacity=CAPACITY,
+        stride_x=items.stride(0),
+        stride_q=query.scaled.stride(0),
+        largest=HUGE,
         COSINE=query.similarity == "cosine",
         PRECISION=precision,
+        BLOCK_M=BLOCK_QUERIES,
         BLOCK_N=BLOCK_ITEMS,
-        BLOCK_B=BLOCK_QUERIES,
         BLOCK_D=BLOCK_WIDTH,
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    num_near, untrusted = counter.tolist()
-    if untrusted or num_near > CAPACITY:
+    num_near_ties, unbounded = counter.tolist()
+    if unbounded or num_near_ties > CAPACITY:
         return None
-    of, at = near[:, :num_near]
+    of, at = near_ties[:, :num_near_ties]
     rank = 1 + ahead.sum(0) + count_ahead(Table(items), query, target, targets, of, at)
-    top = peak.amax(0).double()
-    total = (mass.double() * (peak.double() - top).exp2()).sum(0)
+    top = m.amax(0).double()
+    total = (l.double() * (m.double() - top).exp2()).sum(0)
     total += (origin.moved - top).exp2()
     return rank, ((origin.moved - top - total.log2()) / LOG2_E).float()
 
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    tile = {"BLOCK_N": BLOCK_ITEMS, "BLOCK_B": BLOCK_QUERIES, "BLOCK_D": BLOCK_WIDTH}
+    tile = {"BLOCK_N": BLOCK_ITEMS, "BLOCK_M": BLOCK_QUERIES, "BLOCK_D": BLOCK_WIDTH}
     found = []
     for table in ("fp32", "bf16", "fp16"):
         for cosine in (False, True):

@@ -6,17 +6,18 @@ in ``$R2EC_CACHE/launch.json`` (default ``~/.cache/r2ec_kernels``).
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..._files import replacing
+
 
 @dataclass(frozen=True)
 class Launch:
-    """block_m items x block_n queries x block_k columns a step."""
+    """block_m queries x block_n items x block_k columns a step."""
 
     block_m: int
     block_n: int
@@ -28,21 +29,21 @@ class Launch:
 # Items are the long side of the tile. Narrow tiles read the table once and leave room for several
 # programs a multiprocessor; wide ones feed the tensor cores. A row's step is 64 to 128 bytes.
 _NARROW = {
-    1: [Launch(128, 16, 64, 4, 4)],
-    2: [Launch(128, 16, 64, 4, 4)],
-    4: [Launch(128, 16, 32, 4, 4)],
+    1: [Launch(16, 128, 64, 4, 4)],
+    2: [Launch(16, 128, 64, 4, 4)],
+    4: [Launch(16, 128, 32, 4, 4)],
 }
 _MIDDLE = {
-    1: [Launch(128, 64, 128, 4, 3)],
-    2: [Launch(128, 64, 64, 4, 4), Launch(128, 32, 64, 4, 4)],
-    4: [Launch(128, 64, 32, 4, 3)],
+    1: [Launch(64, 128, 128, 4, 3)],
+    2: [Launch(64, 128, 64, 4, 4), Launch(32, 128, 64, 4, 4)],
+    4: [Launch(64, 128, 32, 4, 3)],
 }
 _WIDE = {
     1: [Launch(128, 128, 64, 8, 3)],
     2: [Launch(128, 128, 64, 8, 3), Launch(128, 128, 32, 8, 4)],
     4: [Launch(128, 128, 32, 8, 2)],
 }
-_INTERPRETED = Launch(64, 16, 32, 1, 1)
+_INTERPRETED = Launch(16, 64, 32, 1, 1)
 
 
 def candidates(batch: int, itemsize: int, backend: str) -> list[Launch]:
@@ -67,12 +68,11 @@ def choose(
         return options[0]
     path = Path(os.environ.get("R2EC_CACHE", "~/.cache/r2ec_kernels")).expanduser() / "launch.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    key = f"{torch.cuda.get_device_name(device)}/{min(batch, 65)}/{itemsize}"
+    # "queries x items": older files keep the sides of a tile the other way round, under other keys
+    key = f"{torch.cuda.get_device_name(device)}/{min(batch, 65)}/{itemsize}/queries x items"
     if key not in stored:
         stored[key] = asdict(min(options, key=time))
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(stored, file, indent=1)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            Path(temporary).write_text(json.dumps(stored, indent=1))
     return Launch(**stored[key])

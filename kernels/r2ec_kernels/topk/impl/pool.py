@@ -1,6 +1,16 @@
 """The candidates of a search by torch operations: rows that may still be among the best k.
 
-Used where the C++ extension does not run (``_cpu.extension.Collector`` does the same there).
+For every query up to ``pool_limit`` rows with the bounds score - error and score + error, and the
+threshold t, the k-th largest lower bound seen:
+
+    a block's group meets t where its maximum >= t - error;  its rows >= t - error enter;
+    a full pool raises t to its own k-th largest lower bound and drops rows whose upper bound < t;
+    one that stays full is given up to the dense path.
+
+A block costs one read of its scores for the maxima, and work on the few rows that enter. Memory:
+B * pool_limit rows with two bounds. Numerics: float32 bounds; ties survive, because comparisons
+keep equality. Used where the C++ extension does not run (``_cpu.extension.Collector`` does the same
+there).
 """
 
 import torch
@@ -26,7 +36,7 @@ class Pool:
         self.threshold = torch.full((batch,), float("-inf"), device=device)
         self.failed = torch.zeros(batch, dtype=torch.bool, device=device)
         self.fresh = True  # some threshold may still be -inf
-        self.opened = 0
+        self.met = 0  # groups that met a threshold
 
     def raise_threshold(self, scores: torch.Tensor, error: torch.Tensor, of: torch.Tensor) -> None:
         """Use the k-th best score of a block [n, B] for the queries ``of``, if it has k rows."""
@@ -43,13 +53,13 @@ class Pool:
             # maxima of groups are scores too, and few; the k best of a block rarely share a group
             few = best if best.shape[0] >= self.k else scores
             self.raise_threshold(few, error, fresh.nonzero()[:, 0])
-        # Above -inf, so that masked rows never pass.
+        # Above -inf, so that masked rows never meet it.
         cut = (self.threshold - error).clamp_min(torch.finfo(torch.float32).min)
-        opened = (best >= cut).T.nonzero(as_tuple=True)
-        if not opened[0].numel():
+        met, group = (best >= cut).T.nonzero(as_tuple=True)
+        if not met.numel():
             return
-        self.opened += opened[0].numel()
-        of, row, score = entries_from(scores, *opened, cut)
+        self.met += met.numel()
+        of, row, score = entries_from(scores, met, group, cut)
         row += start
         of, score, row = self._make_room(of, score, row, scores, error)
         if of.numel():

@@ -1,4 +1,5 @@
-"""item_topk over a plain table in plain torch: memory bounded, any device."""
+"""item_topk over a plain table in plain torch: the certified search (``common``) with the float32
+scan of the rows themselves (``_scan.float32``). Memory bounded, any device."""
 
 from functools import partial
 

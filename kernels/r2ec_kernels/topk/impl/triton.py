@@ -1,14 +1,15 @@
-"""item_topk on the tensor cores: one pass that keeps two scores a group of rows, then certainty.
+"""item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
-With e the error bound of the pass (``triton_kernels``):
+With e the error bound of the scan (``triton_kernels``):
 
 - cut = (k-th largest group maximum) - 2 e: no row whose score is below it can be among the best k;
 - a group whose maximum reaches the cut gives one candidate; one whose second score reaches it too
-  may hide more and is opened whole;
-- candidates are scored canonically and sorted.
+  may hide more: all of its rows are candidates;
+- candidates are re-scored exactly and sorted.
 
-Capacities are fixed, so nothing waits for the host. A query that does not fit is reported as
-unresolved and takes the dense path.
+Capacities are fixed, so nothing waits for the host: 2 k + 64 candidates a query and the rows of 16
+groups, above the scan's 8 B N / group bytes. A query that does not fit is reported as unresolved
+and takes the dense path.
 """
 
 import torch
@@ -30,7 +31,7 @@ from .triton_kernels import (
 
 __all__ = ["aot_configs", "certified_topk", "item_topk"]
 
-_OPENED = 16  # groups a query may open
+_WHOLE_GROUPS = 16  # of a query, whose rows may all be candidates
 _DENSE_SHARE = 64  # k above rows / 64 takes the dense path
 _GATHERED = 1 << 24  # elements of rows gathered at once
 
@@ -45,6 +46,8 @@ def certified_topk(
 ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
     """The k best rows of ``table`` for each query, exactly: see ``common.certified_topk``.
 
+    ``scanned``: what the kernel multiplies; None only for an empty table.
+
     Under CUDA-graph capture no host decision is possible: a query that needs the dense path then
     returns NaN scores and ids -1, and is to be searched again outside the graph.
     """
@@ -57,7 +60,8 @@ def certified_topk(
     if count < _DENSE_SHARE * width:
         keys[:, :width] = dense_topk(table, query, width, excluded)
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, batch)
-    found, unresolved, candidates, opened = _resolve(scanned, query, table, width, excluded)
+    assert scanned is not None  # ``count`` > 0
+    found, unresolved, candidates, whole = _resolve(scanned, query, table, width, excluded)
     keys[:, :width] = found
     if is_capturing(device):
         scores, ids = from_order_keys(keys.masked_fill(unresolved[:, None], PADDING_KEY))
@@ -71,7 +75,7 @@ def certified_topk(
     kept = ~unresolved
     ratio = int(candidates[kept].sum()) / max(1, (batch - num_dense) * width)
     stats = SearchStats(
-        name if num_dense < batch else "dense", batch, ratio, int(opened[kept].sum()), num_dense
+        name if num_dense < batch else "dense", batch, ratio, int(whole[kept].sum()), num_dense
     )
     return *from_order_keys(keys), stats
 
@@ -79,7 +83,7 @@ def certified_topk(
 def _resolve(
     scanned: Scanned, query: Queries, table: Table, k: int, excluded: ExcludedPairs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Order keys [B, k]; queries that need the dense path, candidates, opened groups: [B] each."""
+    """Order keys [B, k]; queries that need the dense path, candidates, whole groups: [B] each."""
     rows = table.rows
     group = group_size(rows.shape[0], k)
     first, second = group_best(scanned, group, excluded.rows, excluded.of)
@@ -91,7 +95,7 @@ def _resolve(
     unresolved = ~torch.isfinite(cut) | query.dense
     if width < first.shape[1]:
         unresolved |= reach[:, -1]
-    slots = min(_OPENED, width)
+    slots = min(_WHOLE_GROUPS, width)
     unresolved |= hidden.sum(1) > slots
     row = at * group + (first.gather(1, at) & (group - 1))
     _, chosen = hidden.to(torch.int32).topk(slots, dim=1)

@@ -1,10 +1,23 @@
-"""The coarse scan on tensor cores: one kernel that keeps two scores a group of rows.
+"""The coarse scan on tensor cores: the two best scores of every group of rows, in one kernel.
 
-It multiplies a tile of items with a tile of queries and keeps, for every query and every group of
-``group`` rows, the two largest scores, each packed with its row's place in the group into an int32:
-nothing of size [B, N] leaves it, and there are no atomics.
+For queries Q [M, d] (M = B) and the rows X [N, d] of a copy of the table it computes
 
-Excluded rows are masked inside the kernel, from lists sorted by tile, so they cost no kept score.
+    s[m, n] = mul[n] (q_m . x_n) - sub[n],          -inf for excluded pairs,
+
+and keeps, for every query and every group of ``GROUP`` consecutive rows, the largest and the second
+largest s, each packed with its row's place in the group into an int32 (the low bits of the score
+give way). Nothing of size [M, N] is stored, and there are no atomics.
+
+Grid: ceil(M / BLOCK_M) * ceil(N / BLOCK_N) programs in one dimension, queries fastest: programs
+that run together share a tile of items, which memory delivers once.
+Tile: items are the long side. The product is written items x queries, [BLOCK_N, BLOCK_M] in steps
+of BLOCK_K columns, because the hardware's tile wants at least 64 rows on its left side and a batch
+may have 16 queries or fewer.
+Reads N d + M d elements from memory (the items again from cache for every tile of queries) and 4
+to 8 bytes a row for mul and sub; writes 8 M N / GROUP bytes. FLOPs: 2 M N d.
+Numerics: accumulated in float32 (float32 operands as three bfloat16 products); ``product_unit``
+bounds the error, of tensor-core sums that may truncate and of the packing. Excluded pairs come
+sorted by program, so each program visits its own and they cost no kept score.
 """
 
 import itertools
@@ -37,9 +50,9 @@ def _group_best_kernel(
     pair_start_ptr,
     first_ptr,
     second_ptr,
-    num_rows,
-    batch,
-    dim,
+    num_items,
+    num_queries,
+    d,
     stride_x,
     stride_q,
     BLOCK_M: tl.constexpr,
@@ -53,54 +66,60 @@ def _group_best_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    i_n = tl.program_id(0) % tl.cdiv(batch, BLOCK_N)
-    i_m = tl.program_id(0) // tl.cdiv(batch, BLOCK_N)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    """A tile of items against a tile of queries.
+
+    first, second: int32 [ceil(N / GROUP), M]. The program's excluded pairs are those numbered
+    pair_start[program] .. pair_start[program + 1] - 1.
+    """
+    i_m = tl.program_id(0) % tl.cdiv(num_queries, BLOCK_M)
+    i_n = tl.program_id(0) // tl.cdiv(num_queries, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, BLOCK_K)
-    m_m = o_m < num_rows
-    m_n = o_n < batch
-    p_x = x_ptr + o_m.to(tl.int64)[:, None] * stride_x + o_k[None, :]
-    p_q = q_ptr + o_n.to(tl.int64)[None, :] * stride_q + o_k[:, None]
-    b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, dim, BLOCK_K):
-        # [BLOCK_M, BLOCK_K] items, [BLOCK_K, BLOCK_N] queries
+    m_n = o_n < num_items
+    m_m = o_m < num_queries
+    p_x = x_ptr + o_n.to(tl.int64)[:, None] * stride_x + o_k[None, :]
+    p_q = q_ptr + o_m.to(tl.int64)[None, :] * stride_q + o_k[:, None]
+    b_s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for k in range(0, d, BLOCK_K):
+        # [BLOCK_N, BLOCK_K] items, [BLOCK_K, BLOCK_M] queries
         if EVEN_K:
-            b_x = tl.load(p_x + k, mask=m_m[:, None], other=0)
-            b_q = tl.load(p_q + k, mask=m_n[None, :], other=0)
+            b_x = tl.load(p_x + k, mask=m_n[:, None], other=0)
+            b_q = tl.load(p_q + k, mask=m_m[None, :], other=0)
         else:
-            m_k = k + o_k < dim
-            b_x = tl.load(p_x + k, mask=m_m[:, None] & m_k[None, :], other=0)
-            b_q = tl.load(p_q + k, mask=m_n[None, :] & m_k[:, None], other=0)
+            m_k = k + o_k < d
+            b_x = tl.load(p_x + k, mask=m_n[:, None] & m_k[None, :], other=0)
+            b_q = tl.load(p_q + k, mask=m_m[None, :] & m_k[:, None], other=0)
         if WIDEN:
             b_x, b_q = b_x.to(tl.float32), b_q.to(tl.float32)
         else:
             b_x = b_x.to(b_q.dtype)
         b_s = tl.dot(b_x, b_q, b_s, input_precision=PRECISION)
+    # [BLOCK_N]
     if HAS_MUL:
-        b_s = b_s * tl.load(mul_ptr + o_m, mask=m_m, other=0)[:, None]
+        b_s = b_s * tl.load(mul_ptr + o_n, mask=m_n, other=0)[:, None]
     if HAS_SUB:
-        b_s = b_s - tl.load(sub_ptr + o_m, mask=m_m, other=0)[:, None]
+        b_s = b_s - tl.load(sub_ptr + o_n, mask=m_n, other=0)[:, None]
     # Signed integers in the order of the floats; the low bits say which row of the group it is.
     b_i = b_s.to(tl.int32, bitcast=True)
     b_i = b_i ^ ((b_i >> 31) & 0x7FFFFFFF)
-    b_i = (b_i & -GROUP) | (o_m % GROUP)[:, None]
-    b_i = tl.where(m_m[:, None], b_i, LOWEST)
+    b_i = (b_i & -GROUP) | (o_n % GROUP)[:, None]
+    b_i = tl.where(m_n[:, None], b_i, LOWEST)
     if HAS_PAIRS:
-        for e in range(
+        for i_pair in range(
             tl.load(pair_start_ptr + tl.program_id(0)),
             tl.load(pair_start_ptr + tl.program_id(0) + 1),
         ):
-            is_row = o_m == tl.load(pair_row_ptr + e)
-            is_query = o_n == tl.load(pair_of_ptr + e)
-            b_i = tl.where(is_row[:, None] & is_query[None, :], LOWEST, b_i)
-    # [groups, GROUP, BLOCK_N]
-    b_i = tl.reshape(b_i, [BLOCK_M // GROUP, GROUP, BLOCK_N])
+            m_row = o_n == tl.load(pair_row_ptr + i_pair)
+            m_query = o_m == tl.load(pair_of_ptr + i_pair)
+            b_i = tl.where(m_row[:, None] & m_query[None, :], LOWEST, b_i)
+    # [groups, GROUP, BLOCK_M]
+    b_i = tl.reshape(b_i, [BLOCK_N // GROUP, GROUP, BLOCK_M])
     b_first = tl.max(b_i, axis=1)
     b_second = tl.max(tl.where(b_i == b_first[:, None, :], LOWEST, b_i), axis=1)
-    o_g = i_m * (BLOCK_M // GROUP) + tl.arange(0, BLOCK_M // GROUP)
-    m_g = (o_g < tl.cdiv(num_rows, GROUP))[:, None] & m_n[None, :]
-    o_out = o_g.to(tl.int64)[:, None] * batch + o_n[None, :]
+    o_g = i_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    m_g = (o_g < tl.cdiv(num_items, GROUP))[:, None] & m_m[None, :]
+    o_out = o_g.to(tl.int64)[:, None] * num_queries + o_m[None, :]
     tl.store(first_ptr + o_out, b_first, mask=m_g)
     tl.store(second_ptr + o_out, b_second, mask=m_g)
 
@@ -123,14 +142,14 @@ class Scanned:
     error: torch.Tensor
 
 
-def product_unit(codes: torch.Tensor, dim: int) -> float:
+def product_unit(codes: torch.Tensor, d: int) -> float:
     """Relative error, to |q| |x|, of the kernel's scores beyond what ``Queries.unit`` holds."""
     split = _SPLIT_UNIT if codes.dtype == torch.float32 else 0.0
-    return (dim + 32) * _TENSOR_CORE_UNIT + split + PACK_UNIT
+    return (d + 32) * _TENSOR_CORE_UNIT + split + PACK_UNIT
 
 
 def scan_rows(query: Queries, rows: torch.Tensor, norms: torch.Tensor | None) -> Scanned:
-    """A pass over the stored rows [N, d] themselves; ``norms`` float32 [N], None: taken here."""
+    """What scans the stored rows [N, d] themselves; ``norms`` float32 [N], None: taken here."""
     if norms is None:
         blocks = [torch.linalg.vector_norm(b.float(), dim=1) for b in rows.split(1 << 20)]
         norms = torch.cat(blocks) if blocks else rows.new_empty(0, dtype=torch.float32)
@@ -141,16 +160,16 @@ def scan_rows(query: Queries, rows: torch.Tensor, norms: torch.Tensor | None) ->
     size = high if query.similarity != "cosine" else torch.ones_like(high)
     error = query.product_error(high) + 1.01 * (missed + unit * query.norm) * size
     mul = sub = None
-    trusted = high <= HUGE
+    bounded = high <= HUGE
     if query.similarity == "cosine":
-        # A zero row scores 0 by the product alone; one too small for float32 is not trusted.
+        # A zero row scores 0 by the product alone; one too small for float32 has no bound.
         small = (norms < 1 / HUGE) & (rows != 0).any(1)
-        trusted = trusted & ~small.any()
+        bounded = bounded & ~small.any()
         mul = torch.where(norms > 0, norms.reciprocal(), 0.0)
     elif query.similarity == "l2":
         sub = 0.5 * norms * norms
         error = error + unit * (query.norm + high) ** 2
-    error = torch.where(trusted, error, float("inf"))
+    error = torch.where(bounded, error, float("inf"))
     return Scanned(rows, operand, mul, sub, error)
 
 
@@ -168,27 +187,28 @@ def group_best(
     second = torch.empty_like(first)
 
     def launch(config: Launch) -> None:
-        tiles = triton.cdiv(count, config.block_m)
-        across = triton.cdiv(batch, config.block_n)
-        tile = pair_row // config.block_m * across + pair_of // config.block_n
-        tile = torch.where(pair_row < 0, tiles * across, tile)
-        tile, order = tile.sort()
-        programs = torch.arange(tiles * across + 1, device=codes.device)
-        _group_best_kernel[(tiles * across,)](
-            codes,
-            operand,
-            scanned.mul,
-            scanned.sub,
-            pair_row[order],
-            pair_of[order],
-            torch.searchsorted(tile, programs),
-            first,
-            second,
-            count,
-            batch,
-            operand.shape[1],
-            codes.stride(0),
-            operand.stride(0),
+        item_tiles = triton.cdiv(count, config.block_n)
+        query_tiles = triton.cdiv(batch, config.block_m)
+        num_programs = item_tiles * query_tiles
+        program = pair_row // config.block_n * query_tiles + pair_of // config.block_m
+        program = torch.where(pair_row < 0, num_programs, program)
+        program, order = program.sort()
+        every = torch.arange(num_programs + 1, device=codes.device)
+        _group_best_kernel[(num_programs,)](
+            x_ptr=codes,
+            q_ptr=operand,
+            mul_ptr=scanned.mul,
+            sub_ptr=scanned.sub,
+            pair_row_ptr=pair_row[order],
+            pair_of_ptr=pair_of[order],
+            pair_start_ptr=torch.searchsorted(program, every),
+            first_ptr=first,
+            second_ptr=second,
+            num_items=count,
+            num_queries=batch,
+            d=operand.shape[1],
+            stride_x=codes.stride(0),
+            stride_q=operand.stride(0),
             **constants(config, group, operand.shape[1], codes.dtype, scanned, pair_row.numel()),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -202,7 +222,7 @@ def group_best(
 
 
 def constants(
-    config: Launch, group: int, dim: int, dtype: torch.dtype, scanned: Scanned, pairs: int
+    config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: int
 ) -> dict[str, object]:
     """The compile-time arguments of the kernel."""
     interpreted = triton.knobs.runtime.interpret
@@ -212,7 +232,7 @@ def constants(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP": group,
-        "EVEN_K": dim % config.block_k == 0,
+        "EVEN_K": d % config.block_k == 0,
         "HAS_MUL": scanned.mul is not None,
         "HAS_SUB": scanned.sub is not None,
         "HAS_PAIRS": pairs > 0,
@@ -243,7 +263,7 @@ def aot_configs() -> list[dict[str, Any]]:
     }
     others = {"first_ptr": "*i32", "second_ptr": "*i32", "mul_ptr": "*fp32", "sub_ptr": "*fp32"}
     others |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
-    others |= dict.fromkeys(("num_rows", "batch", "dim", "stride_x", "stride_q"), "i32")
+    others |= dict.fromkeys(("num_items", "num_queries", "d", "stride_x", "stride_q"), "i32")
     found = []
     for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
         launches = [
@@ -275,7 +295,7 @@ def aot_configs() -> list[dict[str, Any]]:
                     "num_stages": config.num_stages,
                     "uses_tensor_cores": True,
                     "backend": backend,
-                    "aligned": ("stride_x", "stride_q", "dim"),
+                    "aligned": ("stride_x", "stride_q", "d"),
                 }
             )
     return found

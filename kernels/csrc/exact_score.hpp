@@ -1,10 +1,22 @@
-// Canonical scores and order keys, bit for bit those of r2ec_kernels/canonical.py, which defines them.
+// The exact re-score of candidates: canonical scores and order keys, bit for bit those of
+// r2ec_kernels/canonical.py, which defines them.
+//
+// In: float32 rows, float64 queries, (query, row) pairs. Out: a float32 score of each.
+//
+// Numerics: every product is rounded to float64, and the D of them are added in one fixed order
+// that vectorizes anywhere: the second half to the first, over and over, so that the result is the
+// same on every machine. Compiled without contraction: a fused multiply-add would skip a rounding.
+// Then division by norms (cosine), the negative root (l2), the temperature, and one rounding to
+// float32.
+//
+// Work: 2 * D operations and 4 * D bytes of a row for each pair; twice the operations for
+// cosine, whose row norm is made anew.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "first_pass.hpp"
+#include "tables.hpp"
 
 namespace r2ec {
 

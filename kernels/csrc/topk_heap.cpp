@@ -1,4 +1,4 @@
-#include "selection.hpp"
+#include "topk_heap.hpp"
 
 #include <algorithm>
 #include <functional>
@@ -8,12 +8,12 @@ namespace r2ec {
 
 namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kRoom = 64;     // candidates beyond those that stay before a pool is thinned again
+constexpr int64_t kRoom = 64;     // candidates beyond those that stay before a pool is pruned again
 constexpr int64_t kPadding = 16;  // counters of two workers never share a cache line
 }  // namespace
 
-Selection::Selection(int64_t queries, int64_t k, int64_t limit, int64_t workers,
-                     const int64_t* excluded, int64_t num_excluded)
+TopkHeap::TopkHeap(int64_t queries, int64_t k, int64_t limit, int64_t workers,
+                   const int64_t* excluded, int64_t num_excluded)
     : queries_(queries),
       k_(k),
       limit_(limit),
@@ -23,30 +23,30 @@ Selection::Selection(int64_t queries, int64_t k, int64_t limit, int64_t workers,
       thresholds_(new std::atomic<float>[queries]),
       pools_(workers * queries, Pool{{}, std::min(limit, k) + std::max(kRoom, k)}),
       scratch_(workers),
-      offered_(workers * kPadding, 0) {
+      accepted_(workers * kPadding, 0) {
   for (int64_t query = 0; query < queries; ++query)
     thresholds_[query].store(-std::numeric_limits<float>::max(), std::memory_order_relaxed);
 }
 
-void Selection::offer(int64_t worker, int64_t query, float lower, float upper, int64_t row) {
+void TopkHeap::push(int64_t worker, int64_t query, float lower, float upper, int64_t row) {
   if (!(upper >= threshold(query)) || is_excluded(row, query)) return;
   auto& own = pool(worker, query);
-  ++offered_[worker * kPadding];
+  ++accepted_[worker * kPadding];
   own.candidates.push_back({lower, upper, static_cast<uint32_t>(row)});
   if (static_cast<int64_t>(own.candidates.size()) < own.full_at) return;
-  thin(query, own.candidates, scratch_[worker]);
+  prune(query, own.candidates, scratch_[worker]);
   const auto kept = static_cast<int64_t>(own.candidates.size());
   if (kept > limit_) {
-    raise(query, kInfinity);
+    raise_threshold(query, kInfinity);
     own.candidates = {};
   }
   own.full_at = kept + std::max(kRoom, k_);
 }
 
-Selection::Result Selection::finish() {
+TopkHeap::Result TopkHeap::finish() {
   Result result{std::vector<std::vector<uint32_t>>(queries_), std::vector<char>(queries_), 0};
   for (int64_t worker = 0; worker < workers_; ++worker)
-    result.offered += offered_[worker * kPadding];
+    result.accepted += accepted_[worker * kPadding];
   std::vector<Candidate> all;
   std::vector<float> scratch;
   for (int64_t query = 0; query < queries_; ++query) {
@@ -57,7 +57,7 @@ Selection::Result Selection::finish() {
       const auto& own = pool(worker, query).candidates;
       all.insert(all.end(), own.begin(), own.end());
     }
-    thin(query, all, scratch);
+    prune(query, all, scratch);
     auto& rows = result.rows[query];
     rows.reserve(all.size());
     for (const auto& candidate : all) rows.push_back(candidate.row);
@@ -65,11 +65,11 @@ Selection::Result Selection::finish() {
   return result;
 }
 
-bool Selection::is_excluded(int64_t row, int64_t query) const {
+bool TopkHeap::is_excluded(int64_t row, int64_t query) const {
   return std::binary_search(excluded_first_, excluded_last_, row * queries_ + query);
 }
 
-void Selection::raise(int64_t query, float threshold) {
+void TopkHeap::raise_threshold(int64_t query, float threshold) {
   auto& shared = thresholds_[query];
   float known = shared.load(std::memory_order_relaxed);
   while (known < threshold &&
@@ -78,14 +78,14 @@ void Selection::raise(int64_t query, float threshold) {
 }
 
 // Raises the threshold to the k-th largest lower bound and drops what cannot reach it.
-void Selection::thin(int64_t query, std::vector<Candidate>& candidates,
+void TopkHeap::prune(int64_t query, std::vector<Candidate>& candidates,
                      std::vector<float>& scratch) {
   if (static_cast<int64_t>(candidates.size()) >= k_ && k_ > 0) {
     scratch.clear();
     for (const auto& candidate : candidates) scratch.push_back(candidate.lower);
     std::nth_element(scratch.begin(), scratch.begin() + (k_ - 1), scratch.end(),
                      std::greater<float>());
-    raise(query, scratch[k_ - 1]);
+    raise_threshold(query, scratch[k_ - 1]);
   }
   const float least = threshold(query);
   candidates.erase(

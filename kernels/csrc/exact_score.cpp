@@ -1,4 +1,4 @@
-#include "canonical.hpp"
+#include "exact_score.hpp"
 
 #include <cmath>
 #include <cstring>
@@ -15,8 +15,9 @@ int64_t order_key(float score, int64_t id) {
 
 namespace {
 
-// Sums the terms in the fixed order, overwriting them.
-double fold_sum(std::vector<double>& terms) {
+// Sums the terms in the fixed order, overwriting them: halves are added until one is left; of an
+// odd number, the one in the middle waits.
+double pairwise_sum(std::vector<double>& terms) {
   auto width = static_cast<int64_t>(terms.size());
   if (width == 0) return 0.0;
   while (width > 1) {
@@ -34,7 +35,7 @@ template <typename A, typename B>
 double product(const A* a, const B* b, std::vector<double>& terms) {
   for (size_t c = 0; c < terms.size(); ++c)
     terms[c] = static_cast<double>(a[c]) * static_cast<double>(b[c]);
-  return fold_sum(terms);
+  return pairwise_sum(terms);
 }
 
 }  // namespace
@@ -60,7 +61,7 @@ float Scorer::score(int64_t query, int64_t row) {
       const double difference = q[c] - static_cast<double>(x[c]);
       terms_[c] = difference * difference;
     }
-    value = -std::sqrt(fold_sum(terms_));
+    value = -std::sqrt(pairwise_sum(terms_));
   } else {
     value = product(q, x, terms_);
     if (scoring_.similarity == Similarity::kCosine) {

@@ -1,0 +1,150 @@
+"""Which coarse scans a call on an index runs.
+
+A search may use any product of any copy, because its result is exact whatever it used: the fastest
+one, as measured (``autoselect``), with the rows themselves behind it. Log-probabilities depend on
+the scan by its rounding, so the scan of ``target_stats`` follows from the numbers alone.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from .._cpu import extension
+from .._exact.bounds import Queries
+from .._scan.blocks import GROUP, CoarseScan
+from .._scan.float32 import Float32Scan, block_rows
+from ..rank.impl.common import raw_per_score
+from ..rank.impl.torch import RankScan, row_scans
+from ..topk.impl.common import SearchStats
+from . import fbgemm, fine
+from .autoselect import batch_class, fastest
+from .code_scan import CodeScan
+from .products import PRODUCTS, Product, has_bf16_tiles, measured_run
+from .storage import Storage
+
+SCANS = ("auto", "none", "fp16", "bf16", "int8")
+_PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
+_UNFIT_SHARE = 1 / 8  # of a search's queries
+_LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
+
+
+def copy_kinds(scan: str, device: torch.device) -> tuple[str, ...]:
+    """The low-precision copies of an index."""
+    packs = fbgemm.available(device)
+    if scan == "fp16" and not packs:
+        raise ValueError(
+            f"scan: 'fp16' needs a CPU whose torch has FBGEMM (x86), got device {device}; "
+            "'bf16' runs everywhere"
+        )
+    if scan == "auto":
+        many = ("bf16",) if has_bf16_tiles(device) else ("fp16",) if packs else ()
+        few = ("int8",) if extension.available(device) or not many else ()
+        return many + few
+    return () if scan == "none" else (scan,)
+
+
+class ScanChoice:
+    """The scans of one index's ``storage`` under its setting ``scan``."""
+
+    def __init__(self, scan: str, storage: Storage) -> None:
+        self.scan, self._storage = scan, storage
+        self._kinds = storage.kinds  # to search with; the storage may keep a "fine" copy beside
+        self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
+
+    def of_search(self, query: Queries) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
+        """The name of the product to scan with, and the scans of a search."""
+        storage = self._storage
+        if not storage.size or not len(query.scaled):
+            return "none", []
+        kind, product = self._product(query)
+        rows = partial(Float32Scan, storage.live("rows"), storage.live("norm"))
+        if product is None:
+            return "float32", [rows]
+
+        def codes(query: Queries) -> CoarseScan:
+            return self._code_scan(query, kind, product, _PACKED_ROWS)
+
+        return product.name, [codes, rows]
+
+    def observe(self, name: str, stats: SearchStats) -> None:
+        """Take a product out of the choice that left many of a search's queries to another scan."""
+        if self.scan == "auto" and stats.scanned_again > stats.queries * _UNFIT_SHARE:
+            self._unfit |= {name}
+
+    def of_stats(self, query: Queries, use_scan: bool) -> list[RankScan]:
+        """Scans for log-probabilities: chosen by the numbers, never by a measured time, so that one
+        input gives one result."""
+        storage = self._storage
+        scans = row_scans(storage.live("rows"), storage.live("norm"), len(query.scaled))
+        if not use_scan or not storage.size or not len(query.scaled):
+            return scans
+        make: RankScan
+        if fine.KIND in storage.kinds:
+            copy, limits = storage.fine_copy(), storage.limits(fine.KIND)
+            make = partial(fine.FineScan, copy, limits, storage.mean)
+            typical = fine.FineScan(copy, limits, storage.mean, query).typical
+        elif "fp16" in self._kinds:
+            [product] = PRODUCTS["fp16"]
+
+            def make(query: Queries) -> CoarseScan:
+                return self._code_scan(query, "fp16", product, _PACKED_ROWS // 4)
+
+            typical = self._code_scan(query, "fp16", product, _PACKED_ROWS // 4).typical
+        else:
+            return scans
+        # A log-probability is off by a mean of the scores' errors; the target's own has none.
+        if bool((typical <= _LOG_PROB_ERROR / 2 * raw_per_score(query)).all()):
+            scans.insert(0, make)
+        return scans
+
+    def wants_fine_copy(self) -> bool:
+        """Whether ranks are to be read from a "fine" copy that is not kept yet."""
+        storage = self._storage
+        serves = storage.device.type == "cpu" and extension.has_amx()
+        serves = serves and storage.similarity != "l2" and "int8" in self._kinds
+        return serves and self.scan == "auto" and fine.KIND not in storage.kinds
+
+    def device_kind(self) -> str | None:
+        """The copy that a GPU scans; None: the rows themselves."""
+        return next((kind for kind in self._kinds if kind != "fp16"), None)  # packed for CPUs only
+
+    def _code_scan(
+        self, query: Queries, kind: str, product: Product[Any, Any], packed_rows: int
+    ) -> CodeScan[Any]:
+        """packed_rows: of a block of packed codes, at most."""
+        batch, storage = query.scaled.shape[0], self._storage
+        if product.block == GROUP and not extension.available(storage.device):
+            height = block_rows(storage.width, batch, storage.device)
+        else:  # nothing but scores to keep in a cache
+            height = min(_PACKED_SCORES // batch, packed_rows)
+        return CodeScan(
+            storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
+        )
+
+    def _product(self, query: Queries) -> tuple[str, Product[Any, Any] | None]:
+        """The copy and the product a search of this batch scans; ("none", None): the rows."""
+        storage, batch = self._storage, query.scaled.shape[0]
+        runs: dict[str, Callable[[], Callable[[int], int]]] = {}
+        products: dict[str, tuple[str, Product[Any, Any] | None]] = {}
+        for kind in self._kinds:
+            codes = storage.codes(kind)
+            for product in PRODUCTS[kind]:
+                if product.supports(codes, batch) and product.name not in self._unfit:
+                    products[product.name] = (kind, product)
+                    runs[product.name] = partial(measured_run, product, codes, query)
+        if self.scan in ("auto", "none"):
+            products["float32"] = ("none", None)
+            runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
+        machine = (extension.cpu_kind(), torch.get_num_threads())
+        dtype, width = storage.fields["rows"].dtype, storage.width
+        key = (self.scan, dtype, storage.device, width, batch_class(batch), machine, self._unfit)
+        weights = {name: product.rescoring for name, (_, product) in products.items() if product}
+        return products[fastest(key, runs, storage.size, 4 * width, weights)]
+
+
+def _measured_rows(rows: torch.Tensor, query: Queries) -> Callable[[int], int]:
+    """As ``products.measured_run``, for the float32 product of the rows themselves."""
+    operand = query.scaled.T.contiguous()
+    return lambda count: len(torch.mm(rows[:count].float(), operand))

@@ -1,0 +1,299 @@
+"""The commands of `r2ec-fast`: one function each, its docstring is the help of its settings.
+
+What a user can mend is an exception; `cli` turns it into one line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from r2ec_fast.serve.display import show_recommendations
+from r2ec_fast.utils.atomic_files import check_writable, write_whole
+from r2ec_fast.utils.terminal import say
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from r2ec_fast.config import ModelConfig, RecPOConfig
+    from r2ec_fast.data import RecDataset
+    from r2ec_fast.model.r2ec import R2ecModel
+
+MODES = ("direct", "reasoned")
+
+
+def prepare(source: str, **settings: Any) -> None:
+    """Read interactions, split them, write a data set, and show what was read, dropped and kept."""
+    from r2ec_fast.data import prepare as sources
+
+    if source == "check":
+        say(sources.check_amazon(**settings).text)
+        return
+    prepared = getattr(sources, f"prepare_{source}")(**settings)
+    say(prepared.report)
+    say(f"wrote {prepared.directory}")
+
+
+def train(data: str, model: ModelConfig, config: RecPOConfig) -> dict[str, float]:
+    """Train a model on a prepared data set; returns and prints its validation metrics."""
+    from r2ec_fast.data import RecDataset
+    from r2ec_fast.train.trainer import RecPOTrainer
+
+    dataset = RecDataset.load(data)
+    trainer = RecPOTrainer(_model_to_train(model, dataset), dataset, config)
+    metrics = trainer.train()
+    for key, value in metrics.items():
+        say(f"{key}: {value:.4f}")
+    say(f"wrote {config.output_dir}")
+    return metrics
+
+
+def evaluate(
+    model: str,
+    data: str,
+    *,
+    split: str = "test",
+    modes: list[str] = list(MODES),  # noqa: B006 (jsonargparse shows it; it is never changed)
+    samples: int = 0,
+    baselines: bool = True,
+    exclude_window: bool = False,
+    max_completion_length: int = 512,
+    max_tokens: int = 16384,
+    batch_size: int = 64,
+    seed: int = 42,
+    dtype: str = "auto",
+    gguf_file: str | None = None,
+    output_file: str | None = None,
+    ranks_file: str | None = None,
+    compare_with: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Rank the whole catalog for the examples of a split and print hit_rate, ndcg and mrr.
+
+    Args:
+        model: directory that a training run exported, or any causal language model (untrained: its
+            item table is then encoded first).
+        data: prepared data set (directory).
+        split: train, valid or test.
+        modes: any of direct (no reasoning) and reasoned (greedy reasoning first).
+        samples: examples, a seeded sample; 0 = all.
+        baselines: also popularity, Markov-1 and ItemKNN, on the same examples.
+        exclude_window: exclude only the events shown in the prompt, not all earlier ones.
+        max_completion_length: longest reasoning (tokens).
+        max_tokens: token budget of a forward pass.
+        batch_size: users computed together.
+        seed: of the sample.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        gguf_file: read the weights from this GGUF file of the model's directory.
+        output_file: also write the metrics as JSON.
+        ranks_file: also write every example's rank by every method, as CSV.
+        compare_with: ranks_file of another evaluation of the same examples; prints how much better
+            each method is now, by the examples' own differences.
+    """
+    from r2ec_fast.data import RecDataset
+    from r2ec_fast.data.splits import sample_examples
+    from r2ec_fast.eval.baselines import counting_baselines
+    from r2ec_fast.eval.comparison import check_examples, load_ranks, ranks_table
+    from r2ec_fast.eval.ranking import rank_examples, transformers_engine
+    from r2ec_fast.prompts.segments import PromptAssembler
+
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"modes: expected any of {', '.join(MODES)}, got {mode!r}")
+    check_writable(output_file, "output_file")
+    check_writable(ranks_file, "ranks_file")
+    before = None if compare_with is None else load_ranks(compare_with, "compare_with")
+    dataset = RecDataset.load(data)
+    examples = sample_examples(dataset, split, samples, seed)
+    if len(examples) == 0:
+        raise ValueError(f"split: {split} of {data} holds no example")
+    if before is not None:
+        check_examples(ranks_table(dataset, examples, {}), before, "compare_with")
+    r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
+    _give_items(r2ec, dataset, model, max_tokens)
+    window = r2ec.prompts.window if exclude_window else None
+    fitted = counting_baselines(dataset) if baselines else []
+    ranks = {b.name: b.ranks(examples, window=window) for b in fitted}
+    builder = r2ec.prompt_builder(dataset.data.catalog)
+    engine = transformers_engine(r2ec, builder)
+    assembler = PromptAssembler(builder)
+    for mode in modes:
+        ranks[mode], _ = rank_examples(
+            r2ec,
+            assembler,
+            dataset,
+            examples,
+            engine=engine if mode == "reasoned" else None,
+            max_completion_length=max_completion_length,
+            max_tokens=max_tokens,
+            exclude_window=exclude_window,
+            batch_size=batch_size,
+        )
+    return _report_ranks(ranks_table(dataset, examples, ranks), before, output_file, ranks_file)
+
+
+def _report_ranks(
+    table: pl.DataFrame,
+    before: pl.DataFrame | None,
+    output_file: str | None,
+    ranks_file: str | None,
+) -> dict[str, dict[str, float]]:
+    from r2ec_fast.eval.comparison import differences, methods_of, save_ranks
+    from r2ec_fast.eval.metrics import metrics_table, ranking_metrics
+
+    users = table["user_id"].to_numpy()
+    rows = {m: ranking_metrics(table[m].to_numpy(), users=users) for m in methods_of(table)}
+    say(metrics_table(rows))
+    if ranks_file is not None:
+        save_ranks(table, ranks_file, "ranks_file")
+    if output_file is not None:
+        write_whole(output_file, json.dumps(rows, indent=2) + "\n", "output_file")
+    if compared := differences(table, before, "compare_with"):
+        say("\n" + metrics_table(compared, differences=True))
+    return rows
+
+
+def recommend(
+    model: str,
+    *,
+    data: str | None = None,
+    users: list[str] | None = None,
+    items: list[str] | None = None,
+    k: int = 10,
+    reasoning: bool = True,
+    max_completion_length: int = 512,
+) -> None:
+    """Recommend items to users of a data set, or for a list of items.
+
+    Args:
+        model: directory that a training run exported.
+        data: prepared data set (directory), needed for `users`.
+        users: user ids, e.g. `--users '[u1, u2]'`; all that is known of them is their history.
+        items: one history: item ids or titles, oldest first, e.g. `--items '[i1, i7]'`.
+        k: items a user.
+        reasoning: write a reasoning first.
+        max_completion_length: longest reasoning (tokens).
+    """
+    from r2ec_fast.serve.recommender import Recommender
+
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    if not users and not items:
+        raise ValueError("users, items: give user ids or a list of items")
+    if users and data is None:
+        raise ValueError("data: needed to look up users by id")
+    histories = [*(users or []), *([items] if items else [])]
+    names = [*(f"user {user}" for user in users or []), *(["the items given"] if items else [])]
+    recommender = Recommender.from_pretrained(model, data=data)
+    results = recommender.recommend(
+        histories, k, reasoning, max_completion_length=max_completion_length
+    )
+    for name, result in zip(names, results, strict=True):
+        show_recommendations(name, result)
+
+
+def index(
+    model: str,
+    data: str,
+    *,
+    output_dir: str | None = None,
+    scan: str = "auto",
+    max_tokens: int = 16384,
+    dtype: str = "auto",
+    gguf_file: str | None = None,
+) -> None:
+    """Encode a data set's whole catalog and store it beside the model, ready to recommend.
+
+    Args:
+        model: directory of a model, or a name on the Hub.
+        data: prepared data set (directory) whose catalog is encoded.
+        output_dir: where the model with its new table is written; default: `model` itself.
+        scan: first pass of the item index: "auto", "none", "fp16", "bf16" or "int8".
+        max_tokens: token budget of a forward pass.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        gguf_file: read the weights from this GGUF file of the model's directory.
+    """
+    from r2ec_fast.data import RecDataset
+
+    target = output_dir or model
+    if output_dir is None and not Path(model).is_dir():
+        raise ValueError(f"output_dir: needed, because {model!r} is not a directory")
+    catalog = RecDataset.load(data).data.catalog
+    r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
+    r2ec.set_items(r2ec.encode_items(catalog, max_tokens=max_tokens), scan=scan)
+    r2ec.save_pretrained(target, catalog)
+    say(f"encoded {len(catalog):,} items, wrote {target}")
+
+
+def report(run_dir: str) -> None:
+    """Write one self-contained HTML file about a training run: curves, numbers, reasonings.
+
+    Args:
+        run_dir: output directory of the run; gets report.html.
+    """
+    from r2ec_fast.report.html import write_report
+
+    say(f"wrote {write_report(run_dir)}")
+
+
+def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
+    """Train and evaluate a small recommender on a generated catalog, offline, on the CPU.
+
+    Args:
+        output_dir: where models, metrics and the picture are written.
+        seed: of the catalog, the model and the training.
+    """
+    from r2ec_fast.quickstart.pipeline import run
+
+    run(output_dir, seed=seed)
+
+
+# ---- what the commands share --------------------------------------------------------------------
+
+
+def _load_model(name_or_path: str, *, dtype: str, gguf_file: str | None) -> R2ecModel:
+    import torch
+
+    from r2ec_fast.model.r2ec import R2ecModel
+
+    names = {"dtype": dtype} | ({} if gguf_file is None else {"gguf_file": gguf_file})
+    try:
+        model = R2ecModel.from_pretrained(name_or_path, **names)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"model: cannot load {name_or_path!r}: {reason}") from error
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval()
+
+
+def _model_to_train(config: ModelConfig, dataset: RecDataset) -> R2ecModel:
+    """The model with the configured settings. One left at its default stays as a model that was
+    trained before has it; the category's words are then the data set's."""
+    from r2ec_fast.config import ModelConfig
+
+    model = _load_model(config.name_or_path, dtype=config.dtype, gguf_file=config.gguf_file)
+    usual = ModelConfig()
+    if config.similarity != usual.similarity:
+        model.similarity = config.similarity
+    if config.item_temperature != usual.item_temperature:
+        model.temperature = config.item_temperature
+    if config.prompts != usual.prompts:
+        model.prompts = config.prompts
+    words = dataset.settings.get("prompt", {})
+    if words and model.prompts.category == usual.prompts.category:
+        model.prompts = dataclasses.replace(model.prompts, **words)
+    model.index = None  # its rows may be another catalog's
+    return model
+
+
+def _give_items(model: R2ecModel, dataset: RecDataset, name: str, max_tokens: int) -> None:
+    """Encode the catalog unless the model brings its table; ValueError for one of another size."""
+    catalog = dataset.data.catalog
+    if model.index is None:
+        model.set_items(model.encode_items(catalog, max_tokens=max_tokens))
+    elif len(model.index) != len(catalog):
+        raise ValueError(
+            f"data: {name} holds a table of {len(model.index)} items, "
+            f"the data set has {len(catalog)}; run `r2ec-fast index` first"
+        )
