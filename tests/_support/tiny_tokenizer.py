@@ -1,4 +1,4 @@
-"""Small objects that several test modules share."""
+"""A byte-level tokenizer trained on a few words, with two chat templates."""
 
 from __future__ import annotations
 

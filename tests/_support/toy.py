@@ -1,11 +1,11 @@
-"""A toy data set and toy language models, small enough for float64."""
+"""A toy data set and a toy recommender, small enough for float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import polars as pl
 import torch
-import transformers
+from _support.backbones import toy_backbone
 from _support.tiny_tokenizer import tiny_tokenizer
 
 from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, LoadReport, RecDataset
@@ -21,30 +21,6 @@ SHORT = PromptConfig(
     user_template="Next {category_singular} in {emb_token}:",
     item_template="{category_singular}:",
 )
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-}
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **SIZES, sliding_window=8, query_pre_attn_scalar=8, layer_types=None
-    ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SIZES, sliding_window=8, query_pre_attn_scalar=8
-    ),
-}
 
 
 def toy_dataset(users: int = 12, events: int = 5, seed: int = 0) -> RecDataset:
@@ -74,13 +50,13 @@ def toy_dataset(users: int = 12, events: int = 5, seed: int = 0) -> RecDataset:
 
 
 def toy_model(
-    kind: str = "llama", *, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 3.0
+    kind: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    scale: float = 3.0,
+    **settings: object,
 ) -> R2ecModel:
-    """A random toy model; `scale` spreads its weights so that its samples and states differ."""
-    torch.manual_seed(seed)
-    backbone = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name:
-                parameter.mul_(scale)
-    return R2ecModel(backbone.to(dtype), tiny_tokenizer(), temperature=0.1, prompts=SHORT)
+    """A random toy model; ``settings`` are those of ``backbones.toy_config``."""
+    backbone = toy_backbone(kind, dtype=dtype, seed=seed, scale=scale, **settings)
+    return R2ecModel(backbone, tiny_tokenizer(), temperature=0.1, prompts=SHORT)

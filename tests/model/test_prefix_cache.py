@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from _support.toy import CONFIGS, toy_dataset, toy_model
+from _support.backbones import KINDS
+from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.eval.ranking import transformers_engine
 from r2ec_fast.model.attention import VarlenLayout
@@ -23,7 +24,7 @@ def model_and_rows(kind: str, users: int):
     return model, builder, rows
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("users", [1, 3])
 def test_states_are_those_without_it(kind, users):
     model, builder, rows = model_and_rows(kind, users)
@@ -51,7 +52,7 @@ def test_its_keys_and_values_are_used_and_not_computed(monkeypatch):
     assert (model.encode_rows(rows, prefix=prefix) - right).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decoder", ["shared", "plain"])
 def test_samples_are_those_without_it(kind, decoder):
     model, builder, rows = model_and_rows(kind, 3)
@@ -113,7 +114,7 @@ def test_layout_behind_the_first_tokens():
     assert layout.keys == [(0, 1), (0, 2)]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_last_layer_computes_only_the_rows_that_are_read(kind):
     model, _, rows = model_and_rows(kind, 3)
     (batch,) = pack_histories(rows, max_tokens=1000)

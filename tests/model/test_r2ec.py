@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from _support.toy import CONFIGS, toy_dataset, toy_model
+from _support.backbones import KINDS
+from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.model.r2ec import R2ecModel, _pack_rows
 from r2ec_fast.packing import Ragged
@@ -20,7 +21,7 @@ def plain_states(model: R2ecModel, row: list[int]) -> torch.Tensor:
     return out.hidden_states[-1][0]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_states_are_those_of_each_row_alone(kind):
     model = toy_model(kind)
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +36,7 @@ def test_packed_states_are_those_of_each_row_alone(kind):
         )
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_read_out_is_the_state_of_the_last_token(kind):
     # the reference code reads the longest row one token early (trap 4 of docs/method.md)
     model = toy_model(kind)
@@ -61,7 +62,7 @@ def test_read_out_gradient_is_that_of_each_row_alone():
         torch.testing.assert_close(ours, theirs, **FLOAT32_INSIDE)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [False, True])
 def test_recomputed_activations_give_the_same_gradient(kind, lora):
     rows = [[7, 8, 10, 13, 14, 15, 16], [7, 8, 11, 12], [7, 9]]

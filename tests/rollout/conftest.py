@@ -1,9 +1,10 @@
 import pytest
 import torch
-from _support.rollout_toys import COMMON, CONFIGS, EOS, PIECES, random_prompts
+from _support.backbones import toy_backbone, toy_config
+from _support.rollout_cases import EOS, PIECES, SIZES, random_prompts
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +19,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def make_model():
     def make(name: str, dtype: torch.dtype = torch.float64, scale: float = 3.0):
-        torch.manual_seed(5)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:  # spread the logits: sharp attention, varied next tokens
-                    parameter.mul_(scale)
-        return model.eval()
+        # spread logits: sharp attention, varied next tokens
+        how = {"dtype": dtype, "seed": 6, "scale": scale, "embeddings": True}
+        tied = {"tie_word_embeddings": name not in ("llama", "mistral", "qwen3")}
+        return toy_backbone(name, **how, **SIZES, **tied).eval()
 
     return make
 
@@ -38,8 +36,15 @@ def prompts() -> list[list[int]]:
 def toy_policy(tmp_path_factory, tokenizer):
     """(folder of a saved base model, that model with an adapter): large enough heads for vLLM."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 256}
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON | sizes), dtype=torch.float32)
+    sizes = {
+        "tie_word_embeddings": False,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 32,
+        "vocab_size": 256,
+    }
+    config = toy_config("llama", **SIZES | sizes)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         base.lm_head.weight.mul_(8.0)
         base.lm_head.weight[1 + len(PIECES) :] = 0.0

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from _support.rollout_toys import CONFIGS, random_prompts
+from _support.backbones import KINDS
+from _support.rollout_cases import random_prompts
 from peft import LoraConfig, get_peft_model
 
 from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.rollout import TransformersEngine, score_rollouts
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mistral"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "mistral"])
 @pytest.mark.parametrize("max_tokens", [1, 80, 4096])
 def test_packed_score_equals_what_the_engine_returned(make_model, tokenizer, name, max_tokens):
     backbone = make_model(name)

@@ -6,10 +6,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from _support.rollout_toys import COMMON, CONFIGS, random_prompts
+from _support.backbones import KINDS, toy_config
+from _support.rollout_cases import SIZES, random_prompts
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.rollout import TransformersEngine, onednn_linear
@@ -29,7 +30,7 @@ def full_logits(model, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("seed", range(2))
 def test_any_order_of_finishing_rows_gives_the_full_pass_logits(make_model, name, seed):
     model = make_model(name)
@@ -153,7 +154,7 @@ def wide_model():
         "num_hidden_layers": 2,
         "num_key_value_heads": 4,
     }
-    config = LlamaConfig(**COMMON | sizes, attention_bias=True)
+    config = toy_config("llama", **SIZES | sizes, attention_bias=True, tie_word_embeddings=False)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

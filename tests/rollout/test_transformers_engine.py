@@ -3,7 +3,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from _support.rollout_toys import CONFIGS, EOS, random_prompts
+from _support.backbones import KINDS
+from _support.rollout_cases import EOS, random_prompts
 from peft import LoraConfig, get_peft_model
 
 from r2ec_fast.packing import Ragged
@@ -50,7 +51,7 @@ def assert_same(a: Rollouts, b: Rollouts):
     assert a.finish_reason == b.finish_reason
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_log_probs_equal_a_full_forward_pass(make_model, tokenizer, prompts, name, dtype, decoder):
     model = make_model(name, dtype)
@@ -64,7 +65,7 @@ def test_log_probs_equal_a_full_forward_pass(make_model, tokenizer, prompts, nam
         np.testing.assert_allclose(out.log_prob[tokens], expected, atol=tolerance, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_states_are_those_of_a_full_forward_pass(make_model, tokenizer, name, decoder):
     model = make_model(name)
     engine = TransformersEngine(model, tokenizer, MARKER, decoder=decoder)
@@ -134,7 +135,7 @@ def _answer_rows(engine):
     return [out.row(r) for r, reason in enumerate(out.finish_reason) if reason == "answer"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_samples_do_not_depend_on_the_batch(make_model, tokenizer, prompts, name, decoder):
     engine = TransformersEngine(make_model(name), tokenizer, MARKER, decoder=decoder)
     whole = engine.generate(prompts, **ARGUMENTS)
@@ -174,7 +175,7 @@ def test_seed_step_and_user_change_the_samples(engine, prompts):
         assert other.values.tolist() != base.values.tolist()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_greedy_equals_transformers_greedy(make_model, tokenizer, prompts, name):
     model = make_model(name)
     arguments = ARGUMENTS | {"num_generations": 1, "greedy": True}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _support.rollout_toys import EOS, PIECES, random_prompts
+from _support.rollout_cases import EOS, PIECES, random_prompts
 
 from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.rollout import RolloutServerError, VLLMServerEngine, score_rollouts

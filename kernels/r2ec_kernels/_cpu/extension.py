@@ -4,9 +4,12 @@ made.
 They replace the torch operations that follow every block of products (about 25 a block), multiply
 int8 codes with a few queries at the speed at which memory brings them, and float32 rows by the
 AMX tiles of CPUs that have them. Without the extension, and on other devices, torch does the
-same: results are equal, time differs.
+same: results are equal, time differs. ``R2EC_CPU`` and ``use_cpu`` choose what they run as.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ except ImportError:  # built without it: R2EC_BUILD_EXTENSION=0, or no compiler
     _native = None
 
 _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are worth multiplying here
-_cpu = ""  # the kind of CPU to run as; "": the best that this one can
+_cpu = os.environ.get("R2EC_CPU", "")  # "": the best that this one can; "none": torch
 _FLOAT_BATCH, _FLOAT_BATCH_AMX = 8, 1024  # the same of float32 rows
 LOW_PARTS = 254  # of a step of an int8 code: the steps of a second one (kLowParts in C++)
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
@@ -28,12 +31,43 @@ _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 def available(device: torch.device) -> bool:
     """Whether tensors on ``device`` can be scanned by compiled code."""
-    return device.type == "cpu" and _native is not None
+    return device.type == "cpu" and _native is not None and _cpu != "none"
 
 
 def cpu_kind() -> str | None:
     """What the compiled scans run as: "amx", "avx512", "avx2" or "portable"; None without them."""
-    return None if _native is None else _cpu or _native.cpu_kinds()[0]
+    return None if _native is None or _cpu == "none" else _cpu or _native.cpu_kinds()[0]
+
+
+def cpu_kinds() -> list[str]:
+    """What they can run as on this CPU, the best first, and "none": torch does the work."""
+    return [*([] if _native is None else _native.cpu_kinds()), "none"]
+
+
+@contextmanager
+def use_cpu(kind: str) -> Iterator[None]:
+    """Run as one of ``cpu_kinds()``, whatever ``R2EC_CPU`` says. For tests and measurements; in all
+    threads.
+
+    Raises:
+        ValueError: this CPU is of another kind.
+    """
+    global _cpu
+    before, _cpu = _cpu, _checked("kind", kind)
+    try:
+        yield
+    finally:
+        _cpu = before
+
+
+def _checked(source: str, kind: str) -> str:
+    if kind not in cpu_kinds():
+        raise ValueError(f"{source}: expected one of {', '.join(cpu_kinds())}, got {kind!r}")
+    return kind
+
+
+if _cpu:
+    _checked("R2EC_CPU", _cpu)
 
 
 class Codes(NamedTuple):

@@ -1,8 +1,12 @@
 """The compiled passes, as every kind of CPU that this one can be, and torch give one result."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from _support.processes import environment
 from _support.search_cases import KINDS, SIMILARITIES, assert_same, canonical, make, sorted_topk
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
@@ -15,25 +19,46 @@ INFINITY = float("inf")
 NO_PAIRS = torch.empty(0, dtype=torch.int64)
 
 
-def run_as(cpu, monkeypatch):
-    if cpu == "torch":
-        monkeypatch.setattr(extension, "_native", None)
-    elif cpu not in extension._native.cpu_kinds():
+def run_as(cpu):
+    if cpu not in extension.cpu_kinds():
         pytest.skip(f"this CPU is not of the kind {cpu}")
-    else:
-        monkeypatch.setattr(extension, "_cpu", cpu)
+    return extension.use_cpu(cpu)
 
 
 @pytest.fixture(params=CPUS)
-def passes(request, monkeypatch):
+def passes(request):
     """The compiled passes as each kind of CPU."""
-    run_as(request.param, monkeypatch)
+    with run_as(request.param):
+        yield
 
 
-@pytest.fixture(params=["torch", *CPUS])
-def kind(request, monkeypatch):
+@pytest.fixture(params=["none", *CPUS])
+def kind(request):
     """These, and torch without them."""
-    run_as(request.param, monkeypatch)
+    with run_as(request.param):
+        yield
+
+
+def test_the_environment_chooses_the_kind():
+    code = """
+import importlib, os
+from r2ec_kernels._cpu import extension
+print(extension.cpu_kind())
+os.environ["R2EC_CPU"] = extension.cpu_kinds()[0]
+print(importlib.reload(extension).cpu_kind() == extension.cpu_kinds()[0])
+os.environ["R2EC_CPU"] = "vax"
+importlib.reload(extension)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(R2EC_CPU="none"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["None", "True"]
+    assert done.returncode and "R2EC_CPU: expected one of" in done.stderr
+    with pytest.raises(ValueError, match="kind: expected one of .*none, got 'vax'"):
+        extension.use_cpu("vax").__enter__()
 
 
 @pytest.mark.parametrize("problem_kind", KINDS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _support.budget import assert_within_budget
 
 from r2ec_kernels import linear_logprob
 from r2ec_kernels.logprob.impl import common as shared
@@ -57,14 +58,6 @@ def run(tensors, targets, head, upstream, impl, frozen, entropy=False):
     return [out.log_prob.detach(), *([out.entropy.detach()] if entropy else []), *grads]
 
 
-def budget(ours, plain, exact):
-    """DESIGN section 4: error <= 2 x the plain expression's + one rounding unit."""
-    for name, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
-        scale = c.abs().max().clamp(min=1e-30)
-        error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
-        assert error <= 2 * allowed + torch.finfo(a.dtype).eps * scale, (name, error, allowed)
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,7 +73,7 @@ def test_within_the_error_budget(shape, head, frozen, dtype):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     else:
         assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
-        budget(ours, plain, exact)
+        assert_within_budget(ours, plain, exact)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -107,7 +100,8 @@ def test_entropy(head, frozen):
     args = (targets, head, upstream)
     exact = run([x.double() for x in tensors], *args, "reference", frozen, entropy=True)
     plain = run(tensors, *args, "reference", frozen, entropy=True)
-    budget(run(tensors, *args, "torch", frozen, entropy=True), plain, exact)
+    ours = run(tensors, *args, "torch", frozen, entropy=True)
+    assert_within_budget(ours, plain, exact)
     assert not exact[1][targets == -100].any()
 
 

@@ -21,6 +21,8 @@ OPTIONS = {
     "kl": {"kl_weight": 0.07},
     "sampler correction": {"importance_cap": 1.4},
 }
+# relative differences of the value and of the gradient; Liger multiplies in float32
+TOLERANCES = {"trl": (1e-12, 1e-12), "liger": (2e-5, 2e-6)}
 
 
 class Batch:
@@ -170,16 +172,21 @@ def differences(batch, peer, name, level, option):
     return float(ours), value, float((grad - their_grad).norm() / grad.norm())
 
 
+def assert_equivalent(peer, found):
+    for what, difference, most in zip(("value", "gradient"), found, TOLERANCES[peer], strict=True):
+        assert difference < most, f"{peer}: {what} differs by {difference:.1e}"
+
+
 @pytest.mark.parametrize(("name", "level", "option"), cases())
 def test_equals_trl(name, level, option):
-    _, value, grad = differences(Batch(), "trl", name, level, option)
-    assert value < 1e-12 and grad < 1e-12
+    _, *found = differences(Batch(), "trl", name, level, option)
+    assert_equivalent("trl", found)
 
 
 @pytest.mark.parametrize(("name", "level", "option"), cases())
 def test_equals_liger(name, level, option):
-    _, value, grad = differences(Batch(), "liger", name, level, option)
-    assert value < 2e-5 and grad < 2e-6
+    _, *found = differences(Batch(), "liger", name, level, option)
+    assert_equivalent("liger", found)
 
 
 def test_clip_fraction_is_trls():
@@ -204,26 +211,39 @@ def test_clip_fraction_is_trls():
     assert clipped > 0 and float(loss.clip_fraction) == pytest.approx(float(clipped))
 
 
-def equivalence_table() -> str:
-    """Markdown: our value and the relative differences of value and gradient, peer by peer."""
+def equivalences():
+    """(case, our value, {peer: differences}) of every case."""
     batch = Batch()
+    for case in cases():
+        found = {peer: differences(batch, peer, *case) for peer in TOLERANCES}
+        yield case, found["trl"][0], {peer: numbers[1:] for peer, numbers in found.items()}
+
+
+def equivalence_table(rows) -> str:
+    """Markdown: our value and the relative differences of value and gradient, peer by peer."""
     lines = [
         "| loss type | ratio | option | value | TRL: value | TRL: gradient "
         "| Liger: value | Liger: gradient |",
         "|---" * 8 + "|",
     ]
-    for name, level, option in cases():
-        ours, *trl = differences(batch, "trl", name, level, option)
-        _, *liger = differences(batch, "liger", name, level, option)
-        numbers = " | ".join(f"{x:.0e}" for x in (*trl, *liger))
+    for (name, level, option), ours, found in rows:
+        numbers = " | ".join(f"{x:.0e}" for x in (*found["trl"], *found["liger"]))
         lines.append(f"| {name} | {level} | {option} | {ours:.6f} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
 def test_equivalence_table():
+    """Every figure of it is within its tolerance."""
     pytest.importorskip("trl")
     pytest.importorskip("liger_kernel")
-    sys.stdout.write("\n" + equivalence_table())
+    rows = list(equivalences())
+    for _, ours, found in rows:
+        assert abs(ours) > 1e-3  # the differences are relative to it
+        for peer, numbers in found.items():
+            assert_equivalent(peer, numbers)
+    table = equivalence_table(rows)
+    assert table.count("\n") == 2 + len(cases()) and "nan" not in table
+    sys.stdout.write("\n" + table)
 
 
 def test_a_padded_reference_of_log_probs():

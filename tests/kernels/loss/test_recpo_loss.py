@@ -5,56 +5,10 @@ import itertools
 
 import pytest
 import torch
+from _support.budget import assert_within_budget
+from _support.loss_cases import BASE, GROUP, GROUPS, NAMES, WIDTH, call, gradients, make
 
-from r2ec_kernels import RecPOLossConfig, grouped_advantage, linear_logprob, recpo_loss
-
-GROUPS, GROUP, WIDTH, VOCAB, CATALOG = 3, 4, 8, 37, 11
-LENGTHS = [3, 1, 4, 2, 5, 1, 2, 6, 0, 3, 3, 2]
-NAMES = ("hidden", "user_states", "item_states")
-
-
-def make(seed=0, dtype=torch.float64):
-    """Arguments of one call; group 1 ties, trajectory 8 is empty, item rows repeat ids."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    tokens = sum(LENGTHS)
-    case = {
-        "hidden": randn(tokens, WIDTH).requires_grad_(),
-        "weight": randn(VOCAB, WIDTH),
-        "targets": torch.randint(0, VOCAB, (tokens,), generator=generator),
-        "trajectory": torch.repeat_interleave(torch.tensor(LENGTHS)),
-        "rewards": torch.rand(GROUPS, GROUP, generator=generator, dtype=torch.float64),
-        "user_states": randn(GROUPS * GROUP, WIDTH).requires_grad_(),
-        "item_states": randn(5, WIDTH).requires_grad_(),
-        "item_ids": torch.tensor([3, 1, 3, 2, 1]),
-        "item_targets": torch.tensor([2, 1, 3]),
-    }
-    case["rewards"][1] = 0.25
-    case["targets"][4::7] = -100
-    stored = {
-        "old_log_prob": -6 * torch.rand(tokens, generator=generator, dtype=torch.float64),
-        "sampler_log_prob": -6 * torch.rand(tokens, generator=generator, dtype=torch.float64),
-        "ref_log_prob": -6 * torch.rand(tokens, generator=generator, dtype=torch.float64),
-        "old_item_log_prob": -3 * torch.rand(12, generator=generator, dtype=torch.float64),
-    }
-    return case, {k: v.to(dtype) for k, v in stored.items()}, randn(CATALOG, WIDTH)
-
-
-def call(case, config, **extra):
-    case = dict(case)
-    order = ("hidden", "weight", "targets", "trajectory", "rewards", "user_states")
-    positional = [case.pop(k) for k in (*order, "item_states", "item_ids")]
-    return recpo_loss(*positional, **case, **extra, config=config)
-
-
-def gradients(case, loss, names=NAMES):
-    return torch.autograd.grad(loss.loss, [case[n] for n in names])
-
-
-BASE = RecPOLossConfig(item_temperature=0.5, max_completion_length=7)
+from r2ec_kernels import RecPOLossConfig, grouped_advantage, linear_logprob
 
 
 @pytest.mark.parametrize("catalog", [False, True])
@@ -137,10 +91,7 @@ def test_within_the_error_budget(dtype, trainable):
         impl = "torch" if kind == "ours" else "reference"
         loss = call(case, dataclasses.replace(BASE, softcap=3.0, impl=impl), **stored)
         results[kind] = [loss.loss.detach(), *gradients(case, loss, names)]
-    for ours, plain, exact in zip(results["ours"], results["plain"], results["exact"], strict=True):
-        error, allowed = (ours - exact).abs().max(), (plain - exact).abs().max()
-        unit = torch.finfo(ours.dtype).eps * exact.abs().max()
-        assert error <= 2 * allowed + unit
+    assert_within_budget(*(results[kind] for kind in ("ours", "plain", "exact")))
 
 
 def split(case, stored, groups):

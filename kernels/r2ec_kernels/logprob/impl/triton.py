@@ -41,6 +41,10 @@ FUSED_TYPES = (torch.bfloat16, torch.float16)  # without tensor cores its tiles 
 FUSED_ROWS, FUSED_COLUMNS = 64, 32
 FUSED_ROWS_SOFTCAP = 32  # the slopes are a third tile in registers
 FUSED_PROGRAMS = 264  # two on each multiprocessor: few rows split the vocabulary
+BLOCK_SIZES = (  # that tests may change
+    *("ROW_TILE", "BLOCK_COLUMNS", "FUSED_WIDTH", "FUSED_TYPES", "FUSED_ROWS", "FUSED_COLUMNS"),
+    *("FUSED_ROWS_SOFTCAP", "FUSED_PROGRAMS"),
+)
 
 
 def head_forward(

@@ -41,6 +41,7 @@ BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32
 WARPS, STAGES = 8, 2
 PROGRAMS = 528  # a few rounds of one on each multiprocessor
 CAPACITY = 1 << 16  # near-ties kept for an exact comparison; more take the dense path
+BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "CAPACITY")  # that tests may change
 # float32 as three products of 10-bit parts on tensor cores: what the parts miss, and sums that may
 # be truncated instead of rounded
 _SPLIT_UNIT, _TENSOR_CORE_UNIT = 2.0**-20, 2.0**-22

@@ -1,0 +1,111 @@
+"""ItemIndex searched by the Triton kernel: on a GPU and in Triton's interpreter, bit for bit."""
+
+import pytest
+import torch
+from _support.search_cases import KINDS, SIMILARITIES, assert_same, make, make_exclude
+
+from r2ec_kernels import ItemIndex, item_topk, target_stats
+
+INTERPRETED_TYPES = ("float32", "bfloat16")  # there the kernel multiplies in float32
+SCANS = ("none", "bf16", "int8")
+
+
+@pytest.fixture(autouse=True)
+def kernel(device, monkeypatch):
+    """What an index does by itself on a GPU."""
+    if device == "cpu":
+        monkeypatch.setenv("R2EC_IMPL", "triton")
+
+
+def assert_searches_like_a_table(index, queries, k=6, exclude=None):
+    """Ids of an index without removals below the highest live one, or any: by public means."""
+    ids = index.ids
+    how = {"similarity": index.similarity, "temperature": index.temperature}
+    hidden = None
+    if exclude is not None:
+        position = torch.full((int(ids.max()) + 1,), -1, device=ids.device)
+        position[ids] = torch.arange(len(ids), device=ids.device)
+        hidden = torch.where(exclude < 0, -1, position[exclude.clamp(min=0)])
+    want = item_topk(queries, index.items[ids], k, **how, exclude=hidden, impl="reference")
+    named = torch.where(want.indices < 0, -1, ids[want.indices.clamp_min(0)])
+    assert_same(index.search(queries, k, exclude=exclude), (want.scores, named))
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_copy_finds_the_same(kind, scan, device):
+    for similarity in SIMILARITIES:
+        problem = make(kind, 3, 260, 24, 5)
+        how = {"similarity": similarity, "temperature": 0.02}
+        index = ItemIndex(problem.items.to(device), scan=scan, **how)
+        exclude = make_exclude(3, 260, 6, 5).to(device)
+        assert_searches_like_a_table(index, problem.queries.to(device), 4, exclude)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("scan", SCANS)
+def test_a_life_of_writes_appends_and_removals(scan, similarity, device, dtype):
+    problem = make("normal", 3, 400, 24, 3, dtype)
+    queries = problem.queries.to(device)
+    index = ItemIndex(problem.items.to(device), similarity=similarity, scan=scan)
+    for step in range(3):
+        fresh = make("normal", 1, 60, 24, 10 + step, dtype).items.to(device)
+        index.write(index.ids[::5][:60], fresh[: len(index.ids[::5][:60])] * 2)
+        assert_searches_like_a_table(index, queries)
+        added = index.append(fresh)
+        assert added.tolist() == list(range(400 + 60 * step, 460 + 60 * step))
+        index.remove(index.ids[step::9])
+        assert_searches_like_a_table(index, queries)
+    index.remove(index.ids)
+    assert len(index) == 0 and (index.search(queries, 3).indices == -1).all()
+    assert index.append(problem.items[:1].to(device)).tolist() == [580]
+    assert index.search(queries, 2).indices.tolist() == [[580, -1]] * 3
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_the_kernel_answers_and_says_so(scan, device, dtype):
+    """No query of a normal table takes the dense path."""
+    count, k = (700, 9) if device == "cpu" else (200_000, 10)
+    problem = make("normal", 4, count, 40, 6, dtype)
+    index = ItemIndex(problem.items.to(device), scan=scan)
+    assert_searches_like_a_table(index, problem.queries.to(device), k)
+    stats = index.last_search
+    assert stats.scan == f"triton {scan}" and stats.queries == 4 and stats.dense_rows == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scan", ["auto", *SCANS])
+@pytest.mark.parametrize(
+    ("batch", "count", "dim", "k"),
+    [(1, 200_001, 128, 10), (17, 100_003, 576, 100), (65, 50_001, 1000, 7)],
+)
+def test_large(batch, count, dim, k, scan, device, dtype):
+    problem = make("shared mean", batch, count, dim, 8, dtype)
+    index = ItemIndex(problem.items.to(device), similarity="cosine", temperature=0.05, scan=scan)
+    exclude = make_exclude(batch, count, 40, 8).to(device)
+    assert_searches_like_a_table(index, problem.queries.to(device), k, exclude)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", ["normal", "90% copies", "near ties", "row scales"])
+def test_target_stats(kind, scan, device):
+    problem = make(kind, 6, 420, 24, 11)
+    queries, items = problem.queries.to(device), problem.items.to(device)
+    targets = torch.randint(0, 420, (6,), generator=torch.Generator().manual_seed(1)).to(device)
+    exclude = make_exclude(6, 420, 12, 11).to(device)
+    exclude[:3, 0] = targets[:3]
+    how = {"similarity": "cosine", "temperature": 0.5}
+    got = ItemIndex(items, scan=scan, **how).target_stats(queries, targets, exclude=exclude)
+    want = target_stats(queries, items, targets, **how, exclude=exclude, impl="reference")
+    assert torch.equal(got.rank, want.rank)
+    torch.testing.assert_close(got.log_prob, want.log_prob, atol=1e-3, rtol=1e-6)
+
+
+def test_save_and_load(tmp_path, device, dtype):
+    problem = make("normal", 3, 300, 12, 7, dtype)
+    index = ItemIndex(problem.items.to(device), similarity="cosine", scan="int8")
+    index.remove(torch.tensor([5, 299], device=device))
+    index.save(tmp_path / "index.safetensors")
+    again = ItemIndex.load(tmp_path / "index.safetensors", device=device)
+    assert again.device.type == device and len(again) == 298
+    assert_searches_like_a_table(again, problem.queries.to(device), 4)
