@@ -22,8 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from r2ec_fast.serve.recommender import Recommendation as Recommendation
     from r2ec_fast.serve.recommender import Recommender as Recommender
     from r2ec_fast.train.trainer import RecPOTrainer as RecPOTrainer
-
-__version__ = "0.1.0"
+    from r2ec_kernels import __version__ as __version__
 
 _EXPORTS = {
     "config": ("ModelConfig", "RecPOConfig"),
@@ -40,6 +39,10 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from r2ec_kernels import __version__
+
+        return __version__
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

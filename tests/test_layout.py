@@ -1,11 +1,14 @@
 """The layout that docs/architecture.md describes, read from the files."""
 
-import ast
 import importlib
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import r2ec_fast
+import r2ec_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"r2ec_fast": ROOT / "r2ec_fast", "r2ec_kernels": ROOT / "kernels" / "r2ec_kernels"}
@@ -44,14 +47,15 @@ def test_no_module_is_named_like_a_public_function(package):
 
 
 def test_one_version():
-    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())
-    versions = {"pyproject.toml": PROJECT["project"], "kernels/pyproject.toml": kernels["project"]}
-    found = {name: p["version"] for name, p in versions.items() if "version" in p}
-    for package, folder in PACKAGES.items():
-        for node in ast.parse((folder / "__init__.py").read_text()).body:
-            if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
-                found[package] = ast.literal_eval(node.value)
-    assert len(set(found.values())) == 1, found
+    """Both distributions and both packages take it from one file."""
+    for name in ("pyproject.toml", "kernels/pyproject.toml"):
+        found = tomllib.loads((ROOT / name).read_text())
+        assert found["project"]["dynamic"] == ["version"], name
+        dynamic = found["tool"]["setuptools"]["dynamic"]
+        assert dynamic["version"] == {"attr": "r2ec_kernels._version.__version__"}, name
+    assert r2ec_fast.__version__ == r2ec_kernels.__version__ == metadata.version("r2ec-fast")
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{r2ec_fast.__version__}]" in changes
 
 
 def test_every_test_folder_follows_a_package():

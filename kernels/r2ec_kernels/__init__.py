@@ -1,6 +1,7 @@
 """Exact item search, RecPO rewards and policy losses on torch, with Triton kernels on GPUs."""
 
 from . import ops as ops  # registers the ops with torch
+from ._version import __version__ as __version__
 from .advantage.api import (
     Advantages,
     RewardedGroups,
