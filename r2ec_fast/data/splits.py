@@ -123,3 +123,17 @@ def sample_examples(data: RecDataset, split: str, samples: int, seed: int) -> Ex
         len(examples), samples, replace=False
     )
     return examples[np.sort(drawn)]
+
+
+def examples_at(places: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """The numbers int64 [n] of the examples at ``places`` of an endless training order.
+
+    The order is a permutation of all ``total`` examples for each epoch, drawn from (seed, epoch): a
+    function of the place alone, so that a resumed run needs no state.
+    """
+    index = np.empty(len(places), np.int64)
+    for epoch in np.unique(places // total):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(total)
+        own = places // total == epoch
+        index[own] = order[places[own] % total]
+    return index

@@ -8,7 +8,7 @@ item ``v``'s own prompt.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +30,8 @@ from r2ec_fast.model.hf_compat import (
 )
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.model.pretrained import INDEX_FILE, TableIds
-from r2ec_fast.packing.packer import PackedBatch, pack_histories
-from r2ec_fast.packing.ragged import Ragged, Rows, common_prefix
+from r2ec_fast.packing.packer import PackedBatch, pack_histories, pack_readouts
+from r2ec_fast.packing.ragged import Ragged, Rows
 from r2ec_fast.prompts.builder import PromptBuilder, PromptConfig
 from r2ec_fast.utils.atomic_files import finish_interrupted
 from r2ec_kernels import ItemIndex, TargetStats, TopK
@@ -210,7 +210,7 @@ class R2ecModel(nn.Module):
             prefix = None
         known = 0 if prefix is None else len(prefix)
         states, order = [], []
-        for batch, source in _pack_rows(rows, max_tokens, known):
+        for batch, source in pack_readouts(rows, max_tokens, known):
             at = batch.readout.to(self.device) - known
             # hooks are gone when a backward pass recomputes a layer: with gradient it runs whole
             pruned = nullcontext() if torch.is_grad_enabled() else last_layer_at(self._decoder, at)
@@ -388,28 +388,3 @@ class R2ecModel(nn.Module):
 def _storable(states: torch.Tensor) -> torch.Tensor:
     # a table holds 16 or 32 bits; float64 models are for tests of the mathematics
     return states.float() if states.dtype == torch.float64 else states
-
-
-def _pack_rows(
-    rows: Ragged, max_tokens: int, known: int = 0
-) -> Iterator[tuple[PackedBatch, np.ndarray]]:
-    """Packed batches of ``rows`` with the row each read-out belongs to.
-
-    The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
-    """
-    # every row keeps a token of its own
-    prefix = known or min(common_prefix(rows), int(rows.lengths.min()) - 1)
-    if not known and (len(rows) < 2 or prefix <= 0):
-        for batch in pack_histories(rows, max_tokens=max_tokens, oversize="alone"):
-            yield batch, batch.groups.numpy()
-        return
-    shared, tails = [rows[0][:prefix]], rows.tail(prefix)
-    for part in tails.parts(max(max_tokens - prefix, 1)):
-        (batch,) = pack_histories(
-            shared,
-            tails[part],
-            num_generations=part.stop - part.start,
-            max_tokens=max_tokens,
-            oversize="alone",
-        )
-        yield batch, np.arange(part.start, part.stop)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from r2ec_fast.packing import reference
+from r2ec_fast.packing.ragged import Ragged, common_prefix
 from r2ec_fast.packing.request import Request
 
 _BUILD_HINT = (
@@ -226,3 +227,30 @@ def _from_numpy(fields: dict[str, Any], pin: bool) -> PackedBatch:
             tensor = torch.from_numpy(value)
             fields[name] = tensor.pin_memory() if pin else tensor
     return PackedBatch(**fields)
+
+
+def pack_readouts(
+    rows: Ragged, max_tokens: int, known: int = 0
+) -> Iterator[tuple[PackedBatch, np.ndarray]]:
+    """Packed batches of ``rows``, of which only the last token's state is wanted, and the row that
+    each read-out belongs to. What all rows begin with is laid out once a batch: they are packed as
+    completions of it.
+
+    The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
+    """
+    # every row keeps a token of its own
+    prefix = known or min(common_prefix(rows), int(rows.lengths.min()) - 1)
+    if not known and (len(rows) < 2 or prefix <= 0):
+        for batch in pack_histories(rows, max_tokens=max_tokens, oversize="alone"):
+            yield batch, batch.groups.numpy()
+        return
+    shared, tails = [rows[0][:prefix]], rows.tail(prefix)
+    for part in tails.parts(max(max_tokens - prefix, 1)):
+        (batch,) = pack_histories(
+            shared,
+            tails[part],
+            num_generations=part.stop - part.start,
+            max_tokens=max_tokens,
+            oversize="alone",
+        )
+        yield batch, np.arange(part.start, part.stop)

@@ -130,7 +130,7 @@ def _item_step(
     The first half of the users is read out after a reasoning in hindsight, without its marker.
     """
     from r2ec_fast.packing.ragged import Ragged
-    from r2ec_fast.train.update import UserBatch
+    from r2ec_fast.train.batches import UserBatch
 
     targets, half = dataset.target(examples), len(examples) // 2
     hindsight = [

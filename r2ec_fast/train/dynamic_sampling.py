@@ -15,7 +15,8 @@ import numpy as np
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout import Rollouts
 from r2ec_fast.train import distributed
-from r2ec_fast.train.update import Experience, PolicyUpdate, UserBatch
+from r2ec_fast.train.batches import Experience, UserBatch
+from r2ec_fast.train.update import PolicyUpdate
 
 Generate = Callable[[UserBatch, int], Rollouts]
 

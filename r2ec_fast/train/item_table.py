@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.model.r2ec import R2ecModel
     from r2ec_fast.prompts.builder import PromptBuilder
-    from r2ec_fast.train.update import ItemRows, UserBatch
+    from r2ec_fast.train.batches import ItemRows, UserBatch
 
 _SAMPLED = 1  # tells this use of (seed, step) from others
 

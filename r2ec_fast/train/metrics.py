@@ -15,7 +15,7 @@ from r2ec_fast.train import distributed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from r2ec_fast.train.update import Experience, UserBatch
+    from r2ec_fast.train.batches import Experience, UserBatch
 
 QUANTILES = (10, 50, 90)  # per cent
 

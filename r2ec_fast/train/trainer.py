@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from r2ec_fast.config import RecPOConfig
-from r2ec_fast.data import Examples, RecDataset
-from r2ec_fast.data.splits import sample_examples
+from r2ec_fast.data import RecDataset
+from r2ec_fast.data.splits import examples_at, sample_examples
 from r2ec_fast.eval.metrics import BEST_METRIC, ranking_metrics
 from r2ec_fast.eval.ranking import rank_examples, server_engine, transformers_engine
 from r2ec_fast.model.r2ec import R2ecModel
@@ -34,6 +34,7 @@ from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import RolloutEngine, Rollouts
 from r2ec_fast.train import distributed
+from r2ec_fast.train.batches import Experience, ItemRows, UserBatch
 from r2ec_fast.train.checkpoint import (
     checkpoint_tensors,
     clear_interrupted,
@@ -55,7 +56,8 @@ from r2ec_fast.train.fsdp import wanted as sharding_wanted
 from r2ec_fast.train.item_table import CatalogTable
 from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
-from r2ec_fast.train.update import Experience, ItemRows, PolicyUpdate, UserBatch
+from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
+from r2ec_fast.train.update import PolicyUpdate
 from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
@@ -100,8 +102,8 @@ class RecPOTrainer:
         self.engine = engine or self._default_engine()
         self.update = PolicyUpdate(model, config)
         self.parameters = trainable_parameters(model)
-        self.optimizer = _optimizer(config, list(self.parameters.values()))
-        self.scheduler = _scheduler(config, self.optimizer, self.max_steps)
+        self.optimizer = make_optimizer(config, list(self.parameters.values()))
+        self.scheduler = make_schedule(config, self.optimizer, self.max_steps)
         self.table = CatalogTable(
             model, self.builder, config, len(data.data.catalog), self.update.budget
         )
@@ -263,25 +265,12 @@ class RecPOTrainer:
 
     # ---- data -----------------------------------------------------------------------------------
 
-    def _examples(self, step: int, accumulation: int) -> tuple[Examples, np.ndarray]:
-        """This process's examples of one accumulation step, and their numbers in the split.
-
-        The order is a permutation for each epoch, drawn from (seed, epoch): a function of the step
-        alone, so that a resumed run needs no state.
-        """
-        size, total = self.config.per_device_train_batch_size, len(self.data.train)
-        rank, processes = distributed.world()
-        first = (step - 1) * self.users_per_step + accumulation * size * processes + rank * size
-        at = np.arange(first, first + size)
-        index = np.empty(size, np.int64)
-        for epoch in np.unique(at // total):
-            order = np.random.default_rng([self.config.seed, int(epoch)]).permutation(total)
-            own = at // total == epoch
-            index[own] = order[at[own] % total]
-        return self.data.train[index], index
-
     def _user_batch(self, step: int, accumulation: int) -> UserBatch:
-        examples, index = self._examples(step, accumulation)
+        config, (rank, processes) = self.config, distributed.world()
+        size = config.per_device_train_batch_size
+        first = (step - 1) * self.users_per_step + (accumulation * processes + rank) * size
+        index = examples_at(np.arange(first, first + size), len(self.data.train), config.seed)
+        examples = self.data.train[index]
         return UserBatch(
             prompts=self.assembler.example_rows(self.data, examples),
             targets=self.data.target(examples),
@@ -400,7 +389,7 @@ class RecPOTrainer:
                 if moved := set_aside(self.output_dir, state["step"]):
                     log.warning("later checkpoints are kept as %s", ", ".join(moved))
         restore_generators(state)
-        _resume_schedule(self.scheduler, self.optimizer, state["scheduler"])
+        resume_schedule(self.scheduler, self.optimizer, state["scheduler"])
         self._say_changed_settings(state["config"], settings)
         self.step, self.best = state["step"], state["best"]
         self.run_id = state.get("run") or self.run_id  # checkpoints of 0.1.0 name none
@@ -444,44 +433,6 @@ class RecPOTrainer:
 
     def _on_sigterm(self, *_: object) -> None:
         self._stop_signal = True
-
-
-def _optimizer(config: RecPOConfig, parameters: list[torch.nn.Parameter]):
-    if config.optim == "paged_adamw_8bit":
-        try:
-            from bitsandbytes.optim import PagedAdamW8bit
-        except ImportError as error:
-            raise ImportError(
-                "optim='paged_adamw_8bit' needs `pip install bitsandbytes`"
-            ) from error
-        kind = PagedAdamW8bit
-    else:
-        kind = torch.optim.AdamW
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _scheduler(config: RecPOConfig, optimizer: torch.optim.Optimizer, steps: int):
-    from transformers import get_scheduler
-
-    return get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=steps * config.num_iterations,
-    )
-
-
-def _resume_schedule(scheduler, optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Go on at the step of a saved schedule, with the rates of this run's settings."""
-    scheduler.load_state_dict({**saved, "base_lrs": scheduler.base_lrs})
-    rates = [
-        base * factor(scheduler.last_epoch)
-        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    ]
-    # a scheduler counts on the optimiser to remember the rate it last set
-    scheduler._last_lr = rates
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _main_thread() -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from _support.backbones import SIZES
 from _support.tiny_tokenizer import tiny_tokenizer
-from _support.toy import SIZES, toy_dataset, toy_model
+from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.model import R2ecModel
 from r2ec_fast.model.hf_compat import context_limit

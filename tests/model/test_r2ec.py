@@ -5,9 +5,9 @@ import torch
 from _support.backbones import KINDS
 from _support.toy import toy_dataset, toy_model
 
-from r2ec_fast.model.r2ec import R2ecModel, _pack_rows
+from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.packing import Ragged
-from r2ec_fast.packing.packer import pack_histories
+from r2ec_fast.packing.packer import pack_histories, pack_readouts
 
 # transformers computes norms, and eager attention its softmax, in float32 whatever the model's type
 FLOAT32_INSIDE = {"rtol": 1e-5, "atol": 2e-5}
@@ -96,7 +96,7 @@ def test_recomputed_activations_give_the_same_gradient(kind, lora):
     [([[1, 2, 3], [1, 2]], 1), ([[1, 2], [3, 4]], 0), ([[5], [5]], 0), ([[1, 2, 3]] * 2, 2)],
 )
 def test_the_prefix_laid_out_once_leaves_every_row_a_token(rows, length):
-    batches = list(_pack_rows(Ragged.of(rows), max_tokens=100))
+    batches = list(pack_readouts(Ragged.of(rows), max_tokens=100))
     assert [source.tolist() for _, source in batches] == [[0, 1]]
     tokens = sum(map(len, rows)) - length
     assert [batch.num_tokens for batch, _ in batches] == [tokens]

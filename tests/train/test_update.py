@@ -14,7 +14,8 @@ from r2ec_fast.packing import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import Rollouts, TransformersEngine
 from r2ec_fast.train import update as update_module
-from r2ec_fast.train.update import Candidates, Experience, PolicyUpdate, UserBatch
+from r2ec_fast.train.batches import Candidates, Experience, UserBatch
+from r2ec_fast.train.update import PolicyUpdate
 
 G = 3
 # transformers computes norms in float32 whatever the type of the model
