@@ -44,7 +44,7 @@ BATCHES = (1, 8, 32)
 NEVER = "\u0001\u0002\u0001"  # a marker no model writes: a reasoning runs its full length
 DIRECT, OURS, PEER = "R2ec direct", f"{BEAMS} beams, shared prefill", f"{BEAMS} beams, transformers"
 FLOOR = "SASRec + item head"
-BARS = ((PEER, 10.0), (OURS, 4.0))  # DESIGN: direct at batch 1 is at least so many times faster
+BARS = ((PEER, 10.0), (OURS, 4.0))  # the aims: direct at batch 1 is at least so many times faster
 
 
 class Served(NamedTuple):

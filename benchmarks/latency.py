@@ -172,7 +172,7 @@ def _run(chosen, options, names, entries, started: float) -> int:
 
 
 def _bars(rows) -> list[str]:
-    """DESIGN's bars for a recommendation in direct mode at batch 1, as they came out."""
+    """The aims for a recommendation in direct mode at batch 1, and what came out."""
     from end_to_end import BARS, DIRECT, SUITE
 
     first = {row.method: row for row in rows if row.suite == SUITE and row.shape["B"] == 1}

@@ -1,6 +1,7 @@
 """The layout that docs/architecture.md describes, read from the files."""
 
 import importlib
+import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -81,3 +82,17 @@ def test_every_mark_is_used_and_documented():
     for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]:
         name = line.split(":")[0]
         assert f"| `{name}` |" in table and f"mark.{name}" in sources, name
+
+
+def test_the_reference_pages_list_every_public_name():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    listed = set(re.findall(r"^::: (\S+)$", pages, flags=re.M))
+    for package in PACKAGES:
+        assert {f"{package}.{name}" for name in public(package)} <= listed
+
+
+def test_every_op_with_kernels_is_in_the_compile_table():
+    from r2ec_kernels.aot import OPS
+
+    kernels = {path.parents[1].name for path in PACKAGES["r2ec_kernels"].glob("*/impl/triton.py")}
+    assert kernels == set(OPS)

@@ -156,6 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     every = configurations()
+    if chosen.op and not any(chosen.op in case["name"] for case in every):
+        names = ", ".join(sorted({case["name"] for case in every}))
+        parser.error(f"--op: no configuration contains {chosen.op!r}; there are {names}")
     rows = [("target", "op", "configuration", "regs", "spill", "shared", "mma", "progs", "verdict")]
     failed = False
     for chip in CHIPS:
