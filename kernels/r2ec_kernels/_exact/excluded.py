@@ -140,6 +140,12 @@ class ExcludedPairs:
         """int64 [B]: pairs of each query."""
         return torch.bincount(self.of, minlength=self.batch)
 
+    @property
+    def distinct_counts(self) -> torch.Tensor:
+        """int64 [B]: rows of each query's pairs, repeated ones once."""
+        own = self.keys()[self.rows >= 0].unique()
+        return torch.bincount(own % max(1, self.batch), minlength=self.batch)
+
     def keys(self) -> torch.Tensor:
         """int64 [E]: row * B + query of each pair."""
         return self.rows * self.batch + self.of

@@ -18,7 +18,7 @@ def item_topk(
     batch, count = queries.shape[0], items.shape[0]
     scores = canonical_scores(queries, items, similarity, temperature)
     values, offsets = normalize_exclude(exclude, batch, count, queries.device)
-    kept = torch.ones(batch, count, dtype=torch.bool, device=queries.device)
+    kept = ~scores.isnan()  # those cannot be compared
     excluded = ExcludedPairs.from_offsets(values, offsets)
     kept[excluded.of, excluded.rows] = False
     # Excluded items go last even behind an item whose own score is -inf: sort twice, stably.
