@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1: the reward kernel for NaN and for rewards that rounding tells apart."""
+"""Run with TRITON_INTERPRET=1: the reward kernel for NaN and for rewards apart by rounding."""
 
 import itertools
 import sys

@@ -97,9 +97,7 @@ def test_infinite_scores_share_the_mass():
     )
     assert rank.tolist() == [1, 4, 2, 5, 6, 3] + [4, 2, 5, 1, 6, 3]
     half = -math.log(2)
-    torch.testing.assert_close(
-        log_prob[:6], torch.tensor([half, -INF, half, -INF, -INF, -INF])
-    )
+    torch.testing.assert_close(log_prob[:6], torch.tensor([half, -INF, half, -INF, -INF, -INF]))
     torch.testing.assert_close(log_prob[6:], torch.tensor([-INF, -INF, -INF, 0.0, -INF, -INF]))
     lost = torch.full((4, 1), -INF)
     rank, log_prob = target_stats(torch.ones(4, 1), lost, torch.arange(4))

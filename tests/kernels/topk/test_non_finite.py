@@ -16,6 +16,7 @@ from r2ec_kernels._cpu import extension
 from r2ec_kernels._exact.scores import PADDING_KEY, from_order_keys, order_keys
 from r2ec_kernels.topk.impl import common
 
+
 def assert_equal(got, want, what):
     assert torch.equal(got[1], want[1]), what
     assert torch.equal(got[0], want[0]), what

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
+from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude
 from ..._exact.scores import canonical_scores
 
 
@@ -12,7 +12,7 @@ def item_topk(
     k: int,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     batch, count = queries.shape[0], items.shape[0]
