@@ -45,8 +45,8 @@ def make(scan, similarity="dot", dtype=torch.float32):
     index = ItemIndex(items, scan=scan, similarity=similarity, temperature=0.5)
     index.remove(torch.arange(0, 50, 7))
     index.append(items[:9] * 2)
-    index.write([3, 4, 301], items[7:10])
-    index.remove([308])  # the highest id is gone, and is not used again
+    index.write(torch.tensor([3, 4, 301]), items[7:10])
+    index.remove(torch.tensor([308]))  # the highest id is gone, and is not used again
     return index
 
 
@@ -72,7 +72,7 @@ def test_a_copy_answers_alike_and_is_its_own(scan, how):
         assert type(copied) is ItemIndex and copied._lock is not index._lock
         assert_same(index, copied)
         assert copied.append(torch.ones(1, 12)).tolist() == [309]
-        copied.write([5], torch.ones(1, 12))
+        copied.write(torch.tensor([5]), torch.ones(1, 12))
         assert not torch.equal(index.items[5], torch.ones(12)) and len(index) == len(copied) - 1
 
 
@@ -110,7 +110,7 @@ def test_copied_after_an_interrupted_write(monkeypatch):
         patched.setattr(type(index._storage._state.packed), "write", fail)
         with pytest.raises(KeyboardInterrupt):
             try:
-                index.write([5, 6], torch.ones(2, 12))
+                index.write(torch.tensor([5, 6]), torch.ones(2, 12))
             finally:
                 patched.undo()
     assert torch.equal(copy.deepcopy(index).items, before)

@@ -209,13 +209,17 @@ def test_a_reader_that_fails_is_not_counted(where, error, monkeypatch):
         patched.setattr(module, where, fail)
         for call in (
             lambda: index.search(rows_like(1, 1), 1),
-            lambda: index.target_stats(rows_like(1, 1), [3]),
+            lambda: index.target_stats(rows_like(1, 1), torch.tensor([3])),
         ):
             try:
                 call()
             except error:
-                index.write([1], rows_like(1, 2))  # while the failed call's frames still live
-    writer = threading.Thread(target=lambda: index.write([1], rows_like(1, 2)), daemon=True)
+                index.write(
+                    torch.tensor([1]), rows_like(1, 2)
+                )  # while the failed call's frames still live
+    writer = threading.Thread(
+        target=lambda: index.write(torch.tensor([1]), rows_like(1, 2)), daemon=True
+    )
     writer.start()
     writer.join(20)
     assert not writer.is_alive()
@@ -439,7 +443,7 @@ def test_saved_in_inference_mode_and_loaded(tmp_path):
         ItemIndex(rows_like(20, 0)).save(tmp_path / "a")
         index = ItemIndex.load(tmp_path / "a")
     index.append(rows_like(3, 1))
-    index.write([0, 21], rows_like(2, 2))
+    index.write(torch.tensor([0, 21]), rows_like(2, 2))
     assert torch.equal(index.items[[0, 21]], rows_like(2, 2))
 
 
