@@ -362,7 +362,8 @@ def _restored_from_bytes(
     kind: type[ItemIndex], settings: dict[str, Any], tensors: bytes, next_id: int
 ) -> ItemIndex:
     """What the pickle for a spawned process calls."""
-    return kind._of(settings, *torch.load(io.BytesIO(tensors)), next_id)
+    ids, rows = torch.load(io.BytesIO(tensors))
+    return kind._of(settings, ids, rows, next_id)
 
 
 def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:

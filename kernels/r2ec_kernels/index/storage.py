@@ -223,8 +223,11 @@ class Storage:
         """Go back to the state before a change that did not end. May be interrupted and repeated;
         while anything is left to undo nobody else may use the storage."""
         undo = self._undo
-        if undo is None:
-            return
+        if undo is not None:
+            with torch.inference_mode(False):  # what it makes can be written anywhere
+                self._go_back(undo)
+
+    def _go_back(self, undo: Undo) -> None:
         for tensor, at, held in undo.saved:
             tensor[at] = held
         state = undo.state

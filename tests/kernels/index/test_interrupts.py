@@ -438,6 +438,23 @@ def test_tables_of_inference_mode_can_be_written(scan, made_inside, monkeypatch)
     assert_holds(index, model)
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_undone_inside_inference_mode_and_written_outside(scan, monkeypatch):
+    """A search there finds the index half written, for the repair failed too."""
+    index, model = make(scan, monkeypatch)
+    with monkeypatch.context() as patched:
+        failing = Failing(patched, RuntimeError)
+        failing.left, failing.again = 20, 1
+        with pytest.raises(RuntimeError, match="here"):
+            index.write(torch.arange(50, 190), rows_like(140, 1))
+        failing.left = -1
+    with torch.inference_mode():
+        assert_holds(index, model)
+    CHANGES["write"][0](index)
+    CHANGES["write"][1](model)
+    assert_holds(index, model)
+
+
 def test_saved_in_inference_mode_and_loaded(tmp_path):
     with torch.inference_mode():
         ItemIndex(rows_like(20, 0)).save(tmp_path / "a")
