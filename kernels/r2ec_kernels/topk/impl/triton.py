@@ -146,7 +146,7 @@ def item_topk(
     if items.stride(-1) != 1:
         items = items.contiguous()
     scores, ids, _ = certified_topk(
-        scan_rows(query, items, None),
+        scan_rows(query, items, None) if items.shape[0] else None,
         query,
         Table(items),
         k,
