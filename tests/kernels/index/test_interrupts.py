@@ -225,19 +225,28 @@ def test_a_reader_that_fails_is_not_counted(where, error, monkeypatch):
     assert not writer.is_alive()
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", ["shared", "alone"])
-def test_an_interrupt_at_any_step_of_the_lock(kind):
-    """A trace function raises where CPython looks for signals: at calls and returns."""
-    for step in range(1, 40):
-        lock = SharedLock(lambda: None)
-        left = step
+CALLS = {
+    "search": lambda index: index.search(rows_like(1, 1), 2),
+    "ranks": lambda index: index.target_stats(rows_like(1, 1), torch.tensor([3])),
+    "ids": lambda index: index.ids,
+    "write": lambda index: index.write(torch.tensor([1]), rows_like(1, 2)),
+    "remove": lambda index: index.remove(torch.tensor([1])),
+    "append": lambda index: index.append(rows_like(1, 2)),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_an_interrupt_at_any_step_of_the_lock(name):
+    """A trace function raises where Python looks for signals in the code around the lock: at the
+    begin of a function, and behind a call."""
+    files = ("locks.py", "contextlib.py", "threading.py")
+    for step in range(1, 60):
+        index, left = ItemIndex(rows_like(20, 0), scan="none"), step
 
         def interrupt(frame, event, argument):
             nonlocal left
-            if "locks.py" not in frame.f_code.co_filename and frame.f_code.co_name != "<lambda>":
-                return interrupt
-            if event in ("call", "return"):
+            if frame.f_code.co_filename.endswith(files) and event in ("call", "return"):
                 left -= 1
                 if left == 0:
                     raise KeyboardInterrupt
@@ -245,15 +254,23 @@ def test_an_interrupt_at_any_step_of_the_lock(kind):
 
         sys.settrace(interrupt)
         try:
-            getattr(lock, kind)(lambda: None)
-        except KeyboardInterrupt:
-            pass
+            CALLS[name](index)
+        except KeyboardInterrupt as caught:  # kept, and with it the frames it went through
+            sys.settrace(None)
+            done = threading.Event()
+
+            def write(index=index, done=done):
+                index.write(torch.tensor([5]), rows_like(1, 3))
+                done.set()
+
+            thread = threading.Thread(target=write, daemon=True)
+            thread.start()
+            assert done.wait(5), (step, caught.__traceback__)
         finally:
             sys.settrace(None)
-        done = threading.Event()
-        thread = threading.Thread(target=lock.alone, args=(done.set,), daemon=True)
-        thread.start()
-        assert done.wait(10), step
+        if left > 0:
+            break
+    assert 1 < step < 59
 
 
 def test_a_waiting_writer_that_is_interrupted_lets_readers_in():
