@@ -6,6 +6,7 @@
 namespace r2ec {
 
 int64_t order_key(float score, int64_t id) {
+  if (std::isnan(score)) return kNoKey;
   constexpr int64_t kMaxItems = 4294967295;  // 2^32 - 1
   int32_t bits;
   std::memcpy(&bits, &score, sizeof bits);

@@ -43,8 +43,9 @@ class Scorer {
   std::vector<double> terms_;
 };
 
-// The integer by which results are ordered, descending: score first, then the lower id.
-int64_t order_key(float score, int64_t id);
 constexpr int64_t kNoKey = INT64_MIN;  // of no item: below every item's key
+// The integer by which results are ordered, descending: score first, then the lower id. kNoKey for
+// NaN, which cannot be compared.
+int64_t order_key(float score, int64_t id);
 
 }  // namespace r2ec

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from ._exact.excluded import Exclude
+from ._exact.excluded import TensorExclude
 
 OPS = library.Library("r2ec_kernels", "DEF")
 
 
-def _pair(exclude: Tensor | None, offsets: Tensor | None) -> Exclude:
+def _pair(exclude: Tensor | None, offsets: Tensor | None) -> TensorExclude:
     """The public form of the two tensors that an op takes for its exclusions."""
     return exclude if exclude is None or offsets is None else (exclude, offsets)
 

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <iterator>
 
 #include "check.hpp"
@@ -15,6 +16,12 @@ TEST(order_keys_put_scores_first_and_low_ids_next) {
     CHECK(order_key(scores[i], 3) > order_key(scores[i], 4));
   }
   CHECK(order_key(-kInfinity, 4294967294) > kNoKey);
+}
+
+TEST(a_score_that_cannot_be_compared_has_the_key_of_no_item) {
+  for (const float score : {std::nanf(""), -std::nanf(""), kInfinity - kInfinity})
+    for (const int64_t id : {int64_t{0}, int64_t{7}, int64_t{4294967294}})
+      CHECK(order_key(score, id) == kNoKey);
 }
 
 }  // namespace

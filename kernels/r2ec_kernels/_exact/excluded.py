@@ -1,42 +1,78 @@
 """Items that must not be returned, or do not compete: as callers give them, and as ops use them.
 
-Callers give padded ids [B, L], or values [E] with offsets [B+1]. Ops use ``ExcludedPairs``: the
-(query, row) pairs, ordered by row, so that a block of rows finds its own by two binary searches.
+Callers give padded ids [B, L], values [E] with offsets [B+1], or a list of each query's ids. Ops
+use ``ExcludedPairs``: the (query, row) pairs, ordered by row, so that a block of rows finds its own
+by two binary searches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .._checks import Ids, as_ids, is_array
 from .._dispatch import checks_enabled
 
-Exclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+TensorExclude = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+Exclude = Ids | tuple[Ids, Ids] | Sequence[Ids] | None
+
+_FORMS = "None, padded ids [B, L], a pair (values [E], offsets [B+1]) or a list of each query's ids"
 
 
-def split_exclude(exclude: Exclude) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def as_exclude(exclude: Exclude, batch: int) -> TensorExclude:
+    """``exclude`` as tensors: padded ids [B, L], or the pair (values [E], offsets [B+1]).
+
+    A tuple of two is that pair. A list has one entry for each query, the ids of that query; two
+    tensors or arrays in a list are read as the pair unless the batch has two queries, where they
+    might be either.
+    """
+    if exclude is None:
+        return None
+    if is_array(exclude):
+        return as_ids("exclude", exclude, dims=2)
+    if not isinstance(exclude, (tuple, list)):
+        raise TypeError(f"exclude: expected {_FORMS}, got {type(exclude).__name__}")
+    pair = isinstance(exclude, tuple)
+    if not pair and len(exclude) == 2 and all(is_array(part) for part in exclude):
+        if batch == 2:
+            raise ValueError(
+                "exclude: expected a tuple (values, offsets) or lists of ids for the 2 queries, "
+                "got a list of two arrays, which might be either"
+            )
+        pair = True
+    if pair:
+        if len(exclude) != 2:
+            raise ValueError(
+                f"exclude: expected (values [E], offsets [{batch + 1}]), got {len(exclude)} parts"
+            )
+        return as_ids("exclude", exclude[0]), as_ids("exclude offsets", exclude[1])
+    if len(exclude) != batch:
+        raise ValueError(
+            f"exclude: expected a list of ids for each of {batch} queries, got {len(exclude)} lists"
+        )
+    rows = [
+        as_ids(f"exclude[{number}]", list(row) if isinstance(row, (set, frozenset)) else row)
+        for number, row in enumerate(exclude)
+    ]
+    lengths = torch.tensor([0, *(len(row) for row in rows)])
+    values = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+    return values, lengths.cumsum(0)
+
+
+def split_exclude(exclude: TensorExclude) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``exclude`` as two optional tensors (values, offsets): the form an op takes."""
     if exclude is None:
         return None, None
     if isinstance(exclude, torch.Tensor):
         return exclude, None
-    if isinstance(exclude, (tuple, list)) and len(exclude) == 2:
-        return exclude[0], exclude[1]
-    raise TypeError(
-        "exclude: expected None, a padded int64 tensor [B, L] or a pair (values [E], offsets "
-        f"[B+1]), got {type(exclude).__name__}"
-    )
+    return exclude
 
 
-def check_exclude(exclude: Exclude, batch: int) -> None:
-    """Check types and shapes (not values) of ``exclude`` for a batch of ``batch`` rows."""
+def check_exclude(exclude: TensorExclude, batch: int) -> None:
+    """Check the shapes (not values) of ``exclude`` for a batch of ``batch`` rows."""
     values, offsets = split_exclude(exclude)
     if values is None:
         return
-    for name, tensor in (("exclude", values), ("exclude offsets", offsets)):
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: expected int64, got {tensor.dtype}")
     if offsets is None:
         if values.dim() != 2 or values.shape[0] != batch:
             raise ValueError(f"exclude: expected shape [{batch}, L], got {list(values.shape)}")
@@ -48,7 +84,7 @@ def check_exclude(exclude: Exclude, batch: int) -> None:
 
 
 def normalize_exclude(
-    exclude: Exclude, batch: int, num_items: int, device: torch.device
+    exclude: TensorExclude, batch: int, num_items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Excluded ids of each row as (values int64 [E], offsets int64 [B+1]) on ``device``.
 
@@ -139,6 +175,12 @@ class ExcludedPairs:
     def counts(self) -> torch.Tensor:
         """int64 [B]: pairs of each query."""
         return torch.bincount(self.of, minlength=self.batch)
+
+    @property
+    def distinct_counts(self) -> torch.Tensor:
+        """int64 [B]: rows of each query's pairs, repeated ones once."""
+        own = self.keys()[self.rows >= 0].unique()
+        return torch.bincount(own % max(1, self.batch), minlength=self.batch)
 
     def keys(self) -> torch.Tensor:
         """int64 [E]: row * B + query of each pair."""

@@ -7,6 +7,12 @@ score depends on its query and its row alone: not on batch size, block size, thr
 Matrix products add in another order. They are used all the same, with their error bound: where
 both ends of the bound round to the same float32 number, that number is the canonical score; the
 few scores that stay ambiguous are summed in the fixed order.
+
+Numbers that are not finite have one meaning in every implementation. +inf and -inf are scores like
+any other, ties by the lower id. NaN means "cannot be compared": its order key is that of no item,
+so such an item is never returned, and it neither ranks nor weighs beside a target. A NaN or an
+infinity in a query or a row, products that leave float32, and (cosine) any infinite vector lead
+there by the rules of floating-point arithmetic, which no order of summing changes.
 """
 
 import torch
@@ -76,12 +82,13 @@ def order_keys(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Unique int64 keys whose descending order is (score descending, id ascending).
 
     Args:
-        scores: float32, without NaN or -0.0.
+        scores: float32, without -0.0; NaN gives ``PADDING_KEY``.
         ids: int64 in 0..MAX_ITEMS-1, broadcastable to ``scores``.
     """
     bits = scores.view(torch.int32).to(torch.int64)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits * 2**32 + (MAX_ITEMS - ids)
+    keys = bits * 2**32 + (MAX_ITEMS - ids)
+    return torch.where(scores.isnan(), PADDING_KEY, keys)
 
 
 def from_order_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -102,7 +102,7 @@ class Float32Scan:
             return self.error, None
         low, high = (float(edge) for edge in torch.aminmax(norms))
         bounded = norms <= HUGE
-        if query.similarity == "cosine" and low < 1 / HUGE:
+        if query.similarity == "cosine" and not low >= 1 / HUGE:  # NaN hides a small norm
             bounded &= (norms >= 1 / HUGE) | (self.rows[start:stop] == 0).all(1)
         unbounded = None
         if not bool(bounded.all()):

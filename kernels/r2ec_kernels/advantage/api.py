@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._checks import as_int, as_number, check_dense
 from .._dispatch import checks_enabled, resolve
 from .impl import torch as torch_impl
 
@@ -40,26 +41,28 @@ def recpo_reward(
 
     Args:
         rank: int64, any shape, from 1.
-        log_prob: the same shape.
+        log_prob: the same shape. NaN counts as probability 0, as -inf does: a target that cannot be
+            compared (``target_stats``) has a reward, never NaN.
         softmax_weight: in 0..1.
         ndcg_k: ranks beyond it earn nothing.
 
     Returns:
         float32, the shape of ``rank`` (float64 for float64 log-probabilities).
     """
+    check_dense("rank", rank)
+    check_dense("log_prob", log_prob)
     if rank.shape != log_prob.shape:
         raise ValueError(
             f"rank and log_prob: expected one shape, got {list(rank.shape)} and "
             f"{list(log_prob.shape)}"
         )
-    if rank.is_floating_point() or not log_prob.is_floating_point():
+    if rank.is_floating_point() or rank.dtype == torch.bool or not log_prob.is_floating_point():
         raise TypeError(
             f"rank and log_prob: expected integers and floats, got {rank.dtype}, {log_prob.dtype}"
         )
-    if not 0 <= softmax_weight <= 1:
+    if not 0 <= as_number("softmax_weight", softmax_weight) <= 1:
         raise ValueError(f"softmax_weight: expected a number in 0..1, got {softmax_weight}")
-    if ndcg_k < 1:
-        raise ValueError(f"ndcg_k: expected an integer >= 1, got {ndcg_k}")
+    ndcg_k = as_int("ndcg_k", ndcg_k, 1)
     reward = torch_impl.recpo_reward(rank, log_prob, softmax_weight, ndcg_k)
     return reward.to(torch.promote_types(log_prob.dtype, torch.float32))
 
@@ -70,26 +73,32 @@ def grouped_advantage(
     """Advantage of each trajectory within its group, and the group's best trajectories.
 
     "grpo": ``(R - mean) / (std + 1e-8)`` with the unbiased std. "rloo": ``R`` minus the mean of
-    the other G - 1 rewards. Both in float64. A group whose rewards are all equal gets exactly 0;
-    a group of one gets 1.
+    the other G - 1 rewards. Both in float64. A group whose rewards are all equal gets exactly 0,
+    and so does one whose largest and smallest reward differ by at most 2^-21 (4 ulp of float32) of
+    the largest magnitude: that is rounding, which the division would blow up to advantages of order
+    1.
+    A group of one gets 1.
 
     Args:
-        rewards: [B, G].
+        rewards: [B, G], finite; checked on CPUs, elsewhere under ``R2EC_CHECK=1``.
         estimator: "grpo" or "rloo".
         best: how many trajectories of each group are marked; equal rewards: lower index first.
 
     Returns:
         ``Advantages(advantages [B, G], best bool [B, G])``; float32, or float64 for float64.
     """
+    check_dense("rewards", rewards)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: expected floats, got {rewards.dtype}")
     if rewards.dim() != 2 or rewards.shape[1] == 0:
         raise ValueError(f"rewards: expected shape [B, G], G >= 1, got {list(rewards.shape)}")
     if estimator not in ("grpo", "rloo"):
         raise ValueError(f"estimator: expected 'grpo' or 'rloo', got {estimator!r}")
+    best = as_int("best", best, 0)
     if not 1 <= best <= rewards.shape[1]:
         raise ValueError(f"best: expected 1..{rewards.shape[1]} (the group), got {best}")
-    if checks_enabled() and not bool(torch.isfinite(rewards).all()):
+    readable = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
+    if (readable or checks_enabled()) and not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards: expected finite numbers, got NaN or infinity")
     advantages, chosen = torch_impl.grouped_advantage(rewards, estimator, best)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
@@ -118,6 +127,8 @@ def reward_and_advantage(
     Returns:
         ``RewardedGroups(rewards [B, G], advantages [B, G], best bool [B, G])``.
     """
+    check_dense("rank", rank)
+    check_dense("log_prob", log_prob)
     reward = partial(recpo_reward, softmax_weight=softmax_weight, ndcg_k=ndcg_k)
     if resolve(impl, rank.device, "reward_and_advantage", _FUSED) == "torch":
         rewards = reward(rank, log_prob)

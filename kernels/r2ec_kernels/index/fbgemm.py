@@ -38,6 +38,11 @@ class PackedCodes:
         self._late_codes = torch.empty(0, d, dtype=self.dtype)
         self.waiting = 0
 
+    @property
+    def width(self) -> int:
+        """d."""
+        return self._d
+
     def __len__(self) -> int:
         """n: one more than the highest row written."""
         return self._size

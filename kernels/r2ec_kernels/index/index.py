@@ -1,13 +1,23 @@
 """ItemIndex: a table prepared for searching, that can be written while it is searched."""
 
+import io
 import os
+from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
+from typing import Any, TypeVar
 
 import torch
 
 from .. import _dispatch
-from .._checks import check_scoring, check_vectors, one_of
+from .._checks import Ids, as_ids, check_scoring, check_shape, check_vectors, one_of
 from .._exact.bounds import Queries, prepare_queries
-from .._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
+from .._exact.excluded import (
+    Exclude,
+    ExcludedPairs,
+    TensorExclude,
+    as_exclude,
+    normalize_exclude,
+)
 from .._exact.table import Table
 from ..rank.api import TargetStats
 from ..rank.impl.torch import certified_stats
@@ -20,6 +30,8 @@ from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
 
+T = TypeVar("T")
+
 
 class ItemIndex:
     """Exact top-K search over item vectors that are added, overwritten and removed in place.
@@ -29,7 +41,10 @@ class ItemIndex:
     matter (docs/kernels/search.md); it changes time and memory only.
 
     Searches may run in several threads at once. A write, append or removal waits for running
-    searches and is seen whole or not at all.
+    searches and is seen whole or not at all, also where it raises or is interrupted (Ctrl-C).
+
+    An index can be copied (``copy.deepcopy``) and pickled, also while it is written: the copy holds
+    the rows of one moment. It has a lock of its own, and codes made again of the rows.
 
     Args:
         items: [N, d], float32, bfloat16 or float16, finite; N may be 0. The rows are copied.
@@ -57,10 +72,11 @@ class ItemIndex:
         check_scoring(similarity, temperature)
         one_of("scan", scan, SCANS)
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
-        self._lock = SharedLock()
         self._last_search: SearchStats | None = None
         self._storage = Storage(similarity, copy_kinds(scan, items.device))
-        self._storage.build(_finite("items", items.detach()))
+        self._lock = SharedLock(self._storage.repair)
+        rows = _finite("items", items.detach())
+        self._alone(lambda: self._storage.build(rows))
         self._scans = ScanChoice(scan, self._storage)
 
     def __len__(self) -> int:
@@ -85,19 +101,21 @@ class ItemIndex:
     @property
     def ids(self) -> torch.Tensor:
         """int64 [len(index)]: the live ids, ascending."""
-        with self._lock.shared():
-            return (self._storage.place >= 0).nonzero()[:, 0]
+        return self._lock.shared(lambda: (self._storage.place >= 0).nonzero()[:, 0])
 
     @property
     def items(self) -> torch.Tensor:
         """A copy of the rows by id, [highest id + 1, d]; the rows of removed ids are zero."""
-        with self._lock.shared():
+
+        def copy() -> torch.Tensor:
             storage = self._storage
             table = torch.zeros(
                 storage.place.numel(), self.dim, dtype=self.dtype, device=self.device
             )
             table[storage.live("ids")] = storage.live("rows")
             return table
+
+        return self._lock.shared(copy)
 
     @property
     def last_search(self) -> SearchStats | None:
@@ -110,28 +128,33 @@ class ItemIndex:
         Args:
             queries: [B, d].
             k: at least 0; more than ``len(self)`` is padded with (-inf, -1).
-            exclude: ids that are not returned, padded int64 [B, L] or (values, offsets);
-                removed ids are allowed.
+            exclude: ids that are not returned, padded int64 [B, L], (values, offsets), or a list of
+                each query's ids; numpy arrays too. Removed ids are allowed.
         """
-        check_search(k, self.similarity, self.temperature)
+        count = check_search(k, self.similarity, self.temperature)
         queries = self._checked_queries(queries)
-        with self._lock.shared():
-            query = prepare_queries(queries, self.similarity, self.temperature)
-            excluded = self._excluded(exclude, queries)
-            name = _dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
-            if name == "triton":
-                scores, ids, stats = self._search_triton(query, k, excluded)
-            else:
-                product, scans = self._scans.of_search(query)
-                scores, ids, stats = certified_topk(self._view(), scans, query, k, excluded)
-                self._scans.observe(product, stats)
+        given = as_exclude(exclude, queries.shape[0])
+        scores, ids, stats = self._lock.shared(lambda: self._search(queries, count, given))
         self._last_search = stats
         return TopK(scores, ids)
+
+    def _search(
+        self, queries: torch.Tensor, k: int, exclude: TensorExclude
+    ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
+        query = prepare_queries(queries, self.similarity, self.temperature)
+        excluded = self._excluded(exclude, queries)
+        name = _dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
+        if name == "triton":
+            return self._search_triton(query, k, excluded)
+        product, scans = self._scans.of_search(query)
+        scores, ids, stats = certified_topk(self._view(), scans, query, k, excluded)
+        self._scans.observe(product, stats)
+        return scores, ids, stats
 
     def target_stats(
         self,
         queries: torch.Tensor,
-        targets: torch.Tensor,
+        targets: Ids,
         *,
         exclude: Exclude = None,
         use_scan: bool = True,
@@ -145,79 +168,74 @@ class ItemIndex:
 
         Args:
             queries: [B, d].
-            targets: int64 [B], live ids; a target competes even where it is excluded.
+            targets: int64 [B], live ids, or an array or list of them; a target competes even where
+                it is excluded.
             exclude: as for ``search``.
             use_scan: False always reads the rows themselves: a log-probability then does not depend
                 on the queries beside it by more than float32's rounding, which training wants.
         """
         queries = self._checked_queries(queries)
-        if targets.shape != queries.shape[:1]:
-            raise ValueError(
-                f"targets: expected shape [{queries.shape[0]}], got {list(targets.shape)}"
-            )
+        wanted = as_ids("targets", targets)
+        check_shape("targets", wanted, [queries.shape[0]])
+        given = as_exclude(exclude, queries.shape[0])
         if use_scan and self._scans.wants_fine_copy():
-            with self._lock.alone():
-                self._storage.keep_fine()
-        with self._lock.shared():
-            rows = self._storage.place[self._live_ids("targets", targets)]
-            query = prepare_queries(queries, self.similarity, self.temperature)
-            excluded = self._excluded(exclude, queries)
-            rank, log_prob = certified_stats(
-                self._view(),
-                self._scans.of_stats(query, use_scan),
-                query,
-                rows,
-                excluded,
-            )
-        return TargetStats(rank, log_prob)
+            self._alone(self._storage.keep_fine)
 
-    def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """Overwrite the rows [n, d] of live ids int64 [n]; of a repeated id the last row counts.
+        def stats() -> TargetStats:
+            rows = self._storage.place[self._live_ids("targets", wanted)]
+            query = prepare_queries(queries, self.similarity, self.temperature)
+            excluded = self._excluded(given, queries)
+            scans = self._scans.of_stats(query, use_scan)
+            return TargetStats(*certified_stats(self._view(), scans, query, rows, excluded))
+
+        return self._lock.shared(stats)
+
+    def write(self, ids: Ids, rows: torch.Tensor) -> None:
+        """Overwrite the rows [n, d] of live ids int64 [n] (or an array or list of them); of a
+        repeated id the last row counts.
 
         Costs O(n d).
         """
         rows = self._checked_rows(rows)
-        with self._lock.alone():
-            ids = self._live_ids("ids", ids)
-            if ids.shape[0] != rows.shape[0]:
-                raise ValueError(
-                    f"ids: expected one for each of {rows.shape[0]} rows, got {ids.shape[0]}"
-                )
-            order = torch.argsort(ids, stable=True)
-            ordered = ids[order]
+        given = as_ids("ids", ids)
+        if given.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"ids: expected one for each of {rows.shape[0]} rows, got {given.shape[0]}"
+            )
+
+        def write() -> None:
+            live = self._live_ids("ids", given)
+            order = torch.argsort(live, stable=True)
+            ordered = live[order]
             last = torch.ones_like(ordered, dtype=torch.bool)
             last[:-1] = ordered[1:] != ordered[:-1]
             self._storage.write(ordered[last], rows[order[last]])
 
+        self._alone(write)
+
     def append(self, rows: torch.Tensor) -> torch.Tensor:
         """Add rows [n, d]; returns their ids int64 [n], which were never used before."""
         rows = self._checked_rows(rows)
-        with self._lock.alone():
-            return self._storage.append(rows)
+        return self._alone(lambda: self._storage.append(rows))
 
-    def remove(self, ids: torch.Tensor) -> None:
-        """Remove live, distinct ids int64 [n]; they are never used again."""
-        with self._lock.alone():
-            ids = self._live_ids("ids", ids)
-            if ids.unique().numel() != ids.numel():
-                raise ValueError("ids: expected distinct ids, got repeats")
-            self._storage.remove(ids)
+    def remove(self, ids: Ids) -> None:
+        """Remove live, distinct ids int64 [n] (or an array or list of them); they are never used
+        again."""
+        given = as_ids("ids", ids)
+        if given.unique().numel() != given.numel():
+            raise ValueError("ids: expected distinct ids, got repeats")
+        self._alone(lambda: self._storage.remove(self._live_ids("ids", given)))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the live rows, their ids and the settings to one safetensors file."""
-        with self._lock.shared():
-            order = torch.argsort(self._storage.live("ids"))
-            tensors = {
-                "ids": self._storage.live("ids")[order],
-                "rows": self._storage.live("rows")[order],
-            }
-            settings = {
-                "similarity": self.similarity,
-                "temperature": repr(self.temperature),
-                "scan": self.scan,
-                "next_id": str(self._storage.place.numel()),
-            }
-            files.write_tensors(path, tensors, settings)
+        ids, rows, next_id = self._snapshot()
+        settings = {
+            "similarity": self.similarity,
+            "temperature": repr(self.temperature),
+            "scan": self.scan,
+            "next_id": str(next_id),
+        }
+        files.write_tensors(path, {"ids": ids, "rows": rows}, settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: str | torch.device = "cpu") -> "ItemIndex":
@@ -231,14 +249,63 @@ class ItemIndex:
         if not wanted <= settings.keys() or tensors.keys() != {"ids", "rows"}:
             raise ValueError(f"{path}: expected an ItemIndex, found {sorted(tensors)}")
         ids, rows = tensors["ids"].to(device), tensors["rows"].to(device)
-        index = cls(
+        return cls._of(
+            {
+                "similarity": settings["similarity"],
+                "temperature": float(settings["temperature"]),
+                "scan": settings["scan"],
+            },
+            ids,
             rows,
-            similarity=settings["similarity"],
-            temperature=float(settings["temperature"]),
-            scan=settings["scan"],
+            int(settings["next_id"]),
         )
-        index._storage.rename(ids, int(settings["next_id"]))
+
+    @classmethod
+    def _of(
+        cls, settings: dict[str, Any], ids: torch.Tensor, rows: torch.Tensor, next_id: int
+    ) -> "ItemIndex":
+        """An index of rows [n, d] with their ids; the next new id is ``next_id``."""
+        index = cls(rows, **settings)
+        index._alone(lambda: index._storage.rename(ids, next_id))
         return index
+
+    def _snapshot(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Copies of the live ids, ascending, and of their rows, and the next new id."""
+
+        def copy() -> tuple[torch.Tensor, torch.Tensor, int]:
+            storage = self._storage
+            order = torch.argsort(storage.live("ids"))
+            return storage.live("ids")[order], storage.live("rows")[order], storage.place.numel()
+
+        return self._lock.shared(copy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {
+            "similarity": self.similarity,
+            "temperature": self.temperature,
+            "scan": self.scan,
+        }
+        ids, rows, next_id = self._snapshot()
+        if get_spawning_popen() is None:
+            return _restored, (type(self), settings, ids, rows, next_id)
+        # A process that is being spawned would be sent tensors as open files, which close with the
+        # copies made here before it has them.
+        file = io.BytesIO()
+        torch.save((ids, rows), file)
+        return _restored_from_bytes, (type(self), settings, file.getvalue(), next_id)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ItemIndex":
+        restore, arguments = self.__reduce__()
+        memo[id(self)] = copied = restore(*arguments)
+        return copied
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        """What ``work()`` returns, while nobody else uses the index. Tensors that it stores can be
+        written later, inside ``torch.inference_mode`` and outside."""
+        if not torch.is_inference_mode_enabled():
+            return self._lock.alone(work)
+        with torch.inference_mode(False):
+            return self._lock.alone(work)
 
     def _checked_queries(self, queries: torch.Tensor) -> torch.Tensor:
         check_vectors("queries", queries, d=self.dim, device=self.device)
@@ -252,17 +319,15 @@ class ItemIndex:
         return _finite("rows", rows.detach())
 
     def _live_ids(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() != 1:
-            raise TypeError(f"{name}: expected int64 [n], got {ids.dtype} {list(ids.shape)}")
         place = self._storage.place
-        ids = ids.to(device=place.device, dtype=torch.int64)
+        ids = ids.to(place.device)
         known = (ids >= 0) & (ids < place.numel())
         known &= place[torch.where(known, ids, 0)] >= 0 if place.numel() else known
         if not bool(known.all()):
             raise ValueError(f"{name}: expected ids in the index, got {int(ids[~known][0])}")
         return ids
 
-    def _excluded(self, exclude: Exclude, queries: torch.Tensor) -> ExcludedPairs:
+    def _excluded(self, exclude: TensorExclude, queries: torch.Tensor) -> ExcludedPairs:
         place = self._storage.place
         ids, offsets = normalize_exclude(exclude, queries.shape[0], place.numel(), place.device)
         return ExcludedPairs.from_offsets(place[ids], offsets)
@@ -286,6 +351,19 @@ class ItemIndex:
             scanned = scan_rows(query, view.rows, self._storage.live("norm"))
         name = f"triton {kind or 'none'}"
         return triton_impl.certified_topk(scanned, query, view, k, excluded, name)
+
+
+def _restored(kind: type[ItemIndex], *arguments: Any) -> ItemIndex:
+    """What a pickle calls."""
+    return kind._of(*arguments)
+
+
+def _restored_from_bytes(
+    kind: type[ItemIndex], settings: dict[str, Any], tensors: bytes, next_id: int
+) -> ItemIndex:
+    """What the pickle for a spawned process calls."""
+    ids, rows = torch.load(io.BytesIO(tensors))
+    return kind._of(settings, ids, rows, next_id)
 
 
 def _finite(name: str, vectors: torch.Tensor) -> torch.Tensor:

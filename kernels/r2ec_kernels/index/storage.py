@@ -1,5 +1,7 @@
 """The rows of an index: tensors of one length that grow, move and are overwritten together."""
 
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,24 +15,83 @@ from .quantize import Limits, ScanCopy, encode, mean_row
 _SEED = 20240607  # of the row permutation
 
 
-class Storage:
-    """Rows in a random order, their ids, norms and codes.
+@dataclass(frozen=True)
+class State:
+    """What a storage holds, replaced as a whole.
 
-    ``fields`` holds tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d],
-    ids, norm and those of ``quantize.encode`` and ``fine.refine``, prefixed by the copy's kind
-    ("int8.code"). A random order makes every block alike, whatever order the items came in.
-    ``place[id]`` is the row of an id, -1 once removed. The codes of an "fp16" copy are no tensor:
-    they are in ``packed``.
+    Attributes:
+        kinds: of the copies kept.
+        fields: tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d], ids,
+            norm and those of ``quantize.encode`` and ``fine.refine``, prefixed by the copy's kind
+            ("int8.code").
+        packed: the codes of an "fp16" copy, which are no tensor.
+        place: int64, the row of an id; -1 once removed.
+        size: live rows.
+        limits: of each copy, made when first asked for.
+    """
+
+    kinds: tuple[str, ...]
+    fields: dict[str, torch.Tensor]
+    packed: PackedCodes | None
+    place: torch.Tensor
+    size: int
+    limits: dict[str, Limits] = field(default_factory=dict)
+
+
+class Undo:
+    """How to get back to a state while its tensors are being overwritten.
+
+    Attributes:
+        state: what was there before.
+        saved: (tensor, rows of it, what they held).
+        packed: whether the packed codes may be half written; they are made again of the rows.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.saved: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.packed = False
+
+    def save(self, tensor: torch.Tensor, at: torch.Tensor) -> None:
+        self.saved.append((tensor, at, tensor[at]))
+
+
+class Storage:
+    """Rows in a random order, their ids, norms and codes (``State``).
+
+    A random order makes every block alike, whatever order the items came in.
+
+    A change is whole or not at all, whatever is raised in it, KeyboardInterrupt included. What can
+    be made aside is; then the new state takes the old one's place in one assignment. Rows that are
+    overwritten where they are have been saved before, O(n d) of them (``Undo``), and are put back
+    by ``repair``: at once, and, should that be interrupted too, before the next use.
     """
 
     def __init__(self, similarity: str, kinds: tuple[str, ...]) -> None:
-        self.similarity, self.kinds = similarity, kinds
-        self.fields: dict[str, torch.Tensor] = {}
-        self.packed: PackedCodes | None = None
-        self._limits: dict[str, Limits] = {}
-        self.size = 0
-        self.place = torch.empty(0, dtype=torch.int64)
+        self.similarity = similarity
         self.mean = torch.empty(0)
+        self._state = State(kinds, {}, None, torch.empty(0, dtype=torch.int64), 0)
+        self._undo: Undo | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the copies kept."""
+        return self._state.kinds
+
+    @property
+    def fields(self) -> dict[str, torch.Tensor]:
+        """See ``State``."""
+        return self._state.fields
+
+    @property
+    def place(self) -> torch.Tensor:
+        """See ``State``."""
+        return self._state.place
+
+    @property
+    def size(self) -> int:
+        """Live rows."""
+        return self._state.size
 
     def build(self, items: torch.Tensor) -> None:
         """Take a table [N, d]; item i gets id i."""
@@ -38,83 +99,153 @@ class Storage:
         generator = torch.Generator().manual_seed(_SEED)
         order = torch.randperm(count, generator=generator).to(items.device)
         self.mean = mean_row(items, self.similarity).float().double()
-        self.fields = self._allocate(items, count)
-        self.place = torch.empty(count, dtype=torch.int64, device=items.device)
-        self.place[order] = torch.arange(count, device=items.device)
+        fields, width = self._allocate(items, count)
+        packed = None if width is None else PackedCodes(width)
+        place = torch.empty(count, dtype=torch.int64, device=items.device)
+        place[order] = torch.arange(count, device=items.device)
         for start in range(0, count, BLOCK):
             ids = order[start : start + BLOCK]
             at = torch.arange(start, start + ids.numel(), device=items.device)
-            self._assign(at, items[ids], ids)
-        self.size = count
+            made, code = self._encoded(items[ids], ids)
+            for name, tensor in made.items():
+                fields[name][at] = tensor
+            if packed is not None and code is not None:
+                packed.write(at, code)
+        self._state = replace(self._state, fields=fields, packed=packed, place=place, size=count)
 
     def write(self, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Overwrite the rows of live ids."""
-        for start in range(0, ids.numel(), BLOCK):
-            part = ids[start : start + BLOCK]
-            self._assign(self.place[part], rows[start : start + BLOCK], part)
+        state = self._state
+        at = state.place[ids]
+        undo = Undo(state)
+        for tensor in state.fields.values():
+            undo.save(tensor, at)
+        codes = []
+        with _Undoing(self, undo):
+            for start in range(0, ids.numel(), BLOCK):
+                part = slice(start, start + BLOCK)
+                made, code = self._encoded(rows[part], ids[part])
+                codes.append(code)
+                for name, tensor in made.items():
+                    state.fields[name][at[part]] = tensor
+            self._write_packed(undo, at, codes)
+            self._commit(replace(state, limits={}))
 
     def append(self, rows: torch.Tensor) -> torch.Tensor:
         """Add rows [n, d] at the end; returns their new ids."""
-        first, count = self.place.numel(), rows.shape[0]
+        state, count = self._state, rows.shape[0]
+        first = state.place.numel()
         if first + count > MAX_ITEMS:
             raise ValueError(f"rows: an index numbers at most {MAX_ITEMS} items")
-        capacity = self.fields["ids"].shape[0]
-        if self.size + count > capacity:
-            larger = self._allocate(rows, max(self.size + count, capacity + capacity // 2))
-            for name, tensor in self.fields.items():
-                larger[name][: self.size] = tensor[: self.size]
-            self.fields = larger
-        ids = torch.arange(first, first + count, device=self.place.device)
-        at = torch.arange(self.size, self.size + count, device=self.place.device)
-        self.place = torch.cat([self.place, at])
-        self.size += count
-        for start in range(0, count, BLOCK):
+        fields = state.fields
+        capacity = fields["ids"].shape[0]
+        if state.size + count > capacity:
+            larger = max(state.size + count, capacity + capacity // 2)
+            fields, _ = self._allocate(rows, larger)
+            for name, tensor in state.fields.items():
+                fields[name][: state.size] = tensor[: state.size]
+        ids = torch.arange(first, first + count, device=state.place.device)
+        at = torch.arange(state.size, state.size + count, device=state.place.device)
+        place = torch.cat([state.place, at])
+        codes = []
+        for start in range(0, count, BLOCK):  # rows behind the live ones: nobody reads them yet
             part = slice(start, start + BLOCK)
-            self._assign(at[part], rows[part], ids[part])
+            made, code = self._encoded(rows[part], ids[part])
+            codes.append(code)
+            for name, tensor in made.items():
+                fields[name][at[part]] = tensor
+        undo = Undo(state)
+        with _Undoing(self, undo):
+            self._write_packed(undo, at, codes)
+            size = state.size + count
+            self._commit(replace(state, fields=fields, place=place, size=size, limits={}))
         return ids
 
     def remove(self, ids: torch.Tensor) -> None:
         """Drop live, distinct ids; rows from the end fill their places."""
-        self._limits = {}
-        kept = self.size - ids.numel()
-        gone = self.place[ids]
+        state = self._state
+        kept = state.size - ids.numel()
+        gone = state.place[ids]
         leaving = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
         leaving[gone[gone >= kept] - kept] = True
         source = (~leaving).nonzero()[:, 0] + kept
         target = gone[gone < kept]
-        for tensor in self.fields.values():
-            tensor[target] = tensor[source]
-        if self.packed is not None:
-            self.packed.write(target, self.packed.read(source))
-            self.packed.truncate(kept)
-        self.place[self.fields["ids"][target]] = target
-        self.place[ids] = -1
-        self.size = kept
+        moved = state.fields["ids"][source]
+        undo = Undo(state)
+        for tensor in state.fields.values():
+            undo.save(tensor, target)
+        undo.save(state.place, torch.cat([moved, ids]))
+        packed = state.packed
+        codes = torch.empty(0) if packed is None else packed.read(source)
+        with _Undoing(self, undo):
+            for tensor in state.fields.values():
+                tensor[target] = tensor[source]
+            state.place[moved] = target
+            state.place[ids] = -1
+            if packed is not None:
+                undo.packed = True
+                packed.write(target, codes)
+                packed.truncate(kept)
+            self._commit(replace(state, size=kept, limits={}))
 
     def rename(self, ids: torch.Tensor, next_id: int) -> None:
         """Give item i of a fresh index the id ``ids[i]``; the next new id is ``next_id``."""
         place = torch.full((next_id,), -1, dtype=torch.int64, device=ids.device)
         place[ids] = self.place
-        self.place = place
         live = self.live("ids")
         live.copy_(ids[live])
+        self._state = replace(self._state, place=place)
 
     def keep_fine(self) -> None:
         """Keep a "fine" copy from now on, beside the int8 copy."""
-        if fine.KIND in self.kinds:
+        state = self._state
+        if fine.KIND in state.kinds:
             return
-        self.kinds = (*self.kinds, fine.KIND)
-        capacity = self.fields["ids"].shape[0]
-        for name, tensor in self._encode(self.live("rows")[:0], self.live("ids")[:0]).items():
-            if name.startswith(fine.KIND + "."):
-                self.fields[name] = tensor.new_empty(capacity, *tensor.shape[1:])
-        for start in range(0, self.size, BLOCK):
-            part = slice(start, min(start + BLOCK, self.size))
+        capacity = state.fields["ids"].shape[0]
+
+        def refine(part: slice) -> dict[str, torch.Tensor]:
             names = ("code", "scale")
-            coarse = {name: self.fields[f"{fine.COARSE_KIND}.{name}"][part] for name in names}
-            made = fine.refine(self.fields["rows"][part], coarse, self.similarity, self.mean)
-            for name, tensor in made.items():
-                self.fields[f"{fine.KIND}.{name}"][part] = tensor
+            coarse = {name: state.fields[f"{fine.COARSE_KIND}.{name}"][part] for name in names}
+            return fine.refine(state.fields["rows"][part], coarse, self.similarity, self.mean)
+
+        added = {
+            f"{fine.KIND}.{name}": tensor.new_empty(capacity, *tensor.shape[1:])
+            for name, tensor in refine(slice(0, 0)).items()
+        }
+        for start in range(0, state.size, BLOCK):
+            part = slice(start, min(start + BLOCK, state.size))
+            for name, tensor in refine(part).items():
+                added[f"{fine.KIND}.{name}"][part] = tensor
+        kinds = (*state.kinds, fine.KIND)
+        self._commit(replace(state, kinds=kinds, fields=state.fields | added, limits={}))
+
+    def repair(self) -> None:
+        """Go back to the state before a change that did not end. May be interrupted and repeated;
+        while anything is left to undo nobody else may use the storage."""
+        undo = self._undo
+        if undo is not None:
+            with torch.inference_mode(False):  # what it makes can be written anywhere
+                self._go_back(undo)
+
+    def _go_back(self, undo: Undo) -> None:
+        for tensor, at, held in undo.saved:
+            tensor[at] = held
+        state = undo.state
+        if undo.packed and state.packed is not None:
+            packed = PackedCodes(state.packed.width)
+            for start in range(0, state.size, BLOCK):
+                at = torch.arange(start, min(start + BLOCK, state.size))
+                _, code = self._encoded(state.fields["rows"][at], at)
+                assert code is not None  # packed codes are kept
+                packed.write(at, code)
+            state = replace(state, packed=packed)
+        self._state = state
+        self._undo = None
+
+    def _commit(self, state: State) -> None:
+        """The end of a change: from the second assignment on it counts."""
+        self._state = state
+        self._undo = None
 
     @property
     def width(self) -> int:
@@ -132,8 +263,8 @@ class Storage:
 
     def codes(self, kind: str) -> torch.Tensor | PackedCodes:
         """The codes of a copy: live rows, and rows without meaning up to a whole group."""
-        if kind == "fp16" and self.packed is not None:
-            return self.packed
+        if kind == "fp16" and self._state.packed is not None:
+            return self._state.packed
         return self.fields[f"{kind}.code"][: whole_groups(self.size)]
 
     def copy(self, kind: str) -> ScanCopy[Any]:
@@ -158,30 +289,40 @@ class Storage:
 
     def limits(self, kind: str) -> Limits:
         """Of the live rows of a copy; kept until the next change."""
-        if kind not in self._limits:
+        known = self._state.limits
+        if kind not in known:
             copy = self.fine_copy() if kind == fine.KIND else self.copy(kind)
-            self._limits[kind] = Limits.of(copy)
-        return self._limits[kind]
+            known[kind] = Limits.of(copy)
+        return known[kind]
 
-    def _allocate(self, like: torch.Tensor, capacity: int) -> dict[str, torch.Tensor]:
+    def _allocate(
+        self, like: torch.Tensor, capacity: int
+    ) -> tuple[dict[str, torch.Tensor], int | None]:
+        """Fields of ``capacity`` rows, and the width of packed codes where there are some."""
         capacity = whole_groups(capacity)
-        example = self._encode(like[:0], self.place[:0].to(like.device))
-        code = example.pop("fp16.code", None)
-        if code is not None and self.packed is None:
-            self.packed = PackedCodes(code.shape[1])
-        return {
+        example, code = self._encoded(like[:0], self.place[:0].to(like.device))
+        fields = {
             name: torch.empty(capacity, *tensor.shape[1:], dtype=tensor.dtype, device=like.device)
             for name, tensor in example.items()
         }
+        return fields, None if code is None else code.shape[1]
 
-    def _assign(self, at: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> None:
-        self._limits = {}
+    def _write_packed(self, undo: Undo, at: torch.Tensor, codes: list[torch.Tensor | None]) -> None:
+        """Set the packed codes of rows, given by blocks of BLOCK."""
+        packed = self._state.packed
+        if packed is None:
+            return
+        undo.packed = True
+        for number, code in enumerate(codes):
+            if code is not None:
+                packed.write(at[number * BLOCK : (number + 1) * BLOCK], code)
+
+    def _encoded(
+        self, rows: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """The fields of rows, and their packed codes."""
         fields = self._encode(rows, ids)
-        code = fields.pop("fp16.code", None)
-        if code is not None and self.packed is not None:
-            self.packed.write(at, code)
-        for name, tensor in fields.items():
-            self.fields[name][at] = tensor
+        return fields, fields.pop("fp16.code", None)
 
     def _encode(self, rows: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         norm = torch.linalg.vector_norm(rows.double(), dim=1).float()
@@ -194,3 +335,20 @@ class Storage:
                 made[kind] = encode(rows, kind, self.similarity, self.mean)
             fields |= {f"{kind}.{name}": tensor for name, tensor in made[kind].items()}
         return fields
+
+
+class _Undoing:
+    """``with`` it, a change of a storage's state either ends by ``Storage._commit`` or is undone.
+
+    What cannot be undone now is undone before the next use, by ``Storage.repair``.
+    """
+
+    def __init__(self, storage: Storage, undo: Undo) -> None:
+        self._storage, self._begun = storage, undo
+
+    def __enter__(self) -> None:
+        self._storage._undo = self._begun
+
+    def __exit__(self, *raised: object) -> None:
+        with suppress(Exception):  # what was raised first is what the caller hears
+            self._storage.repair()

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_float, check_ids, check_positive, check_shape, check_widths
+from .._checks import as_number, check_float, check_ids, check_positive, check_shape, check_widths
 from .._dispatch import resolve
 from .function import LinearLogProb
 from .impl import reference
@@ -88,7 +88,7 @@ def head_settings(
     hidden: torch.Tensor,
     weight: torch.Tensor,
 ) -> HeadSettings:
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not as_number("softcap", softcap) > 0:
         raise ValueError(f"softcap: expected a number > 0 or None, got {softcap}")
     check_positive("temperature", temperature)
     compute = compute_dtype(hidden, weight)

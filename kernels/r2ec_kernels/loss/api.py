@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import IGNORE, check_float, check_ids, check_shape
+from .._checks import IGNORE, as_number, check_float, check_ids, check_shape
 from ..advantage.api import grouped_advantage
 from ..logprob.api import check_head, head_logprob, head_settings
 from .config import RecPOLoss, RecPOLossConfig
@@ -64,7 +64,7 @@ def recpo_loss(
             ``min(exp(old_log_prob - sampler_log_prob), importance_cap)``.
         ref_log_prob: [T], of the reference model; required if ``kl_weight > 0``.
         num_tokens: counted tokens of the whole optimiser step, over all calls and ranks; None: of
-            this call.
+            this call. Where it is 0 the token loss is 0, with gradients of 0.
         num_selected: selected trajectories (groups * best) of the whole optimiser step; None: of
             this call. The number of trajectories of the step follows from it.
         config: see :class:`RecPOLossConfig`.
@@ -138,15 +138,26 @@ def _normalizers(
     num_selected: int | torch.Tensor | None,
     config: RecPOLossConfig,
 ) -> Normalizers:
-    """Those of the optimiser step; where not given, of this call."""
-    num_trajectories: float | torch.Tensor = rewards.numel()
+    """Those of the optimiser step; where not given, of this call. At least 1: what they divide is 0
+    where they are 0."""
+    num_trajectories: float | torch.Tensor = max(1, rewards.numel())
     if num_selected is None:
-        num_selected = rewards.shape[0] * config.best
+        selected: float | torch.Tensor = max(1, rewards.shape[0] * config.best)
     else:
-        num_trajectories = num_selected * (rewards.shape[1] / config.best)
-    if num_tokens is None:
-        num_tokens = local_tokens.clamp(min=1)
-    return Normalizers(num_tokens, num_selected, num_trajectories)
+        selected = _count("num_selected", num_selected)
+        num_trajectories = selected * (rewards.shape[1] / config.best)
+    tokens = _count("num_tokens", local_tokens if num_tokens is None else num_tokens)
+    return Normalizers(tokens, selected, num_trajectories)
+
+
+def _count(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
+    """A count as a divisor: 1 instead of 0. Tensors stay on their device, unread."""
+    if isinstance(value, torch.Tensor):
+        return value.clamp(min=1)
+    # a compiled graph holds for any count
+    if not torch.compiler.is_compiling() and not as_number(name, value) >= 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return max(1, value)
 
 
 def _check_groups(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import SIMILARITIES, check_positive, one_of
+from .._checks import SIMILARITIES, as_int, as_number, check_positive, one_of
 
 REDUCTIONS = ("token", "sequence", "constant", "sum")
 ESTIMATORS = ("grpo", "rloo")
@@ -67,16 +67,15 @@ class RecPOLossConfig:
         one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
         one_of("item_negatives", self.item_negatives, ITEM_NEGATIVES)
         for name in ("epsilon", "epsilon_high", "item_weight", "kl_weight"):
-            if not getattr(self, name) >= 0:
+            if not as_number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         for name in ("temperature", "item_temperature"):
             check_positive(name, getattr(self, name))
         for name in ("softcap", "importance_cap"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not as_number(name, value) > 0:
                 raise ValueError(f"{name}: expected a number > 0 or None, got {value}")
-        if self.best < 1:
-            raise ValueError(f"best: expected an integer >= 1, got {self.best}")
+        as_int("best", self.best, 1)
         length = self.max_completion_length
         if self.reduction == "constant" and (length is None or length < 1):
             raise ValueError(

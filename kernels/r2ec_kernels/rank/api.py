@@ -5,9 +5,16 @@ from typing import NamedTuple
 
 import torch
 
-from .._checks import SIMILARITIES, check_ids, check_positive, check_widths, one_of
+from .._checks import Ids, as_ids, check_ids, check_scoring, check_widths
 from .._dispatch import resolve
-from .._exact.excluded import Exclude, check_exclude, normalize_exclude, split_exclude
+from .._exact.excluded import (
+    Exclude,
+    TensorExclude,
+    as_exclude,
+    check_exclude,
+    normalize_exclude,
+    split_exclude,
+)
 
 _AVAILABLE = frozenset({"triton", "torch", "reference"})
 
@@ -22,7 +29,7 @@ class TargetStats(NamedTuple):
 def target_stats(
     queries: torch.Tensor,
     items: torch.Tensor,
-    targets: torch.Tensor,
+    targets: Ids,
     *,
     similarity: str = "dot",
     temperature: float = 1.0,
@@ -36,17 +43,21 @@ def target_stats(
         rank = 1 + (number of items before the target in a stable descending sort of s)
         log_prob = log_softmax(s, dim=-1).gather(1, targets[:, None])[:, 0]
 
+    A target whose score is NaN has the last place, the number of items that are not excluded, and
+    log_prob -inf; other items with such a score do not compete. Items at +inf share the mass
+    (docs/kernels/rank.md).
+
     The rank is exact: it is the target's position, from 1, in ``item_topk(k=N)``. The target is
     never excluded. Memory: O(B + block), no [B, N] scores.
 
     Args:
         queries: [B, d].
         items: [N, d].
-        targets: int64 [B], in 0..N-1.
+        targets: int64 [B] in 0..N-1, or an array or list of them.
         similarity: "dot", "cosine" or "l2" (minus the unsquared distance).
         temperature: scores are divided by it, > 0.
-        exclude: items that do not compete: padded int64 [B, L] with -1 for none, or (values [E],
-            offsets [B+1]).
+        exclude: items that do not compete: padded int64 [B, L] with -1 for none, (values [E],
+            offsets [B+1]), or a list of each query's ids. Numpy arrays too.
         impl: "auto", "triton", "torch" or "reference".
 
     Raises:
@@ -54,15 +65,16 @@ def target_stats(
         RuntimeError: ``impl`` cannot run here.
     """
     check_widths("queries", queries, "items", items, rows=("B", "N"))
-    one_of("similarity", similarity, SIMILARITIES)
-    check_positive("temperature", temperature)
-    check_ids("targets", targets, queries.shape[0], 0, items.shape[0])
-    check_exclude(exclude, queries.shape[0])
-    values, offsets = split_exclude(exclude)
+    check_scoring(similarity, temperature)
+    wanted = as_ids("targets", targets, device=queries.device)
+    check_ids("targets", wanted, queries.shape[0], 0, items.shape[0])
+    given = as_exclude(exclude, queries.shape[0])
+    check_exclude(given, queries.shape[0])
+    values, offsets = split_exclude(given)
     rank, log_prob = torch.ops.r2ec_kernels.target_stats(
         queries.detach(),
         items.detach(),
-        targets,
+        wanted,
         similarity,
         float(temperature),
         values,
@@ -78,7 +90,7 @@ def run_target_stats(
     targets: torch.Tensor,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) by the implementation that ``impl`` names: the

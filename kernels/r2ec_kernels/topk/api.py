@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from .. import _dispatch
-from .._checks import MAX_ITEMS, check_scoring, check_vectors
-from .._exact.excluded import Exclude, check_exclude, split_exclude
+from .._checks import MAX_ITEMS, as_int, check_scoring, check_vectors
+from .._exact.excluded import Exclude, TensorExclude, as_exclude, check_exclude, split_exclude
 from .._exact.scores import PADDING_KEY, from_order_keys, order_keys
 from .impl import reference
 from .impl import torch as torch_impl
@@ -34,7 +34,8 @@ def item_topk(
     """The k items with the highest score for each query, exactly.
 
     Equal to a stable descending sort of the canonical scores (float64 similarity / temperature,
-    rounded once to float32): equal scores come lower index first. No score matrix is stored:
+    rounded once to float32): equal scores come lower index first. An item whose score is NaN is
+    never returned; infinite scores are ordinary ones. No score matrix is stored:
     memory above the inputs is O(B k + block).
 
     Args:
@@ -43,8 +44,8 @@ def item_topk(
         k: at least 0; more than N is padded with (-inf, -1).
         similarity: "dot", "cosine" (a zero vector scores 0) or "l2" (minus the distance).
         temperature: positive.
-        exclude: items never returned: int64 [B, L] padded with -1, or the pair
-            (values int64 [E], offsets int64 [B+1]).
+        exclude: items never returned: int64 [B, L] padded with -1; the pair (values int64 [E],
+            offsets int64 [B+1]), a tuple; or a list of each query's ids. Numpy arrays too.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -56,9 +57,10 @@ def item_topk(
     """
     check_vectors("queries", queries)
     check_vectors("items", items, d=queries.shape[1], device=queries.device)
-    check_search(k, similarity, temperature)
-    check_exclude(exclude, queries.shape[0])
-    values, offsets = split_exclude(exclude)
+    k = check_search(k, similarity, temperature)
+    given = as_exclude(exclude, queries.shape[0])
+    check_exclude(given, queries.shape[0])
+    values, offsets = split_exclude(given)
     scores, indices = torch.ops.r2ec_kernels.item_topk(
         queries.detach(), items.detach(), k, similarity, float(temperature), values, offsets, impl
     )
@@ -97,16 +99,21 @@ def sharded_topk(
         TypeError, ValueError: as ``item_topk``.
         RuntimeError: the collective failed; the message names the ranks that do not answer.
     """
-    if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ITEMS - local_items.shape[0]:
+    check_vectors("queries", queries)
+    check_vectors("local_items", local_items, d=queries.shape[1], device=queries.device)
+    k = check_search(k, similarity, temperature)
+    first_id = as_int("first_id", first_id, 0)
+    if first_id > MAX_ITEMS - local_items.shape[0]:
         raise ValueError(f"first_id: expected 0..{MAX_ITEMS - 1}, got {first_id!r}")
-    check_exclude(exclude, queries.shape[0])
-    values, offsets = split_exclude(exclude)
+    given = as_exclude(exclude, queries.shape[0])
+    check_exclude(given, queries.shape[0])
+    values, offsets = split_exclude(given)
     if values is not None:
         local = values - first_id
         local = local.masked_fill((local < 0) | (local >= local_items.shape[0]), -1)
-        exclude = local if offsets is None else (local, offsets)
+        given = local if offsets is None else (local, offsets)
     scores, ids = item_topk(
-        queries, local_items, k, similarity=similarity, temperature=temperature, exclude=exclude
+        queries, local_items, k, similarity=similarity, temperature=temperature, exclude=given
     )
     keys = order_keys(scores, ids + first_id).masked_fill(ids < 0, PADDING_KEY)
     from .collective import gather_keys
@@ -115,13 +122,11 @@ def sharded_topk(
     return TopK(*from_order_keys(gathered.topk(k, dim=1).values))
 
 
-def check_search(k: int, similarity: str, temperature: float) -> None:
-    """Raise unless the settings of a search are valid."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if k < 0:
-        raise ValueError(f"k: expected at least 0, got {k}")
+def check_search(k: int, similarity: str, temperature: float) -> int:
+    """``k`` as an int; raises unless the settings of a search are valid."""
+    k = as_int("k", k, 0)
     check_scoring(similarity, temperature)
+    return k
 
 
 def run_item_topk(
@@ -130,7 +135,7 @@ def run_item_topk(
     k: int,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores float32 [B, k] and indices int64 [B, k] by the implementation that ``impl`` names: the

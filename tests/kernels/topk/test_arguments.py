@@ -25,7 +25,8 @@ Q, X = torch.zeros(2, 4), torch.ones(5, 4)
         ({"exclude": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "exclude"),
         ({"exclude": torch.zeros(2, 1)}, TypeError, "exclude"),
         ({"exclude": torch.full((2, 1), 5)}, ValueError, "exclude: expected ids in -1..4"),
-        ({"exclude": [[1], [2]]}, (TypeError, ValueError), "exclude"),
+        ({"exclude": [[1]]}, ValueError, "exclude: expected a list of ids for each of 2"),
+        ({"exclude": [[1], [2.5]]}, TypeError, r"exclude\[1\]\[0\]: expected an int, got float"),
         (
             {"exclude": (torch.tensor([1]), torch.tensor([0, 1]))},
             ValueError,

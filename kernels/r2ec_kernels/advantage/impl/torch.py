@@ -2,12 +2,16 @@
 
 import torch
 
+from ..._numbers import TIED
+
 
 def recpo_reward(
     rank: torch.Tensor, log_prob: torch.Tensor, softmax_weight: float, ndcg_k: int
 ) -> torch.Tensor:
     gain = torch.where(rank <= ndcg_k, torch.log2(rank.double() + 1).reciprocal(), 0.0)
-    return softmax_weight * log_prob.double().exp() + (1 - softmax_weight) * gain
+    # NaN, of a target that cannot be compared: probability 0
+    probability = log_prob.double().exp().nan_to_num_(nan=0.0, posinf=1.0)
+    return softmax_weight * probability + (1 - softmax_weight) * gain
 
 
 def grouped_advantage(
@@ -26,5 +30,6 @@ def grouped_advantage(
         advantages = centred / (variance.sqrt() + 1e-8)
     else:
         advantages = centred * (group / (group - 1))
-    tied = values.amax(1, keepdim=True) == values.amin(1, keepdim=True)
+    high, low = values.amax(1, keepdim=True), values.amin(1, keepdim=True)
+    tied = high - low <= TIED * torch.maximum(high, -low)
     return advantages.masked_fill(tied, 0.0), chosen

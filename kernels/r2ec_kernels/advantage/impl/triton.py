@@ -6,7 +6,8 @@ rank ndcg_k and 0 beyond,
     R = w exp(log_prob) + (1 - w) ndcg(rank)
     A = (R - mean R) / (std R + 1e-8)  ("grpo"),  (R - mean R) G / (G - 1)  ("rloo")
 
-and marks the BEST largest R; equal rewards mark the lower index, and give A = 0.
+and marks the BEST largest R; equal rewards mark the lower index. Rewards within TIED of the largest
+magnitude differ by rounding alone and give A = 0. A log_prob that is NaN has probability 0.
 
 Grid: one program of one warp a group. Tile: [BLOCK_G], G rounded up to a power of two; the order of
 the rewards is counted in [BLOCK_G, BLOCK_G]. Reads 12 bytes a trajectory, writes 9. FLOPs: tens a
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from ..._numbers import TIED
 
 
 @triton.jit
@@ -32,6 +35,7 @@ def _reward_kernel(
     ndcg_k,
     BEST: tl.constexpr,
     RLOO: tl.constexpr,
+    TIES: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """One group. All arrays are [B, G], contiguous."""
@@ -42,7 +46,10 @@ def _reward_kernel(
     b_rank = tl.load(rank_ptr + i_b * group + o_g, mask=m_g, other=1)
     b_log_prob = tl.load(log_prob_ptr + i_b * group + o_g, mask=m_g, other=0.0).to(tl.float64)
     b_gain = tl.where(b_rank <= ndcg_k, 1.0 / tl.log2(b_rank.to(tl.float64) + 1.0), 0.0)
-    b_reward = softmax_weight * tl.exp(b_log_prob) + (1.0 - softmax_weight) * b_gain
+    b_p = tl.exp(b_log_prob)
+    b_p = tl.where(b_p == b_p, b_p, 0.0)
+    b_p = tl.where(b_p == float("inf"), 1.0, b_p)
+    b_reward = softmax_weight * b_p + (1.0 - softmax_weight) * b_gain
     b_reward = b_reward.to(tl.float32)
     tl.store(reward_ptr + i_b * group + o_g, b_reward, mask=m_g)
 
@@ -55,9 +62,10 @@ def _reward_kernel(
         b_advantage = b_centred * (total / others)
     else:
         b_advantage = b_centred / (tl.sqrt(tl.sum(b_centred * b_centred, axis=0) / others) + 1e-8)
-    high = tl.max(tl.where(m_g, b_reward, -float("inf")), axis=0)
-    low = tl.min(tl.where(m_g, b_reward, float("inf")), axis=0)
-    b_advantage = tl.where(high == low, 0.0, b_advantage)
+    high = tl.max(tl.where(m_g, b_value, -float("inf")), axis=0)
+    low = tl.min(tl.where(m_g, b_value, float("inf")), axis=0)
+    tied = high - low <= TIES * tl.maximum(high, -low)
+    b_advantage = tl.where(tied, 0.0, b_advantage)
     b_advantage = tl.where(total == 1.0, 1.0, b_advantage)
     tl.store(advantage_ptr + i_b * group + o_g, b_advantage.to(tl.float32), mask=m_g)
 
@@ -93,6 +101,7 @@ def reward_and_advantage(
             ndcg_k=ndcg_k,
             BEST=best,
             RLOO=estimator == "rloo",
+            TIES=TIED,
             BLOCK_G=max(2, triton.next_power_of_2(group)),
             num_warps=1,
         )
@@ -104,7 +113,7 @@ def aot_configs() -> list[dict[str, Any]]:
     kinds = {"rank_ptr": "*i64", "best_ptr": "*i8", "softmax_weight": "fp32"}
     found = []
     for rloo in (False, True):
-        constants = {"BEST": 1, "RLOO": rloo, "BLOCK_G": 8}
+        constants = {"BEST": 1, "RLOO": rloo, "TIES": TIED, "BLOCK_G": 8}
         signature = {}
         for name in _reward_kernel.arg_names:
             kind = "*fp32" if name.endswith("_ptr") else "i32"

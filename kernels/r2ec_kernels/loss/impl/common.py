@@ -22,6 +22,6 @@ class StoredLogProbs(NamedTuple):
 class Normalizers(NamedTuple):
     """What sums are divided by: counts of the whole optimiser step, over all calls and ranks."""
 
-    tokens: int | torch.Tensor
-    selected: int | torch.Tensor  # trajectories that train the item action
+    tokens: float | torch.Tensor
+    selected: float | torch.Tensor  # trajectories that train the item action
     trajectories: float | torch.Tensor

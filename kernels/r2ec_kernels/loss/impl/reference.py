@@ -30,6 +30,8 @@ def item_log_prob(
     In-batch: the rows of ``item_states`` without the other rows that carry the target's id.
     Catalog: every id once; a row of the batch stands for its id, else the table's row.
     """
+    if not item_targets.shape[0]:
+        return user_states.sum(1)  # of no trajectory
     group = user_states.shape[0] // item_targets.shape[0]
     out = []
     for r in range(user_states.shape[0]):
@@ -67,6 +69,8 @@ def token_loss(
     config: RecPOLossConfig,
 ) -> torch.Tensor:
     """Loss of the reasoning tokens, one trajectory after another."""
+    if not advantages.shape[0]:
+        return log_prob.sum()  # of no token
     old = log_prob.detach() if stored.old is None else stored.old
     sums, means = [], []
     for i, advantage in enumerate(advantages):

@@ -77,9 +77,16 @@ def dense_stats(
     targets: torch.Tensor,
     excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Canonical scores of every row, block by block."""
+    """Canonical scores of every row, block by block.
+
+    excluded: without the targets' own pairs. Log-sum-exps are taken relative to finite targets, so
+    that large scores lose no digits. Scores that are not finite are counted apart, in blocks that
+    have some: the log-sum-exp of a block shows them.
+    """
     rank = torch.ones_like(targets)
+    origin = torch.where(torch.isfinite(target), target, 0.0).double()[:, None]
     lse = torch.full_like(target, -torch.inf, dtype=torch.float64)
+    at_top, unordered = torch.zeros_like(targets), torch.zeros_like(targets)
     batch = targets.shape[0]
     rows = table.rows
     height = max(MIN_BLOCK, BLOCK_ELEMENTS // (rows.shape[1] + 3 * batch))
@@ -94,5 +101,52 @@ def dense_stats(
         excluded.mask(start, stop, ahead.T, False)
         excluded.mask(start, stop, scores.T, -torch.inf)
         rank += ahead.sum(1)
-        lse = torch.logaddexp(lse, scores.double().logsumexp(1))
-    return rank, (target.double() - lse).float()
+        block = scores.double().sub_(origin).logsumexp(1)
+        if not bool(torch.isfinite(block).all()):
+            at_top += (scores == torch.inf).sum(1)
+            unordered += scores.isnan().sum(1)
+            scores.masked_fill_(scores.isnan(), -torch.inf)
+            block = scores.double().sub_(origin).logsumexp(1)
+        lse = torch.logaddexp(lse, block)
+    log_prob = (0.0 - lse).float()
+    if bool((torch.isfinite(target) & torch.isfinite(lse)).all()):
+        return rank, log_prob
+    return _beyond_finite(len(table), rank, log_prob, target, lse, at_top, unordered, excluded)
+
+
+def _beyond_finite(
+    count: int,
+    rank: torch.Tensor,
+    log_prob: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    at_top: torch.Tensor,
+    unordered: torch.Tensor,
+    excluded: ExcludedPairs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks and log-probabilities where a target or a log-sum-exp is not finite.
+
+    A target that cannot be compared (NaN) takes the last place, the number of rows that are not
+    excluded, and has probability 0. Items at +inf share the mass equally; where all scores are
+    -inf, all of them do.
+
+    Args:
+        count: N.
+        rank, log_prob: [B], right for finite targets among finite scores.
+        target, lse: [B], canonical score, and log-sum-exp of the scores other than NaN (relative to
+            the target where that is finite).
+        at_top, unordered: int64 [B], how many scores are +inf and NaN.
+    """
+    places = count - excluded.distinct_counts
+    sharing = torch.where(lse == torch.inf, at_top, places - unordered).clamp_min(1)
+    share = -sharing.double().log().float()
+    log_prob = torch.where(torch.isfinite(target) & torch.isfinite(lse), log_prob, -torch.inf)
+    log_prob = torch.where(torch.isinf(lse) & (target == lse), share, log_prob)
+    return torch.where(target.isnan(), places, rank), log_prob
+
+
+def overflows(target: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
+    """bool [B]: queries whose log-sum-exp comes so near to float32's end that some canonical score
+    may be infinite, which a coarse scan does not see; NaN among them."""
+    largest = 0.99 * torch.finfo(torch.float32).max
+    return ~(target.double() - log_prob.double() < largest)

@@ -1,5 +1,7 @@
 """target_stats as its definition: every canonical score, sorted. Materialises [B, N]."""
 
+import math
+
 import torch
 
 from ..._exact.scores import canonical_scores
@@ -14,18 +16,31 @@ def target_stats(
     exclude_values: torch.Tensor,
     exclude_offsets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank in a stable sort of canonical scores; log-softmax in float64 over the same items."""
+    """Rank in a stable sort of canonical scores; log-softmax in float64 over the same items.
+
+    Scores that are NaN come last in the sort and have no share of the softmax.
+    """
     scores = canonical_scores(queries, items, similarity, temperature)
     ranks, log_probs = [], []
     for b in range(queries.shape[0]):
-        row = scores[b].double()
+        target = float(scores[b, targets[b]])
         hidden = exclude_values[exclude_offsets[b] : exclude_offsets[b + 1]]
-        hidden = hidden[hidden != targets[b]]
-        row[hidden] = -torch.inf
+        competes = torch.ones_like(scores[b], dtype=torch.bool)
+        competes[hidden] = False
+        competes[targets[b]] = True
+        if math.isnan(target):
+            ranks.append(int(competes.sum()))
+            log_probs.append(-math.inf)
+            continue
+        competes &= ~scores[b].isnan()
+        place = int(competes[: targets[b]].sum())  # of the target among those that compete
+        row = scores[b][competes].double()
         order = torch.sort(row, descending=True, stable=True).indices
-        ranks.append(int((order == targets[b]).nonzero()[0, 0]) + 1)
-        log_probs.append(torch.log_softmax(row, 0)[targets[b]])
+        ranks.append(int((order == place).nonzero()[0, 0]) + 1)
+        best = row.max()
+        if torch.isinf(best):  # the items at the top share everything
+            log_probs.append(-math.log(int((row == best).sum())) if target == best else -math.inf)
+        else:
+            log_probs.append(float(torch.log_softmax(row, 0)[place]))
     rank = torch.tensor(ranks, dtype=torch.int64, device=queries.device)
-    if not log_probs:
-        return rank, torch.empty(0, device=queries.device)
-    return rank, torch.stack(log_probs).float()
+    return rank, torch.tensor(log_probs, dtype=torch.float32, device=queries.device)

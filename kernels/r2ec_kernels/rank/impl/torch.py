@@ -132,6 +132,7 @@ def certified_stats(
         )
         if found is not None:
             rank[scanned], log_prob[scanned] = found
+            dense[scanned] = common.overflows(target[scanned], found[1])
         else:
             dense[:] = True
     if bool(dense.any()):

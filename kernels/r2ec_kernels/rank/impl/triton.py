@@ -34,7 +34,7 @@ from ..._exact.excluded import ExcludedPairs
 from ..._exact.scores import canonical_scores
 from ..._exact.table import Table
 from ..._numbers import HUGE, LOG2_E, UNIT
-from .common import Origin, count_ahead, dense_stats
+from .common import Origin, count_ahead, dense_stats, overflows
 
 # of a tile
 BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32
@@ -173,7 +173,7 @@ def target_stats(
     bounded = ~query.dense & torch.isfinite(own)
     if targets.numel() and similarity != "l2" and bool(bounded.all()):
         found = _scan(items, query, own, targets, excluded)
-    if found is None:
+    if found is None or bool(overflows(own, found[1]).any()):
         found = dense_stats(Table(items), query, own, targets, excluded)
     return found
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
+from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude
 from ..._exact.scores import canonical_scores
 
 
@@ -12,13 +12,13 @@ def item_topk(
     k: int,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     batch, count = queries.shape[0], items.shape[0]
     scores = canonical_scores(queries, items, similarity, temperature)
     values, offsets = normalize_exclude(exclude, batch, count, queries.device)
-    kept = torch.ones(batch, count, dtype=torch.bool, device=queries.device)
+    kept = ~scores.isnan()  # those cannot be compared
     excluded = ExcludedPairs.from_offsets(values, offsets)
     kept[excluded.of, excluded.rows] = False
     # Excluded items go last even behind an item whose own score is -inf: sort twice, stably.

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ..._exact.bounds import prepare_queries
-from ..._exact.excluded import Exclude, ExcludedPairs, normalize_exclude
+from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude
 from ..._exact.table import Table
 from ..._scan.float32 import Float32Scan
 from .common import certified_topk
@@ -18,7 +18,7 @@ def item_topk(
     k: int,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)

@@ -16,7 +16,7 @@ import torch
 
 from ..._dispatch import is_capturing
 from ..._exact.bounds import Queries, prepare_queries
-from ..._exact.excluded import Exclude, ExcludedPairs, normalize_exclude, split_exclude
+from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude, split_exclude
 from ..._exact.scores import PADDING_KEY, canonical_scores, from_order_keys, order_keys
 from ..._exact.table import Table
 from .common import SearchStats, dense_topk
@@ -138,7 +138,7 @@ def item_topk(
     k: int,
     similarity: str,
     temperature: float,
-    exclude: Exclude,
+    exclude: TensorExclude,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     values, offsets = _pairs(exclude, queries.shape[0], items.shape[0], items.device)
@@ -157,7 +157,7 @@ def item_topk(
 
 
 def _pairs(
-    exclude: Exclude, batch: int, num_items: int, device: torch.device
+    exclude: TensorExclude, batch: int, num_items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``normalize_exclude``, without waiting for the device while a graph is captured."""
     if not is_capturing(device):
