@@ -17,6 +17,7 @@ from r2ec_fast.rollout import Rollouts
 from r2ec_fast.train import distributed
 from r2ec_fast.train.batches import Experience, UserBatch
 from r2ec_fast.train.update import PolicyUpdate
+from r2ec_kernels import grouped_advantage
 
 Generate = Callable[[UserBatch, int], Rollouts]
 
@@ -76,7 +77,8 @@ def resample_ties(
             rollouts = replace_groups(rollouts, groups, candidates)
         experience = Experience.of(users.select(groups), candidates, device)
         update.score(experience)
-        tied = (experience.rewards.amax(1) == experience.rewards.amin(1)).cpu().numpy()
+        advantages = grouped_advantage(experience.rewards).advantages
+        tied = (advantages == 0).all(1).cpu().numpy()  # what the loss would make of them
         groups = groups[tied]
         if not len(groups):
             break

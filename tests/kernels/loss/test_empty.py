@@ -2,12 +2,10 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _support.interpreted import run_interpreted
 
 from r2ec_kernels import (
     ItemIndex,
@@ -198,9 +196,3 @@ def test_rewards_of_nothing(estimator):
     assert recpo_reward(rank[:, :0], torch.empty(0, 0)).shape == (0, 0)
     with pytest.raises(ValueError, match="G >= 1"):
         grouped_advantage(torch.empty(3, 0))
-
-
-def test_interpreted_kernels_with_nothing_to_do(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("R2EC_IMPL", "triton")
-    assert "pass" in run_interpreted(Path(__file__).with_name("empty_check.py"))
