@@ -38,6 +38,7 @@ class ReadStats:
         truncated: the gzip stream ends before its end mark.
         bytes_read, sha256: of the file as it lies on disk (Parquet is not hashed on the way).
         id_columns: columns of ids, two of which must not become one where bytes are replaced.
+        marks: whether what is no text is marked until ids are compared (see `records`).
         noted: what was recognised by the file's content and not by its name: what -> rule.
         replaced: id with U+FFFD -> the same with what stood there.
     """
@@ -52,6 +53,7 @@ class ReadStats:
     bytes_read: int = 0
     sha256: str = ""
     id_columns: tuple[str, ...] = ()
+    marks: bool = True
     noted: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
 

@@ -180,9 +180,7 @@ def add_read_lines(stats: ReadStats, report: LoadReport) -> None:
     report.add(
         f"{name}: line with non-UTF-8 bytes", stats.replaced_lines, "changed", "bytes -> U+FFFD"
     )
-    report.add(
-        f"{name}: line with half a character", stats.lone_surrogates, "changed", "-> U+FFFD"
-    )
+    report.add(f"{name}: line with half a character", stats.lone_surrogates, "changed", "-> U+FFFD")
     for what, rule in stats.noted.items():
         report.add(f"{name}: {what}", 1, "noted", rule)
     report.add(
@@ -206,8 +204,8 @@ def _check_columns(path: Path, wanted: list[str], found: list[str]) -> None:
 
 
 def _parquet_schema(path: Path) -> dict[str, pl.DataType]:
-    with _parquet_errors(path):
-        return dict(pl.read_parquet_schema(path))
+    with _parquet_errors(path), open(path, "rb") as file:
+        return dict(pl.read_parquet_schema(file))
 
 
 def _parquet_blocks(path: Path, columns: list[str], stats: ReadStats) -> Iterator[pl.DataFrame]:

@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,9 @@ def parse_block(
         stats: gets the counts.
     """
     before = stats.replaced_lines + stats.lone_surrogates
+    stats.marks = not _holds_marks(block)
     frame = _parse(_utf8(block, form, stats), columns, names, form, stats)
-    if stats.replaced_lines + stats.lone_surrogates == before:
+    if not stats.marks or stats.replaced_lines + stats.lone_surrogates == before:
         return frame
     return _with_replacements(frame, form, stats)
 
@@ -102,6 +104,7 @@ def _utf8(block: bytes, form: TextFormat, stats: ReadStats) -> bytes:
         block = block.replace(b"::", b"\t")
     if form.encoding == "latin-1":
         return block.decode("latin-1").encode()
+    how = _MARKED if stats.marks else "replace"
     good: list[bytes] = []
     start = 0  # of the text not yet checked
     view = memoryview(block)
@@ -111,7 +114,7 @@ def _utf8(block: bytes, form: TextFormat, stats: ReadStats) -> bytes:
         except UnicodeDecodeError as error:
             begin = block.rfind(b"\n", start, start + error.start) + 1 or start
             end = block.find(b"\n", start + error.start) + 1 or len(block)
-            good += [block[start:begin], block[begin:end].decode("utf8", _MARKED).encode()]
+            good += [block[start:begin], block[begin:end].decode("utf8", how).encode()]
             stats.replaced_lines += 1
             start = end
         else:
@@ -122,10 +125,15 @@ def _utf8(block: bytes, form: TextFormat, stats: ReadStats) -> bytes:
 # private character of plane 16: lone surrogates at 10F000.., a wrong byte at 10F800.., the bytes
 # that go with it at 10F900.. (Python shows one U+FFFD for all of them).
 _MARKED = "r2ec-marked"
-_HALF_MARK = "[\U0010f000-\U0010f7ff]"
+_HALF = "[\ud800-\udfff]"
 _SHOWN_MARK = "[\U0010f000-\U0010f8ff]"
 _HIDDEN_MARK = "[\U0010f900-\U0010f9ff]"
 _MARK = "[\U0010f000-\U0010f9ff]"
+
+
+def _holds_marks(block: bytes) -> bool:
+    """Whether the text itself may use the marks' characters; then no marks are set."""
+    return b"\xf4\x8f" in block or re.search(rb"\\u[dD][bB][fF]", block) is not None
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
@@ -135,6 +143,10 @@ def _mark(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(_MARKED, _mark)
+
+
+def _half_mark(marks: bool, match: re.Match[str]) -> str:
+    return chr(ord(match[0]) - 0xD800 + 0x10F000) if marks else "\ufffd"
 
 
 def _unmarked(text: str) -> str:
@@ -240,7 +252,9 @@ def _json_lines(
             value = record.get(name)
             values = value if name in form.list_columns and isinstance(value, list) else [value]
             texts = [_json_text(v) for v in values]
-            halved |= any(re.search(_HALF_MARK, text) for text in texts if text)
+            if any(re.search(_HALF, text) for text in texts if text):
+                halved = True
+                texts = [t and re.sub(_HALF, partial(_half_mark, stats.marks), t) for t in texts]
             if name not in form.list_columns:
                 rows[name].append(texts[0])
             else:
@@ -269,8 +283,7 @@ def _first_of_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _json_text(value: object, *, inside: bool = False) -> str | None:
     """A JSON value as text, spelled as the strict parser spells it."""
     if isinstance(value, str):
-        text = re.sub("[\ud800-\udfff]", lambda m: chr(ord(m[0]) - 0xD800 + 0x10F000), value)
-        return json.dumps(text, ensure_ascii=False) if inside else text
+        return json.dumps(value, ensure_ascii=False) if inside else value
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):

@@ -64,6 +64,8 @@ def _are_times(column: list[str]) -> bool:
             .is_not_null()
             .all()
         )
+    if any(value.startswith("0") for value in column):
+        return False  # an id, e.g. an ISBN
     return all(_ONE_OF_TIMES <= x < LATEST_SECOND * 1e9 for x in numbers)
 
 
