@@ -223,7 +223,7 @@ def _calendar_day(text: str) -> str | None:
             return f"{found}{text[week.end() :]}"
         if day is not None:
             found = dt.datetime.strptime(f"{day[1]} {day[2]}", "%Y %j").date()
-            return f"{found}{text[day.end() :]}"
+            return f"{found}{text[day.end() :]}" if found.year == int(day[1]) else None
     except ValueError:
         pass
     return None

@@ -164,7 +164,8 @@ def _with_replacements(frame: pl.DataFrame, form: TextFormat, stats: ReadStats) 
     for name in frame.columns:
         column = frame[name]
         if column.dtype == pl.String and name in stats.id_columns:
-            marked = column.filter(column.str.contains(_MARK).fill_null(False)).unique().to_list()
+            rows = column.filter(column.str.contains(_MARK).fill_null(False))
+            marked = rows.unique(maintain_order=True).to_list()
             if form.kind == "lines":
                 marked = [word for line in marked for word in re.findall(r"[^\s,]+", line)]
             for raw in marked:

@@ -14,7 +14,7 @@ from r2ec_fast.data.parse import LATEST_SECOND, parse_times
 _WORD = re.compile(r"[^\s,]+")
 _ONE_OF_TIMES = 1e8  # 1973: a number above it, in a column of such, is a time
 _RATINGS = (0.0, 10.0)
-_RATING_LINES = 5
+_RATING_LINES = 4
 
 
 def refuse_table(path: Path) -> None:

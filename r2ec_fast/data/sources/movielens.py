@@ -9,7 +9,7 @@ import polars as pl
 
 from r2ec_fast.data.blocks import ReadStats, is_utf8
 from r2ec_fast.data.formats import TextFormat
-from r2ec_fast.data.reader import add_read_lines, read_blocks
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
 
 GENRES_100K = (
@@ -51,6 +51,8 @@ class MovieLensLayout:
         """Raw item table: item_id, title, genres."""
         stats = ReadStats(id_columns=("movieId",))
         columns = list(_ITEM_100K) if self.name == "100k" else ["movieId", "title", "genres"]
+        if self.name == "csv" and "genres" not in column_names(self.items, self.item_form):
+            columns.remove("genres")
         blocks = list(read_blocks(self.items, columns, self.item_form, stats))
         if not blocks:
             raise ValueError(f"path: {self.items} has no rows")
@@ -63,7 +65,7 @@ class MovieLensLayout:
             ]
             genres = pl.concat_str(flags, separator="|", ignore_nulls=True)
             raw = raw.select("movieId", "title", genres.alias("genres"))
-        return raw.rename({"movieId": "item_id"}).select("item_id", "title", "genres")
+        return raw.rename({"movieId": "item_id"}).select("item_id", *raw.columns[1:])
 
 
 def find_movielens(directory: str | Path) -> MovieLensLayout:
