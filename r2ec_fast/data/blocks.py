@@ -156,7 +156,11 @@ def _utf8_pieces(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 def file_text(path: Path) -> bytes:
     """The first bytes of a file's text, as `line_blocks` reads them; b"" where it has none."""
-    text = next(_pieces(path, ReadStats(), SAMPLE_BYTES), b"")
+    text = b""
+    for piece in _pieces(path, ReadStats(), SAMPLE_BYTES):
+        text += piece
+        if len(text) >= SAMPLE_BYTES:
+            break
     return text.removeprefix(codecs.BOM_UTF8)
 
 
