@@ -149,11 +149,11 @@ class EventCollector:
         if not self.has_rating:
             return pl.select(pl.repeat(float("nan"), frame.height, dtype=pl.Float32)).to_series()
         raw = frame["rating"]
-        if raw.dtype == pl.String:
-            truth = raw.str.strip_chars().str.to_lowercase()
-            raw = raw.set((truth == "true").fill_null(False), "1")
-            raw = raw.set((truth == "false").fill_null(False), "0")
         value = parse_numbers(raw)
+        if raw.dtype == pl.String and value.null_count() > raw.null_count():
+            truth = raw.str.strip_chars().str.to_lowercase()
+            value = value.set((truth == "true").fill_null(False), 1.0)
+            value = value.set((truth == "false").fill_null(False), 0.0)
         given = raw.is_not_null() if raw.dtype.is_numeric() else (raw.str.strip_chars() != "")
         bad = int((value.is_null() & given.fill_null(False)).sum())
         self.report.add("rating unreadable", bad, "changed", "event kept, rating missing")

@@ -43,6 +43,8 @@ def our_columns(block: pl.DataFrame, theirs: Mapping[str, str], path: Path) -> p
                 f"columns: {path} has the column {called} of type {block[name].dtype}; "
                 f"expected {EXPECTED[use]}"
             )
+        if ours == "title" and isinstance(column.dtype, pl.List):
+            column = column.list.eval(pl.element().drop_nulls()).list.join(" ")
         out.append(column.alias(ours))
     return pl.DataFrame(out)
 
@@ -66,6 +68,8 @@ def _plain(column: pl.Series, use: str) -> pl.Series | None:
         except pl.exceptions.PolarsError:  # not UTF-8
             return None
     if kind.is_numeric():
+        if use == "text":
+            return column.cast(pl.String)
         return column.cast(pl.Float64) if kind.is_decimal() and use != "id" else column
     if isinstance(kind, pl.List | pl.Array):
         return _flat_lists(column) if use == "text" else None

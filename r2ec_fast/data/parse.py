@@ -49,7 +49,8 @@ def parse_ids(column: pl.Series) -> pl.Series:
     if column.dtype.is_decimal():
         text = text.str.replace(r"(\.\d*?)0+$", "$1").str.strip_suffix(".")
     text = text.str.replace(r"^(-?\d+)\.0+$", "$1")
-    return text.set(text == "-0", "0").set(text == "", None)
+    minus = (text == "-0").fill_null(False)
+    return (text.set(minus, "0") if minus.any() else text).set(text == "", None)
 
 
 def parse_times(column: pl.Series) -> pl.Series:
@@ -106,9 +107,12 @@ def _numbers_or_dates(numbers: pl.Series) -> tuple[pl.Series, bool | None]:
 def _digit_dates(numbers: pl.Series) -> pl.Series:
     """Milliseconds of numbers as 20230701 that are days of 1970..2099, with hours or without."""
     out = pl.Series([None], dtype=pl.Int64).new_from_index(0, len(numbers))
-    whole = ((numbers >= 1.97e7) & (numbers < 2.1e13) & (numbers == numbers.floor())).fill_null(
-        False
-    )
+    whole = pl.repeat(False, len(numbers), eager=True)
+    for length in _DATE_DIGITS:
+        unit = 10 ** (length - 8)
+        whole |= ((numbers >= 1.97e7 * unit) & (numbers < 2.1e7 * unit)).fill_null(False)
+    if whole.any():
+        whole &= (numbers == numbers.floor()).fill_null(False)
     if not whole.any():
         return out
     digits = numbers.filter(whole).cast(pl.Int64).cast(pl.String)

@@ -164,13 +164,13 @@ def _with_replacements(frame: pl.DataFrame, form: TextFormat, stats: ReadStats) 
     for name in frame.columns:
         column = frame[name]
         if column.dtype == pl.String and name in stats.id_columns:
-            rows = column.filter(column.str.contains(_MARK).fill_null(False))
+            rows = column.filter(column.str.contains(_MARK + "|\ufffd").fill_null(False))
             marked = rows.unique(maintain_order=True).to_list()
             if form.kind == "lines":
                 marked = [word for line in marked for word in re.findall(r"[^\s,]+", line)]
             for raw in marked:
                 shown = re.sub(_HIDDEN_MARK, "", re.sub(_SHOWN_MARK, "\ufffd", raw))
-                other = stats.replaced.setdefault(shown, raw) if shown != raw else raw
+                other = stats.replaced.setdefault(shown, raw)
                 if other != raw:
                     raise ValueError(
                         f"path: {stats.path} is not UTF-8: its ids '{_unmarked(other)}' and "

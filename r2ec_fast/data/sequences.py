@@ -14,7 +14,7 @@ from r2ec_fast.data.parse import LATEST_SECOND, parse_times
 _WORD = re.compile(r"[^\s,]+")
 _ONE_OF_TIMES = 1e8  # 1973: a number above it, in a column of such, is a time
 _RATINGS = (0.0, 10.0)
-_RATING_LINES = 4
+_RATING_LINES = 4  # where spaces separate them, fewer may be chance
 
 
 def refuse_table(path: Path) -> None:
@@ -33,12 +33,14 @@ def refuse_table(path: Path) -> None:
         return
     if len(rows[0]) not in (width, width - 1):  # an index column may have no name
         return
-    body = rows[1:] or rows
+    marked = all("\t" in line or "," in line for line in lines if line.strip())
+    headless = len(rows[0]) == width and _numbers(rows[0][2:]) is not None
+    body = rows if headless else rows[1:] or rows
     for place in range(2, width):
         column = [row[place] for row in body]
         if _are_times(column):
             raise ValueError(f"{_LOOKS.format(path=path)} with times ({column[0]}), {_INSTEAD}")
-        if width <= 4 and _are_ratings(column, [row[1] for row in body]):
+        if width <= 4 and _are_ratings(column, [row[1] for row in body], marked):
             raise ValueError(f"{_LOOKS.format(path=path)} with ratings ({column[0]}), {_INSTEAD}")
 
 
@@ -72,11 +74,12 @@ def _are_times(column: list[str]) -> bool:
 _DAY = re.compile(r"\d{4}[-/]")
 
 
-def _are_ratings(column: list[str], items: list[str]) -> bool:
+def _are_ratings(column: list[str], items: list[str], marked: bool) -> bool:
+    """`marked`: the fields are separated by tabs or commas, as those of tables are."""
     numbers = _numbers(column)
     if numbers is None or not all(_RATINGS[0] <= x <= _RATINGS[1] for x in numbers):
         return False
-    if any("." in value for value in column):
-        return True
+    if marked or any("." in value for value in column):
+        return len(column) > 1
     other = _numbers(items)
     return len(column) >= _RATING_LINES and (other is None or max(other) > _RATINGS[1])

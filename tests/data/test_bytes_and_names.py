@@ -176,6 +176,8 @@ REFUSED = {
     "dates.txt": (b"u1 i1 2023-07-01\nu2 i2 2023-07-02\n", "with times"),
     "ratings.txt": (b"1 10 4.5\n2 11 3.0\n", "with ratings"),
     "whole ratings.txt": (b"1 10 4\n2 11 3\n3 19 1\n4 22 5\n5 9 2\n", "with ratings"),
+    "ratings by tabs.txt": (b"1\t10\t5\n2\t11\t3\n", "with ratings"),
+    "ratings by commas.txt": (b"1,10,5\n2,11,3\n4,1,1\n", "with ratings"),
     "unknown header.txt": (b"who what when\nu1 i1 1600000000\nu2 i2 1600000001\n", "with times"),
 }
 
@@ -229,6 +231,14 @@ def test_amazon_files_too(tmp_path, write):
         metadata = write("meta.csv", gzip.compress(json.dumps(meta).encode()))
         data = load_amazon(write(name, content), metadata, tmp_path, rules).data
         assert data.users.ids == ("u",) and data.catalog.titles == ["A guitar"]
+    for title in (
+        pl.Series([5]),
+        pl.Series([["A", "guitar"]]),
+        pl.Series(["A"], dtype=pl.Categorical),
+    ):
+        table = pl.DataFrame({"parent_asin": ["B000000001"], "title": title, "price": [9.5]})
+        table.write_parquet(tmp_path / "meta.parquet")
+        load_amazon(write("r.csv", reviews), tmp_path / "meta.parquet", tmp_path, rules)
     with pytest.raises(ValueError, match="one JSON array"):
         load_amazon(write("r.csv", reviews), write("m.json", json.dumps([meta])), tmp_path, rules)
 
@@ -254,6 +264,8 @@ def test_bytes_that_would_make_two_ids_one_are_refused(write):
         load(write("d.jsonl", text % "\\ud800" + text % "\\ud801"))
     with pytest.raises(ValueError, match="would become one"):
         load(write("e.csv", CSV), items=write("f.csv", b"item_id,title\n\xe9,One\n\xe8,Two\n"))
+    with pytest.raises(ValueError, match="would become one"):  # one was damaged before
+        load(write("j.csv", b"user_id,item_id\ncaf\xef\xbf\xbd,1\ncaf\xe9,1\n"))
     blocks = b"user_id,item_id\n" + b"\xe9,1\n" + b"x,2\n" * 3_000_000 + b"\xe8,1\n"
     with pytest.raises(ValueError, match="would become one"):
         load(write("g.csv", blocks))
