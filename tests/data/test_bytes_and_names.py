@@ -169,8 +169,8 @@ REFUSED = {
     # no header
     "no header.csv": (CSV.split(b"\n", 1)[1], "no column for 'user_id'"),
     "no header.inter": (CSV.split(b"\n", 1)[1].replace(b",", b"\t"), "no column for 'user_id'"),
-    "no header, tabs.txt": (CSV.split(b"\n", 1)[1].replace(b",", b"\t"), "with times"),
-    "no header, commas.txt": (CSV.split(b"\n", 1)[1], "with times"),
+    "no header, tabs.txt": (CSV.split(b"\n", 1)[1].replace(b",", b"\t"), "with ratings"),
+    "no header, commas.txt": (CSV.split(b"\n", 1)[1], "with ratings"),
     "no header, colons.txt": (CSV.split(b"\n", 1)[1].replace(b",", b"::"), "separated by '::'"),
     "no header, bars.txt": (CSV.split(b"\n", 1)[1].replace(b",", b"|"), "separated by '|'"),
     "dates.txt": (b"u1 i1 2023-07-01\nu2 i2 2023-07-02\n", "with times"),
