@@ -7,16 +7,26 @@ user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 s
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ActionSubCommands, ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import (
+    ActionSubCommands,
+    ArgumentParser,
+    Namespace,
+    set_loader,
+    set_parsing_settings,
+)
 
 from r2ec_fast.commands import evaluate, index, prepare, quickstart, recommend, report, train
+from r2ec_fast.utils.id_lists import load_with_text_ids, split_ids
 from r2ec_fast.utils.signals import RunStopped
 
 PROG = "r2ec-fast"
@@ -39,15 +49,42 @@ SOURCES = {
 }
 
 
+ID_OPTIONS = ("users", "items")  # of `recommend`: text, also where it looks like numbers
+
+
 class UsageError(ValueError):
     """Arguments that the parser refuses."""
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors are exceptions: the caller prints one line, not the whole usage."""
+    """A parser whose errors are exceptions: the caller prints one line, not the whole usage.
+
+    Attributes:
+        nested: command -> its commands -> their parsers.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.nested: dict[str, dict[str, ArgumentParser]] = {}
+        super().__init__(*arguments, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(message) from ex
+
+    def validate(self, cfg: Namespace, *arguments: Any, **settings: Any) -> None:
+        """Also names an unknown setting of a command within a command, where the parser's own check
+        fails without saying which it is."""
+        for command, kinds in self.nested.items():
+            given = cfg.get(command)
+            for kind, sub in kinds.items():
+                found = given.get(kind) if isinstance(given, Namespace) else None
+                known = {action.dest.split(".")[0] for action in sub._actions}
+                unknown = sorted(set(found.as_dict()) - known) if found else []
+                if unknown:
+                    raise UsageError(
+                        f"{command} {kind}: unknown setting {unknown[0]!r}; expected one of "
+                        f"{', '.join(sorted(known - {'help', 'config', 'print_config'}))}"
+                    )
+        super().validate(cfg, *arguments, **settings)
 
     def dump(self, namespace: Namespace, *arguments: Any, **settings: Any) -> str:
         """What `--print_config` prints: old names of settings become the present ones."""
@@ -67,6 +104,8 @@ def build_parser() -> ArgumentParser:
     from r2ec_fast.config import RENAMED, ModelConfig, RecPOConfig
     from r2ec_fast.data import prepare as sources
 
+    load = partial(load_with_text_ids, names=ID_OPTIONS)
+    set_loader("yaml-ids", load, exceptions=(yaml.YAMLError, ValueError))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog=PROG, description="R2ec: a large recommender model that reasons.")
     commands = parser.add_subcommands(dest="command")
@@ -79,10 +118,11 @@ def build_parser() -> ArgumentParser:
         group.add_subcommand(name, sub, help=text)
         return sub
 
-    def function(name: str, *, positional: bool = False) -> None:
+    def function(name: str, *, positional: bool = False) -> _Parser:
         called = FUNCTIONS[name]
         sub = command(name, _summary(called))
         sub.add_function_arguments(called, as_positional=positional)
+        return sub
 
     function("quickstart")
     text = "Read interactions, split them and write a data set."
@@ -91,7 +131,9 @@ def build_parser() -> ArgumentParser:
     group = kinds.add_subcommands(dest="source")
     for name, source in SOURCES.items():
         called = getattr(sources, source)
-        command(name, _summary(called), group).add_function_arguments(called, as_positional=False)
+        sub = command(name, _summary(called), group)
+        sub.add_function_arguments(called, as_positional=False)
+        parser.nested.setdefault("prepare", {})[name] = sub
     sub = command("train", "Train a model on a prepared data set.")
     sub.add_argument("--data", type=str, required=True, help="Prepared data set (directory).")
     sub.add_class_arguments(ModelConfig, "model", as_positional=False)
@@ -101,9 +143,27 @@ def build_parser() -> ArgumentParser:
         kind = str if new.values else kinds_of[new.name]
         sub.add_argument(f"--{old}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     function("report", positional=True)
-    for name in ("evaluate", "recommend", "index"):
+    for name in ("evaluate", "index"):
         function(name)
+    function("recommend").parser_mode = "yaml-ids"
     return parser
+
+
+def _with_written_ids(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `recommend` with its lists of ids as lists of text, however they look."""
+    out = list(arguments)
+    if not out or out[0] != "recommend":
+        return out
+    for place, argument in enumerate(out):
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--")
+        if name not in ID_OPTIONS or option == name:
+            continue
+        if equals:
+            out[place] = f"{option}={json.dumps(split_ids(value, name), ensure_ascii=False)}"
+        elif place + 1 < len(out):
+            out[place + 1] = json.dumps(split_ids(out[place + 1], name), ensure_ascii=False)
+    return out
 
 
 def run_command(arguments: Sequence[str] | None = None) -> None:
@@ -112,6 +172,7 @@ def run_command(arguments: Sequence[str] | None = None) -> None:
     from r2ec_fast.prompts.builder import PromptConfig
 
     parser = build_parser()
+    arguments = _with_written_ids(sys.argv[1:] if arguments is None else arguments)
     settings = parser.parse_args(arguments)
     _quiet_progress_bars()
     name = settings.command

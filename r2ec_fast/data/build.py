@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_times
+from r2ec_fast.data.parse import DATE_MIX, parse_ids, parse_numbers, read_times
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.types import Catalog, IdMap, InteractionData
 
 CODE_ROWS = 4_000_000
+LARGEST_RATING = float(np.finfo(np.float32).max)
+MISSING_WORDS = ("nan", "none", "null", "n/a", "na", "<na>", "undefined")
 REPEATS = ("keep", "first", "last")
 MISSING_TEXT = ("drop", "refuse", "use_id")
 
@@ -76,6 +78,7 @@ class EventCollector:
         self.frames: list[pl.DataFrame] = []
         self.rows = 0
         self.has_time = self.has_rating = False
+        self.dates: bool | None = None  # whether the times are dates of digits alone
 
     def add(self, frame: pl.DataFrame) -> None:
         """Take a frame of user_id, item_id and, where the source has them, timestamp, rating."""
@@ -83,7 +86,7 @@ class EventCollector:
         self.has_time = "timestamp" in frame.columns
         self.has_rating = "rating" in frame.columns
         if self.has_time:
-            time = parse_times(frame["timestamp"])
+            time = self._times(frame["timestamp"])
         else:
             time = pl.int_range(self.rows, self.rows + frame.height, dtype=pl.Int64, eager=True)
         out.append(time.alias("time"))
@@ -111,6 +114,12 @@ class EventCollector:
         user_ids, user = _code(frames, "user")
         item_ids, item = _code(frames, "item")
         rest = pl.concat(frames)
+        for name, ids, codes in (("user", user_ids, user), ("item", item_ids, item)):
+            word = ids.str.to_lowercase().is_in(MISSING_WORDS).to_numpy()
+            count = int(word[codes].sum()) if word.any() else 0
+            rule = "only an empty value, JSON null or NaN is no id"
+            what = f"event whose {name} id is a word for missing (nan, None, NULL)"
+            self.report.add(what, count, "kept", rule)
         self.report.add_stage("reading", len(user), len(user_ids), len(item_ids))
         return CodedEvents(
             user_ids=user_ids,
@@ -129,16 +138,27 @@ class EventCollector:
             ids = pad_asins(ids, self.report)
         return ids.alias("item")
 
+    def _times(self, column: pl.Series) -> pl.Series:
+        time, dates = read_times(column)
+        if dates is not None and self.dates not in (None, dates):  # an earlier block's
+            raise ValueError(f"timestamp: the column {DATE_MIX}")
+        self.dates = self.dates if dates is None else dates
+        return time
+
     def _ratings(self, frame: pl.DataFrame) -> pl.Series:
         if not self.has_rating:
             return pl.select(pl.repeat(float("nan"), frame.height, dtype=pl.Float32)).to_series()
         raw = frame["rating"]
         value = parse_numbers(raw)
+        if raw.dtype == pl.String and value.null_count() > raw.null_count():
+            truth = raw.str.strip_chars().str.to_lowercase()
+            value = value.set((truth == "true").fill_null(False), 1.0)
+            value = value.set((truth == "false").fill_null(False), 0.0)
         given = raw.is_not_null() if raw.dtype.is_numeric() else (raw.str.strip_chars() != "")
         bad = int((value.is_null() & given.fill_null(False)).sum())
         self.report.add("rating unreadable", bad, "changed", "event kept, rating missing")
         low, high = self.rating_range
-        outside = ((value < low) | (value > high)).fill_null(False)
+        outside = ((value < low) | (value > min(high, LARGEST_RATING))).fill_null(False)
         self.report.add(
             "rating out of range",
             outside.sum(),

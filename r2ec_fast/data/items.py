@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from r2ec_fast.data.blocks import ReadStats
+from r2ec_fast.data.columns import drop_nested_ids, json_lists, our_columns
 from r2ec_fast.data.formats import TextFormat
 from r2ec_fast.data.parse import parse_ids, parse_numbers
 from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
@@ -102,16 +103,22 @@ def load_items(
         plain, ITEM_ALIASES, item_columns, REQUIRED, "item_columns", path, extra=True
     )
     theirs = {ours: header[plain.index(column)] for ours, column in columns.items()}
-    stats = ReadStats()
+    stats = ReadStats(id_columns=(theirs["item_id"],))
     wanted = list(dict.fromkeys(theirs.values()))
     blocks = [
-        block.select([pl.col(column).alias(ours) for ours, column in theirs.items()])
+        our_columns(block, theirs, Path(path))
         for block in read_blocks(path, wanted, form, stats, truncated=truncated)
     ]
     if not blocks:
         raise ValueError(f"items: {path} has no rows")
     add_read_lines(stats, report)
-    return unique_items(clean_items(pl.concat(blocks), report), report)
+    rows = pl.concat(blocks)
+    if form.kind == "jsonl":
+        rows = drop_nested_ids(rows, "item row", report)
+        rows = rows.with_columns(
+            json_lists(rows[name]) for name in rows.columns if name not in ("item_id", *NUMBERS)
+        )
+    return unique_items(clean_items(rows, report), report)
 
 
 def clean_items(raw: pl.DataFrame, report: LoadReport, *, strip_tags: bool = False) -> pl.DataFrame:
@@ -122,7 +129,9 @@ def clean_items(raw: pl.DataFrame, report: LoadReport, *, strip_tags: bool = Fal
             continue
         if name in NUMBERS:
             number = parse_numbers(raw[name]).alias(name)
-            columns.append(number.cast(pl.Int64) if name == "rating_number" else number)
+            columns.append(
+                number.cast(pl.Int64, strict=False) if name == "rating_number" else number
+            )
             continue
         limit = MAX_TITLE_CHARS if name == "title" else MAX_TEXT_CHARS
         column = raw[name]
@@ -154,6 +163,6 @@ def unique_items(table: pl.DataFrame, report: LoadReport) -> pl.DataFrame:
 
 def _genres(column: pl.Series) -> pl.Series:
     if isinstance(column.dtype, pl.List):
-        column = column.list.join(", ")
+        column = column.list.eval(pl.element().drop_nulls()).list.join(", ")
     text = column.cast(pl.String).str.replace_all("|", ", ", literal=True)
     return text.set(text == "(no genres listed)", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ class UnknownIdError(KeyError):
 
 class IdMap:
     """External ids (any hashable, usually text) <-> internal ids 0..N-1. Frozen.
+
+    Text finds an integer id by its decimal digits ("42" finds 42, "042" does not).
 
     Args:
         ids: the external ids; position i is internal id i. A repeated id raises ValueError.
@@ -47,7 +50,7 @@ class IdMap:
                 f"ids: expected a sequence of ids, got the text {ids!r}; pass [{ids!r}]"
             )
         try:
-            return np.fromiter((self._index[x] for x in ids), dtype=np.int64)
+            return np.fromiter((self._index[self._known(x)] for x in ids), dtype=np.int64)
         except KeyError as error:
             raise UnknownIdError(self._explain(error.args[0])) from None
 
@@ -60,6 +63,14 @@ class IdMap:
             out.append(self._ids[i])
         return out
 
+    def _known(self, external: Hashable) -> Hashable:
+        """The id that `external` means: itself, or the integer that its text spells."""
+        if external in self._index or not isinstance(external, str):
+            return external
+        if re.fullmatch(r"0|-?[1-9]\d{0,18}", external) and int(external) in self._index:
+            return int(external)
+        return external
+
     def _explain(self, external: Hashable) -> str:
         message = f"unknown id {external!r}: not one of the {len(self._ids)} known ids"
         other = str(external) if not isinstance(external, str) else None
@@ -71,7 +82,7 @@ class IdMap:
         return len(self._ids)
 
     def __contains__(self, external: object) -> bool:
-        return external in self._index
+        return isinstance(external, Hashable) and self._known(external) in self._index
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._ids)

@@ -174,8 +174,9 @@ class PromptBuilder:
         marker_ids: token ids of the marker alone.
 
     Raises:
-        ValueError: the chat template does not contain the user's message verbatim, or a bare
-            instruction alone is longer than its limit.
+        ValueError: the chat template refuses a conversation without system message or does not
+            contain the user's message verbatim, or a bare instruction alone is longer than its
+            limit.
     """
 
     def __init__(
@@ -363,9 +364,17 @@ class PromptBuilder:
         slow, and one that writes today's date would make two runs differ."""
         if not self.tokenizer.chat_template:
             return "", "\n\n"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template raises what it likes, most often a TemplateError
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                "the tokenizer's chat template refuses a conversation of one user message "
+                f"({reason}); prompts have no system message: give the tokenizer a chat_template "
+                "that works without one"
+            ) from error
         assert isinstance(text, str)  # it was asked for text, of one conversation
         if text.count(_SENTINEL) != 1:
             raise ValueError(

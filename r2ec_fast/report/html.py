@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from r2ec_fast.eval.metrics import STDERR
-from r2ec_fast.report.plots import read_log
+from r2ec_fast.report.plots import read_json_lines, read_log
 from r2ec_fast.train.checkpoint import STATE_FILE, checkpoints
 from r2ec_fast.train.logger import METRICS_FILE, SAMPLES_FILE
 from r2ec_fast.utils.atomic_files import write_whole
@@ -170,4 +170,4 @@ def _settings(run_dir: Path) -> dict:
 def _read_samples(path: Path) -> list[dict]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_json_lines(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,33 @@ from r2ec_fast.train.logger import METRICS_FILE
 
 SMOOTH = 8  # steps of the running mean
 
+log = logging.getLogger(__name__)
+
 
 def read_log(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl, in the order they were written."""
-    return [json.loads(line) for line in (Path(run_dir) / METRICS_FILE).read_text().splitlines()]
+    """The records of a run's metrics.jsonl, in the order they were written.
+
+    A line that is no record, as the last one after a full disk or a killed run, is left out with a
+    warning.
+    """
+    return read_json_lines(Path(run_dir) / METRICS_FILE)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log, one a line; see `read_log`."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+        else:
+            log.warning(f"{path}: line {number} is cut or broken; it is left out")
+    return records
 
 
 def plot_runs(

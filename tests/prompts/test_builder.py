@@ -270,3 +270,18 @@ def test_an_unknown_placeholder_is_named():
     config = PromptConfig(user_template="Recommend a {kind}:")
     with pytest.raises(ValueError, match="placeholder {kind}"):
         PromptBuilder(TOKENIZER, catalog(), config)
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message is "
+         "required') }}{% endif %}{{ messages[1]['content'] }}", "a system message is required"),
+        ("{{ messages[0].content }}{{ messages[1].content }}", "has no element 1|undefined"),
+        ("{{ system | upper | length / 0 }}{{ messages[0].content }}", "zero"),
+        ("{% if %}", "expected|Expected|Unexpected|unexpected"),
+    ],
+)  # fmt: skip
+def test_a_template_that_demands_a_system_message_is_refused_in_words(template, said):
+    with pytest.raises(ValueError, match=f"chat template refuses .*({said}).*no system message"):
+        PromptBuilder(tiny_tokenizer(template), catalog())

@@ -99,3 +99,27 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="no step was logged yet"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "last", ['{"step": 3, "rew', '{"step": 3, "reward": 0.', "{", "\x00\x00", "[3]"]
+)
+def test_a_cut_line_is_left_out_and_said(tmp_path, caplog, last):
+    whole = '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.7}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + last)
+    sample = {"step": 1, "reward": 0.1, "rank": 3, "target": "t", "prompt": "p"}
+    sample |= {"completion": "c", "finish_reason": "eos"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n" + last)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "2 log lines, up to step 2" in (tmp_path / "report.html").read_text()
+    said = [r.getMessage() for r in caplog.records]
+    assert [x.split(":")[-1] for x in said] == [
+        " line 3 is cut or broken; it is left out",
+        " line 2 is cut or broken; it is left out",
+    ]
+
+
+def test_a_log_of_broken_lines_alone_is_refused(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "re\xff')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no step was logged yet" in capsys.readouterr().err

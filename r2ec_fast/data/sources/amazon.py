@@ -7,6 +7,7 @@ the size of texts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,12 @@ from r2ec_fast.data.build import (
     to_interactions,
 )
 from r2ec_fast.data.categories import AMAZON_CATEGORIES
+from r2ec_fast.data.columns import drop_nested_ids, our_columns
 from r2ec_fast.data.formats import TextFormat, guess_format
 from r2ec_fast.data.items import clean_items, resolve_columns, unique_items
 from r2ec_fast.data.parse import parse_ids, parse_numbers, parse_prices
 from r2ec_fast.data.progress import reading
-from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
+from r2ec_fast.data.reader import add_read_lines, column_names, detect_format, read_blocks
 from r2ec_fast.data.report import LoadReport
 from r2ec_fast.data.settings import EventRules
 from r2ec_fast.data.text import clean_column
@@ -178,15 +180,18 @@ def _read_reviews(
     truncated: str,
     progress: bool,
 ) -> CodedEvents:
-    form = guess_format(path)
+    form = _form(path, _EVENT_COLUMNS, "user_id", "item_id")
     header = column_names(path, form)
     found = resolve_columns(header, _EVENT_COLUMNS, None, tuple(_EVENT_COLUMNS), "reviews", path)
     collector = EventCollector(
         report, rating_range=(1.0, 5.0), min_rating=rules.min_rating, amazon_ids=True
     )
+    stats.id_columns = (found["user_id"], found["item_id"])
+    stats.id_columns = (found["item_id"],)
     blocks = read_blocks(path, list(found.values()), form, stats, truncated=truncated)
     for block in reading(blocks, path, stats, progress):
-        collector.add(block.select([pl.col(c).alias(ours) for ours, c in found.items()]))
+        rows = our_columns(block, found, path)
+        collector.add(drop_nested_ids(rows, "event", report) if form.kind == "jsonl" else rows)
     add_read_lines(stats, report)
     events = collector.finish()
     sort_events(events, report, repeats="first")
@@ -200,6 +205,15 @@ def _read_reviews(
     return events
 
 
+def _form(path: Path, columns: Mapping[str, tuple[str, ...]], *needed: str) -> TextFormat:
+    """The format of a file, by its content first."""
+
+    def is_header(names: Sequence[str]) -> bool:
+        return all(set(columns[ours]).intersection(names) for ours in needed)
+
+    return detect_format(path, guess_format(path), is_header)
+
+
 def _put_aside(
     path: Path,
     events: CodedEvents,
@@ -211,7 +225,7 @@ def _put_aside(
     work_dir: Path,
 ) -> list[Path]:
     """Write the usable metadata rows of items with events to Parquet parts; count the others."""
-    form = guess_format(path)
+    form = _form(path, _META_COLUMNS, "item_id", "title")
     header = column_names(path, form)
     required = ("item_id", "title", "price") if rules.require_price else ("item_id", "title")
     found = resolve_columns(header, _META_COLUMNS, None, required, "metadata", path)
@@ -220,9 +234,10 @@ def _put_aside(
     wanted = pl.DataFrame({"item_id": events.item_ids.gather(np.unique(events.item))})
     parts: list[Path] = []
     seen: list[pl.Series] = []
+    stats.id_columns = (found["item_id"],)
     blocks = read_blocks(path, list(found.values()), form, stats, truncated=truncated)
     for block in reading(blocks, path, stats, progress):
-        rows = block.select([pl.col(c).alias(ours) for ours, c in found.items()])
+        rows = our_columns(block, found, path)
         ids = pad_asins(parse_ids(rows["item_id"]), report).alias("item_id")
         rows = rows.with_columns(ids)
         rows = rows.join(wanted, on="item_id", how="semi")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,18 @@ from r2ec_fast.data.build import (
     sort_events,
     to_interactions,
 )
+from r2ec_fast.data.columns import drop_nested_ids, our_columns
 from r2ec_fast.data.formats import TextFormat, guess_format
-from r2ec_fast.data.items import clean_items, load_items, resolve_columns, unique_items
-from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
+from r2ec_fast.data.items import (
+    ITEM_ALIASES,
+    clean_items,
+    load_items,
+    resolve_columns,
+    unique_items,
+)
+from r2ec_fast.data.reader import add_read_lines, column_names, detect_format, read_blocks
 from r2ec_fast.data.report import LoadReport
+from r2ec_fast.data.sequences import refuse_table
 from r2ec_fast.data.settings import LoadSettings
 from r2ec_fast.data.sources.movielens import MovieLensLayout, find_movielens
 from r2ec_fast.data.types import InteractionData
@@ -99,13 +109,18 @@ def _read_events(
     collector = EventCollector(
         report, rating_range=settings.rating_range, min_rating=settings.min_rating
     )
-    if kind == "sequences":
-        _collect_sequences(path, collector, settings.truncated)
-    elif layout is not None:
+    if layout is not None:
         _collect_table(layout.events, layout.event_form, collector, settings)
     else:
-        form = _form(path, kind, settings.quote)
-        _collect_table(path, form, collector, settings, typed_header=kind == "recbole")
+        form = _form(
+            path, kind, settings, _tried(EVENT_ALIASES, settings.columns, "user_id", "item_id")
+        )
+        if form.kind == "lines":
+            if settings.format == "auto":
+                refuse_table(path)
+            _collect_sequences(path, collector, settings.truncated)
+        else:
+            _collect_table(path, form, collector, settings, typed_header=kind == "recbole")
     events = collector.finish()
     sort_events(events, report, repeats=settings.repeats)
     events.stage(report, "duplicates and rating rules")
@@ -113,7 +128,9 @@ def _read_events(
 
 
 def _read_items(path: Path, report: LoadReport, settings: LoadSettings) -> pl.DataFrame:
-    form = _form(path, "auto", settings.quote)
+    form = _form(
+        path, "auto", settings, _tried(ITEM_ALIASES, settings.item_columns, "item_id", "title")
+    )
     names = _recbole_names(column_names(path, form)) if path.suffix == ".item" else None
     return load_items(
         path,
@@ -140,16 +157,37 @@ def _kind(path: Path, format: str) -> str:
     return "sequences" if kind == "lines" else kind
 
 
-def _form(path: Path, kind: str, quote: str | None) -> TextFormat:
-    if kind == "sequences":
-        return TextFormat("lines", quote=None)
+def _form(
+    path: Path, kind: str, settings: LoadSettings, columns: Mapping[str, Sequence[str]]
+) -> TextFormat:
+    """The format of a file, by its content first; `columns`: what its header must name."""
     if kind in ("csv", "jsonl", "parquet"):
         form = TextFormat(kind)
     elif kind in ("tsv", "recbole"):
         form = TextFormat("tsv", separator="\t", quote=None)
+    elif kind == "sequences":
+        form = TextFormat("lines", quote=None)
     else:
         form = guess_format(path)
-    return form if quote == "auto" else replace(form, quote=quote)
+    if not (kind == "sequences" and settings.format == "sequences"):
+        form = detect_format(path, form, partial(_is_header, columns))
+    text = form.kind in ("csv", "tsv")
+    return replace(form, quote=settings.quote) if text and settings.quote != "auto" else form
+
+
+def _is_header(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> bool:
+    plain = {name.split(":", 1)[0] for name in names}.union(names)
+    return all(plain.intersection(tried) for tried in columns.values())
+
+
+def _tried(
+    aliases: Mapping[str, tuple[str, ...]], configured: Mapping[str, str] | None, *ours: str
+) -> dict[str, tuple[str, ...]]:
+    """Our names -> the names that a header may have for them."""
+    return {
+        name: (configured[name],) if configured and name in configured else aliases[name]
+        for name in ours
+    }
 
 
 def _recbole_names(header: list[str]) -> dict[str, str]:
@@ -169,15 +207,18 @@ def _collect_table(
     required = ("user_id", "item_id")
     found = resolve_columns(plain, EVENT_ALIASES, settings.columns, required, "columns", path)
     theirs = {ours: header[plain.index(column)] for ours, column in found.items()}
-    stats = ReadStats()
+    stats = ReadStats(id_columns=(theirs["user_id"], theirs["item_id"]))
     wanted = list(dict.fromkeys(theirs.values()))
     for block in read_blocks(path, wanted, form, stats, truncated=settings.truncated):
-        collector.add(block.select([pl.col(c).alias(ours) for ours, c in theirs.items()]))
+        rows = our_columns(block, theirs, path)
+        if form.kind == "jsonl":
+            rows = drop_nested_ids(rows, "event", collector.report)
+        collector.add(rows)
     add_read_lines(stats, collector.report)
 
 
 def _collect_sequences(path: Path, collector: EventCollector, truncated: str) -> None:
-    stats = ReadStats()
+    stats = ReadStats(id_columns=("line",))
     users = lines = alone = 0
     form = TextFormat("lines", quote=None)
     for block in read_blocks(path, ["line"], form, stats, truncated=truncated):

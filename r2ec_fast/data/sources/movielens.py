@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
-from r2ec_fast.data.blocks import ReadStats
+from r2ec_fast.data.blocks import ReadStats, is_utf8
 from r2ec_fast.data.formats import TextFormat
-from r2ec_fast.data.reader import add_read_lines, read_blocks
+from r2ec_fast.data.reader import add_read_lines, column_names, read_blocks
 from r2ec_fast.data.report import LoadReport
 
 GENRES_100K = (
@@ -49,9 +49,14 @@ class MovieLensLayout:
 
     def read_items(self, report: LoadReport) -> pl.DataFrame:
         """Raw item table: item_id, title, genres."""
-        stats = ReadStats()
+        stats = ReadStats(id_columns=("movieId",))
         columns = list(_ITEM_100K) if self.name == "100k" else ["movieId", "title", "genres"]
-        raw = pl.concat(list(read_blocks(self.items, columns, self.item_form, stats)))
+        if self.name == "csv" and "genres" not in column_names(self.items, self.item_form):
+            columns.remove("genres")
+        blocks = list(read_blocks(self.items, columns, self.item_form, stats))
+        if not blocks:
+            raise ValueError(f"path: {self.items} has no rows")
+        raw = pl.concat(blocks)
         add_read_lines(stats, report)
         if self.name == "100k":
             flags = [
@@ -60,7 +65,7 @@ class MovieLensLayout:
             ]
             genres = pl.concat_str(flags, separator="|", ignore_nulls=True)
             raw = raw.select("movieId", "title", genres.alias("genres"))
-        return raw.rename({"movieId": "item_id"}).select("item_id", "title", "genres")
+        return raw.rename({"movieId": "item_id"}).select("item_id", *raw.columns[1:])
 
 
 def find_movielens(directory: str | Path) -> MovieLensLayout:
@@ -68,7 +73,6 @@ def find_movielens(directory: str | Path) -> MovieLensLayout:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"path: expected a MovieLens directory, got the file {directory}")
-    latin = "latin-1"  # the files of 1998 and 2003
     layouts = [
         MovieLensLayout(
             "csv",
@@ -80,23 +84,34 @@ def find_movielens(directory: str | Path) -> MovieLensLayout:
         MovieLensLayout(
             "1m",
             directory / "ratings.dat",
-            TextFormat("tsv", "::", None, latin, _EVENTS),
+            TextFormat("tsv", "::", None, "utf8", _EVENTS),
             directory / "movies.dat",
-            TextFormat("tsv", "::", None, latin, ("movieId", "title", "genres")),
+            TextFormat("tsv", "::", None, "utf8", ("movieId", "title", "genres")),
         ),
         MovieLensLayout(
             "100k",
             directory / "u.data",
-            TextFormat("tsv", "\t", None, latin, _EVENTS),
+            TextFormat("tsv", "\t", None, "utf8", _EVENTS),
             directory / "u.item",
-            TextFormat("tsv", "|", None, latin, _ITEM_100K),
+            TextFormat("tsv", "|", None, "utf8", _ITEM_100K),
         ),
     ]
     for layout in layouts:
         if layout.events.exists() and layout.items.exists():
-            return layout
+            return replace(
+                layout,
+                event_form=_with_encoding(layout.events, layout.event_form),
+                item_form=_with_encoding(layout.items, layout.item_form),
+            )
     pairs = ", ".join(f"{x.events.name} + {x.items.name}" for x in layouts)
     raise ValueError(
         f"path: {directory} is no MovieLens directory; expected one of: {pairs}; "
         f"found {sorted(p.name for p in directory.iterdir())[:20]}"
     )
+
+
+def _with_encoding(path: Path, form: TextFormat) -> TextFormat:
+    """The files of 1998 and 2003 are Latin-1; those of 2009 and re-saved ones are UTF-8."""
+    if form.names is None or not path.is_file() or is_utf8(path):
+        return form
+    return replace(form, encoding="latin-1")
