@@ -173,6 +173,8 @@ class Recommender:
             UnknownIdError: an unknown user or item. TypeError: `histories` is a single text.
         """
         for name, value in (("k", k), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if isinstance(histories, str | bytes) or not isinstance(histories, Sequence | np.ndarray):
@@ -237,7 +239,7 @@ class Recommender:
 
     def _history(self, entry: UserHistory, now: int | None) -> History:
         if isinstance(entry, History):
-            history = entry
+            history = self._checked(entry)
         elif isinstance(entry, list | tuple | np.ndarray):
             items = [self._item(item) for item in entry]
             history = History(items=np.asarray(items, dtype=np.int64))
@@ -253,6 +255,19 @@ class Recommender:
         if history.timestamps is None or (history.target_time is not None and now is None):
             return history
         return replace(history, target_time=int(history.timestamps[-1]) if now is None else now)
+
+    def _checked(self, history: History) -> History:
+        """A history given by internal ids."""
+        items = np.asarray(history.items)
+        if items.size and not np.issubdtype(items.dtype, np.integer):
+            raise TypeError(f"histories: History.items: expected int64 [n], got {items.dtype}")
+        outside = items[(items < 0) | (items >= len(self.catalog))]
+        if outside.size:
+            raise ValueError(
+                f"histories: item {outside[0]} is outside 0..{len(self.catalog) - 1}, the internal "
+                "ids of the catalog"
+            )
+        return replace(history, items=items.astype(np.int64, copy=False))
 
     def _history_of_user(self, user: Hashable) -> History:
         if self.data is None:

@@ -50,3 +50,16 @@ def test_text_of_numpy_is_text(recommender):
         (result,) = recommender.recommend([history], k=2, reasoning=False)
         assert result.history == tuple(CATALOG.titles[i] for i in CATALOG.ids.encode(["i1", "i2"]))
     assert recommender.recommend([np.str_("u1")], k=2, reasoning=False)
+
+
+@pytest.mark.parametrize("items", [np.array([0.0, 1.0]), np.array(["i1"]), np.array([True])])
+def test_internal_ids_of_another_type(recommender, items):
+    with pytest.raises(TypeError, match=f"History.items: expected int64 .n., got {items.dtype}"):
+        recommender.recommend([History(items)], k=2, reasoning=False)
+
+
+@pytest.mark.parametrize("setting", [{"k": "2"}, {"k": 2.0}, {"k": True}, {"batch_size": None}])
+def test_settings_that_are_no_integers(recommender, setting):
+    [name] = setting
+    with pytest.raises(TypeError, match=f"{name}: expected an int, got"):
+        recommender.recommend([["i1"]], reasoning=False, **setting)
