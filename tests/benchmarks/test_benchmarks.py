@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -425,3 +426,17 @@ def test_workload_titles_and_prompts_keep_their_limits(work):
     lengths = [len(prompt) for prompt in prompts_of(work)]
     assert max(lengths) <= 280 and min(lengths) > 200
     assert "random weights" in work.describe()
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_measuring_memory_writes_nothing_on_the_terminal(calls):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import torch
+import machine
+for _ in range({calls}):
+    assert machine.torch_peak_mib(lambda: torch.ones(1 << 18) + 1) >= 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done

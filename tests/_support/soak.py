@@ -1,6 +1,6 @@
 """A soak: threads recommend while the item table is written and interrupts arrive.
 
-    python tests/serve/soak.py --minutes 10
+    python tests/_support/soak.py --minutes 10
 
 Rows of the table go back and forth between two versions, each change one write. Every answer must
 be that of one of the two, bit for bit; the main thread is interrupted (SIGINT) all the time, in
