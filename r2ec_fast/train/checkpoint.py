@@ -10,7 +10,6 @@ checkpoint-N/
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from r2ec_fast.train import distributed
 from r2ec_fast.train.fsdp import like, whole
 from r2ec_fast.utils.atomic_files import (
     finish_interrupted,
+    put_aside,
     remove_owned,
     remove_partial,
     updated_directory,
@@ -304,14 +304,8 @@ def refuse_results(output_dir: Path, run: str | None = None) -> None:
 def set_aside(output_dir: Path, step: int) -> list[str]:
     """Rename the checkpoints after ``step``, from which a run now goes on in another way, so that
     none of them passes for its latest; returns their new names."""
-    moved = []
-    for path in checkpoints(output_dir):
-        if int(path.name[11:]) > step:
-            names = (f"aside-{number}-{path.name}" for number in itertools.count(1))
-            name = next(name for name in names if not (path.parent / name).exists())
-            path.rename(path.parent / name)
-            moved.append(name)
-    return moved
+    later = [path for path in checkpoints(output_dir) if int(path.name[11:]) > step]
+    return [put_aside(path).name for path in later]
 
 
 def prune_checkpoints(output_dir: Path, keep: int, run: str) -> None:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r2ec_fast.utils.atomic_files import write_whole
+from r2ec_fast.utils.atomic_files import put_aside, write_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,18 +30,18 @@ class RunLog:
         self.samples_file = Path(config.output_dir) / SAMPLES_FILE
 
     def open(self, step: int | None) -> None:
-        """Begin anew (None), or go on after ``step``: later lines are dropped, because the resumed
-        run writes them again."""
+        """Begin anew (None), with an earlier run's files put aside, or go on after ``step``: later
+        lines are dropped, because the resumed run writes them again."""
         if self.config.report_to != "none":
             settings = {k: v for k, v in self.config.to_dict().items() if v is not None}
             self.accelerator.init_trackers("r2ec", config=settings)
         if not self.accelerator.is_main_process:
             return
         for path in (self.metrics_file, self.samples_file):
-            if step is None:
-                path.unlink(missing_ok=True)
-            elif path.is_file():
+            if step is not None and path.is_file():
                 _truncate(path, step)
+            elif path.exists():
+                log.warning("%s of an earlier run is kept as %s", path.name, put_aside(path).name)
 
     def write(self, record: dict[str, float]) -> None:
         """One line of metrics; ``record["step"]`` is its step."""

@@ -111,7 +111,7 @@ class PolicyUpdate:
         for experience in experiences:
             experience.scored = True
         candidates.backward()
-        return stats.totals()
+        return stats.totals() | {"counted_tokens": float(counts[0])}
 
     def contrastive(
         self, users: Sequence[UserBatch], item_rows: ItemRows, marker: list[int]

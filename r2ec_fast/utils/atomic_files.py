@@ -10,6 +10,7 @@ COMMITTED behind, and :func:`finish_interrupted` ends its work.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -104,6 +105,14 @@ def remove_owned(directory: str | os.PathLike[str], owned: Callable[[str], bool]
     with suppress(OSError):
         target.rmdir()
     return not target.exists()
+
+
+def put_aside(path: str | os.PathLike[str]) -> Path:
+    """Rename a file or directory to the first free ``aside-N-NAME`` beside it; returns that."""
+    path = Path(path)
+    names = (f"aside-{number}-{path.name}" for number in itertools.count(1))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    return path.rename(target)
 
 
 @contextmanager

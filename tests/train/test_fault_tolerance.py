@@ -310,3 +310,12 @@ def test_resume_with_another_kind_of_adapter_names_both(tmp_path, changes, old, 
         [name] = changes
         assert text.startswith(f"{name}: ") and f"{old}, " in text and f" {new};" in text
         assert "damaged" not in text
+
+
+def test_logs_that_are_there_are_put_aside(tmp_path):
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("a user's\n")
+    run(tmp_path, max_steps=2)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / f"aside-1-{name}").read_text() == "a user's\n"
+    assert lines(tmp_path)[0]["counted_tokens"] > 0
