@@ -15,15 +15,18 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from r2ec_fast.model.hf_compat import quiet_renames
 from r2ec_fast.prompts import PromptConfig
 from r2ec_fast.utils.atomic_files import updated_directory
 
 if TYPE_CHECKING:
+    from peft import PeftMixedModel, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from r2ec_fast.data import Catalog
-    from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_kernels import ItemIndex
 
 CONFIG_FILE = "r2ec_config.json"
 INDEX_FILE = "item_index.safetensors"
@@ -39,6 +42,18 @@ class TableIds(NamedTuple):
 
     sha256: str
     catalog: Path
+
+
+class SavedModel(Protocol):
+    """What of an `R2ecModel` is saved."""
+
+    backbone: PreTrainedModel | PeftModel | PeftMixedModel
+    tokenizer: PreTrainedTokenizerBase
+    similarity: str
+    temperature: float
+    prompts: PromptConfig
+    index: ItemIndex | None
+    table_ids: TableIds | None
 
 
 class Settings(NamedTuple):
@@ -61,7 +76,7 @@ def read_settings(directory: Path) -> Settings:
 
 
 def save_model(
-    model: R2ecModel, directory: str | os.PathLike[str], catalog: Catalog | None
+    model: SavedModel, directory: str | os.PathLike[str], catalog: Catalog | None
 ) -> None:
     """`R2ecModel.save_pretrained`."""
     with updated_directory(directory, owned=_is_model_file, kept=_is_card) as temporary:
@@ -71,13 +86,13 @@ def save_model(
         _write_items(model, temporary, catalog)
 
 
-def save_items(model: R2ecModel, directory: str | os.PathLike[str], catalog: Catalog) -> None:
+def save_items(model: SavedModel, directory: str | os.PathLike[str], catalog: Catalog) -> None:
     """`R2ecModel.save_items`."""
     with updated_directory(directory, owned=ITEM_FILES.__contains__) as temporary:
         _write_items(model, temporary, catalog)
 
 
-def check_catalog(model: R2ecModel, catalog: Catalog, argument: str) -> None:
+def check_catalog(model: SavedModel, catalog: Catalog, argument: str) -> None:
     """`R2ecModel.check_catalog`."""
     from r2ec_fast.data.store import load_catalog
 
@@ -101,7 +116,7 @@ def check_catalog(model: R2ecModel, catalog: Catalog, argument: str) -> None:
     raise ValueError(f"{text}; {again}")
 
 
-def _write_items(model: R2ecModel, directory: Path, catalog: Catalog | None) -> None:
+def _write_items(model: SavedModel, directory: Path, catalog: Catalog | None) -> None:
     from r2ec_fast.data.store import save_catalog
 
     settings: dict[str, Any] = {
