@@ -4,7 +4,8 @@ A directory that is new appears by one rename. One that exists may hold what oth
 nothing in it is touched but the files of this program: the new ones are written to a folder inside
 it, that folder is renamed to COMMITTED once they are whole, and then each file is renamed into its
 place. A process killed before the first rename has changed nothing; one killed later has left
-COMMITTED behind, and :func:`finish_interrupted` ends its work.
+COMMITTED behind, and :func:`finish_interrupted` ends its work. The next writer removes the
+unfinished files of processes that are gone.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import errno
 import itertools
 import json
 import os
+import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".r2ec-partial-"  # how a folder of unfinished files begins
+PARTIAL = ".r2ec-partial-"  # how a folder of unfinished files begins; host and process follow
 COMMITTED = ".r2ec-committed"  # the folder of files that are whole and on their way
 _OBSOLETE = ".obsolete.json"  # in it: the names that go
 
@@ -52,7 +55,8 @@ def updated_directory(
         finish_interrupted(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.parent if new else target
-        prefix = f"{PARTIAL}{target.name}-" if new else PARTIAL
+        prefix = f"{PARTIAL}{_host()}-{os.getpid()}-" + (f"{target.name}-" if new else "")
+        _remove_abandoned(beside)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
     try:
         yield temporary
@@ -94,6 +98,28 @@ def remove_partial(directory: str | os.PathLike[str]) -> None:
     """Remove what killed processes left unfinished in ``directory`` and its subfolders."""
     for path in [*Path(directory).glob(f"{PARTIAL}*"), *Path(directory).glob(f"*/{PARTIAL}*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    for path in directory.glob(f"{PARTIAL}*"):
+        host, number, *_ = [*path.name.removeprefix(PARTIAL).split("-"), ""]
+        if host == _host() and number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    """This machine, in eight digits: a file system may have writers on several."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def remove_owned(directory: str | os.PathLike[str], owned: Callable[[str], bool]) -> bool:
