@@ -20,7 +20,7 @@ import numpy as np
 from r2ec_fast.quickstart import stages, world
 from r2ec_fast.quickstart.progress import Progress
 from r2ec_fast.quickstart.world import Sizes
-from r2ec_fast.utils.signals import RunStopped
+from r2ec_fast.utils.signals import RunStopped, sigterm_raises
 from r2ec_fast.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -51,12 +51,18 @@ def run(
         Method -> test metrics (`ranking_metrics`).
 
     Raises:
-        RunStopped: SIGTERM came while a stage trained.
+        RunStopped: SIGTERM came.
         ValueError: `output_dir` holds a finished quick start, or one of other settings.
     """
+    with sigterm_raises(
+        "stopped by SIGTERM; the same command goes on from the last stage it finished"
+    ):
+        return _run(Path(output_dir), seed, sizes or Sizes())
+
+
+def _run(output: Path, seed: int, sizes: Sizes) -> dict[str, dict[str, float]]:
     import torch
 
-    sizes, output = sizes or Sizes(), Path(output_dir)
     started = time.perf_counter()
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     # one line a step is for long runs
@@ -69,6 +75,7 @@ def run(
         f"data: {data.num_users:,} users, {data.num_items:,} items, {data.num_events:,} events; "
         f"{len(dataset.train):,} / {len(dataset.valid):,} / {len(dataset.test):,} examples by time"
     )
+    progress.finish("data")
     dataset.save(output / "data")
     rows = stages.baselines(dataset, sizes, seed)
     if "warm-up" not in progress:

@@ -11,13 +11,15 @@ from r2ec_fast.quickstart.world import Sizes
 from r2ec_fast.utils.atomic_files import check_directory, write_whole
 
 FILE = "quickstart.json"
+OUTPUTS = ("data", "warmup", "contrastive", "recpo", "results.json", "training.png")
 
 
 class Progress:
     """The finished stages of the quick start in a directory, and what each left to know.
 
-    Raises ValueError, naming output_dir, where the directory holds a finished quick start or one of
-    another seed or size; OSError where it cannot be written.
+    Raises ValueError, naming output_dir, where the directory holds a finished quick start, one of
+    another seed or size, or files of others in the place of its own; OSError where it cannot be
+    written.
     """
 
     def __init__(self, directory: Path, seed: int, sizes: Sizes) -> None:
@@ -28,6 +30,11 @@ class Progress:
         self._stages: dict[str, Any] = {}
         if self._path.is_file():
             self._take_up(json.loads(self._path.read_text()), directory)
+        elif found := [name for name in OUTPUTS if (directory / name).exists()]:
+            raise ValueError(
+                f"output_dir: {directory} holds {', '.join(found)}, which the quick start would "
+                "write; choose another output_dir, or move them away"
+            )
 
     def _take_up(self, stored: dict[str, Any], directory: Path) -> None:
         way_out = "choose another output_dir, or move it away"

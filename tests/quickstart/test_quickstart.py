@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 
+from r2ec_fast.quickstart import stages
 from r2ec_fast.quickstart.pipeline import ends, run
 from r2ec_fast.quickstart.world import Sizes, reasoning_text
 from r2ec_fast.train.trainer import RecPOTrainer
@@ -122,3 +124,29 @@ def test_sigterm_stops_it_and_the_same_call_goes_on(first, tmp_path, capfd, monk
     with pytest.raises(ValueError, match=r"output_dir: .* of other settings \(seed 1\)"):
         run(tmp_path, seed=2, sizes=TOY)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["results.json", "recpo/notes.txt", "data/photo.png"])
+def test_a_users_files_are_not_replaced(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a user's")
+    with pytest.raises(ValueError, match=f"output_dir: .* holds {name.partition('/')[0]}, which"):
+        run(tmp_path, seed=1, sizes=TOY)
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["a user's"]
+
+
+@pytest.mark.parametrize("function", ["warm_up", "evaluate", "baselines"])
+def test_sigterm_between_trainings_stops_it_too(first, tmp_path, capfd, monkeypatch, function):
+    def told_to_end(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, function, told_to_end)
+        with pytest.raises(RunStopped, match="stopped by SIGTERM; the same command goes on"):
+            run(tmp_path, seed=1, sizes=TOY)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "results.json").exists()
+    assert run(tmp_path, seed=1, sizes=TOY) == first[1]
