@@ -24,7 +24,7 @@ def assert_equal(got, want, what):
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_never_returned_and_everything_else_in_order(where, similarity, monkeypatch):
+def test_never_returned_and_everything_else_in_order(where, similarity):
     for dtype, excluding, k in itertools.product(DTYPES, (False, True), (1, 7, 299, 310)):
         queries, items = make(where, dtype)
         exclude = torch.tensor([[0, 7, 11], [11, -1, -1], [3, 4, 5], [-1] * 3, [20, 21, 20]])
@@ -35,23 +35,22 @@ def test_never_returned_and_everything_else_in_order(where, similarity, monkeypa
             got = item_topk(queries, items, k, impl=impl, **how)
             assert_equal(got, want, (impl, dtype, excluding, k))
             assert not got.scores.isnan().any()
-        with monkeypatch.context() as without:
-            without.setattr(extension, "_native", None)
+        with extension.use_cpu("none"):
             got = item_topk(queries, items, k, impl="torch", **how)
             assert_equal(got, want, ("torch alone", dtype, excluding, k))
 
 
 @pytest.mark.parametrize("where", ["queries", "rows", "overflow"])
-@pytest.mark.parametrize("cpu", ["portable", "avx2", "avx512"])
-def test_every_kind_of_cpu(where, cpu, monkeypatch):
-    if extension._native is None or cpu not in extension._native.cpu_kinds():
-        pytest.skip(f"this CPU cannot run {cpu}")
-    monkeypatch.setattr(extension, "_cpu", cpu)
-    for similarity in SIMILARITIES:
-        queries, items = make(where, torch.float32, count=1000)
-        how = {"similarity": similarity, "temperature": 0.02}
-        want = topk_by_definition(queries, items, 9, exclude=None, **how)
-        assert_equal(item_topk(queries, items, 9, **how), want, similarity)
+@pytest.mark.parametrize("cpu", ["portable", "avx2", "avx512", "amx"])
+def test_every_kind_of_cpu(where, cpu):
+    if cpu not in extension.cpu_kinds():
+        pytest.skip(f"this CPU is not of the kind {cpu}")
+    with extension.use_cpu(cpu):
+        for similarity in SIMILARITIES:
+            queries, items = make(where, torch.float32, count=1000)
+            how = {"similarity": similarity, "temperature": 0.02}
+            want = topk_by_definition(queries, items, 9, exclude=None, **how)
+            assert_equal(item_topk(queries, items, 9, **how), want, similarity)
 
 
 @pytest.mark.parametrize("scan", ["none", "fp16", "bf16", "int8", "auto"])
