@@ -67,7 +67,9 @@ class Data:
 
 
 def ours(data: Data, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    config = RecPOLossConfig(temperature=TEMPERATURE, softcap=data.shape.softcap, item_weight=0.0)
+    config = RecPOLossConfig(
+        reduction="token", temperature=TEMPERATURE, softcap=data.shape.softcap, item_weight=0.0
+    )
     return recpo_loss(
         hidden,
         weight,

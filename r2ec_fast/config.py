@@ -100,11 +100,12 @@ class RecPOConfig:
     """Advantage: "grpo" (reward less the group's mean, divided by its standard deviation) or "rloo"
     (less the mean of the group's others, not scaled). TRL has no such setting: its GRPOTrainer
     knows the first (scale_rewards "group"), its RLOOTrainer the second."""
-    loss_type: Annotated[str, OneOf(*REDUCTIONS)] = "dapo"
-    """What the token terms are divided by, TRL's names: "dapo" (tokens of the whole step), "bnpo"
-    (tokens of one accumulation step of a process, then the mean over these), "grpo" (each
-    reasoning's tokens, then the mean over reasonings), "dr_grpo" (max_completion_length); and
-    "sum", the paper's, not in TRL (reasonings of the step, for the item action too)."""
+    loss_type: Annotated[str, OneOf(*REDUCTIONS)] = "sum"
+    """What the losses of a reasoning's actions, its tokens and its item action, are divided by:
+    "sum", the paper's (reasonings of the step), or by TRL's names "dapo" (tokens of the whole
+    step), "bnpo" (tokens of one accumulation step of a process, then the mean over these), "grpo"
+    (each reasoning's tokens, then the mean over reasonings), "dr_grpo" (reasonings of the step
+    times max_completion_length)."""
     importance_sampling_level: Annotated[str, OneOf(*RATIO_LEVELS)] = "token"
     """The ratio new to old policy: one a "token", or one a "sequence", the geometric mean of its
     tokens' (GSPO)."""
@@ -113,7 +114,7 @@ class RecPOConfig:
     epsilon_high: NonNegativeFloat = 0.2
     """Upper clip range of the ratios (reference code: 0.28)."""
     item_weight: NonNegativeFloat = 1.0
-    """Weight of the item action's term."""
+    """Weight of the item action; 1, the paper's: as much as one token of its reasoning."""
     item_negatives: Annotated[str, OneOf(*ITEM_NEGATIVES)] = "in-batch"
     """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog" (which
     wants refresh_steps 1: a model learns to tell fresh rows from stale ones)."""

@@ -200,7 +200,7 @@ def test_print_config_turns_a_file_of_old_names_into_one_of_new_ones(
 
 
 def test_the_loss_gets_the_settings():
-    assert RecPOConfig().loss_config(**MODEL).reduction == "token"  # dapo is the default
+    assert RecPOConfig().loss_config(**MODEL).reduction == "sum"  # the paper's
     for loss_type, reduction in REDUCTIONS.items():
         assert RecPOConfig(loss_type=loss_type).loss_config(**MODEL).reduction == reduction
     loss = RecPOConfig(

@@ -74,11 +74,13 @@ class Candidates:
         """The row of each target, int64 [B]."""
         return torch.searchsorted(self.ids, torch.from_numpy(targets).to(self.ids.device))
 
+    def gradient(self) -> torch.Tensor:
+        """What this process's micro-batches left on the candidates' states, [M, d]."""
+        return torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+
     def backward(self) -> None:
         """Push the collected gradient through the item encoder."""
-        gradient = self.leaf.grad
-        if gradient is None:
-            gradient = torch.zeros_like(self.leaf)
+        gradient = self.gradient()
         if not self.sharded:  # else the backward pass sums it, with that of the weights
             gradient = distributed.sum_(gradient)
         with together("gradient of the target items", linked=self.sharded) as section:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
 from r2ec_fast.train import distributed
+from r2ec_fast.train.action_gradients import ITEM, TOKENS, ActionGradients
 from r2ec_fast.train.batches import (
     Candidates,
     Experience,
@@ -96,6 +98,7 @@ class PolicyUpdate:
             steps = len(targets) * distributed.world()[1]
             num_tokens = [counts.new_tensor(max(int(n), 1) * steps) for n in targets]
         stats = UpdateStats()
+        pulls = ActionGradients(candidates.leaf.shape[1], self.model.device)
         batches = [
             (e, batch, n)
             for e, n in zip(experiences, num_tokens, strict=True)
@@ -105,13 +108,14 @@ class PolicyUpdate:
         with together("micro-batches", linked=self.sharded) as section:
             for experience, batch, count in batches:
                 section.smallest = _smallest(len(batch.groups), batch.input_ids.numel())
-                self._micro_batch(experience, batch, candidates, count, num_selected, stats)
+                self._micro_batch(experience, batch, candidates, count, num_selected, stats, pulls)
             for _ in range(idle):
                 self._idle_pass(reference=self.config.beta > 0)
         for experience in experiences:
             experience.scored = True
+        pulls.add(ITEM, candidates.gradient(), candidates.leaf)
         candidates.backward()
-        return stats.totals() | {"counted_tokens": float(counts[0])}
+        return stats.totals() | pulls.norms() | {"counted_tokens": float(counts[0])}
 
     def contrastive(
         self, users: Sequence[UserBatch], item_rows: ItemRows, marker: list[int]
@@ -202,11 +206,17 @@ class PolicyUpdate:
             oversize="alone",
         )
 
-    def _micro_batch(self, experience, batch, candidates, num_tokens, num_selected, stats) -> None:
+    def _micro_batch(
+        self, experience, batch, candidates, num_tokens, num_selected, stats, pulls
+    ) -> None:
         model, groups = self.model, batch.groups.numpy()
         hidden = model(batch)
         batch = batch.to(model.device)
         states = hidden[batch.readout]
+        # not hidden[...]: its gradient adds a repeated row's parts in any order
+        predicting = hidden.index_select(0, batch.predict_from)
+        pulls.watch(TOKENS, predicting)
+        pulls.watch(ITEM, states)
         if not experience.scored:
             self._score(experience, groups, states.detach())
         rows = batch.groups
@@ -217,8 +227,7 @@ class PolicyUpdate:
         if sampler is not None:
             sampler = torch.from_numpy(sampler)[source].to(model.device)
         out = recpo_loss(
-            # not hidden[...]: its gradient adds a repeated row's parts in any order
-            hidden.index_select(0, batch.predict_from),
+            predicting,
             model.lm_head_weight,
             batch.targets,
             batch.trajectory,
@@ -292,9 +301,9 @@ class PolicyUpdate:
             candidates.ids,
             item_targets=candidates.rows_of(targets),
             item_table=self.model.item_table if self.config.item_negatives == "catalog" else None,
-            num_tokens=torch.ones((), dtype=torch.int64, device=device),
             num_selected=total,
-            config=self.loss_config,
+            # one trajectory a group: "sum" is the mean over users
+            config=replace(self.loss_config, reduction="sum", best=1, item_weight=1.0),
         )
 
     def _record(self, out: RecPOLoss, experience, rows, batch, old, stats: UpdateStats) -> None:

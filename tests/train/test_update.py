@@ -116,14 +116,14 @@ def by_hand(model, users, rollouts, rows, cfg, used):
     deviation = used.std(1, keepdim=True) + 1e-8
     advantages = (used - used.mean(1, keepdim=True)) / deviation
     best = advantages.argmax(1)
-    tokens = int(rollouts.sampled.sum())
+    trajectories = len(users.targets) * G
     for r, (ratio, log_p) in enumerate(zip(token_terms, item_terms, strict=True)):
         a = advantages[r // G, r % G].item()
         clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon_high)
-        losses.append(-torch.minimum(ratio * a, clipped * a).sum() / tokens)
+        losses.append(-torch.minimum(ratio * a, clipped * a).sum() / trajectories)
         if best[r // G] == r % G:
             item_ratio = (log_p - log_p.detach()).exp()
-            losses.append(-item_ratio * a / len(users.targets))
+            losses.append(-item_ratio * a / trajectories)
     return sum(losses), rewards
 
 
@@ -228,22 +228,20 @@ def test_a_sampler_with_other_numerics_is_corrected(step, cap, factor):
 def test_bnpo_is_the_mean_over_accumulation_steps(step):
     # TRL's: each accumulation step of a process divides by its own tokens
     model, users, rollouts, rows = step
-    cfg = config(item_weight=0.0, loss_type="bnpo", max_tokens_per_microbatch=1)
+    cfg = config(loss_type="bnpo", max_tokens_per_microbatch=1)
     parts = [part(users, rollouts, of) for of in ((0, 1), (1, 4))]
     assert len({len(own.values) for _, own in parts}) == 2
-    alone = [
-        gradients(model, [Experience.of(*own, model.device)], rows, config(item_weight=0.0))
-        for own in parts
-    ]
+    dapo = config(loss_type="dapo")
+    alone = [gradients(model, [Experience.of(*own, model.device)], rows, dapo) for own in parts]
     both = [Experience.of(*own, model.device) for own in parts]
     stats, got = gradients(model, both, rows, cfg)
-    assert stats["token_loss"] == pytest.approx(
-        sum(s["token_loss"] for s, _ in alone) / 2, rel=1e-4, abs=1e-6
-    )
+    for term in ("token_loss", "item_loss"):
+        want = sum(found[term] for found, _ in alone) / 2
+        assert stats[term] == pytest.approx(want, rel=1e-4, abs=1e-6)
     for name in got:
         want = (alone[0][1][name] + alone[1][1][name]) / 2
         torch.testing.assert_close(got[name], want, **FLOAT32_INSIDE)
-    whole, _ = gradients(model, both, rows, config(item_weight=0.0))
+    whole, _ = gradients(model, both, rows, dapo)
     assert abs(whole["token_loss"] - stats["token_loss"]) > 1e-4
 
 
@@ -358,3 +356,33 @@ def test_same_step_same_bits_on_two_threads():
         torch.set_num_threads(before)
     for _, again in found[1:]:
         assert all(torch.equal(again[name], value) for name, value in found[0][1].items())
+
+
+def test_the_pulls_of_tokens_and_item_action_are_those_on_a_shared_gain(step):
+    # the definition: one vector multiplies every last hidden state, and is differentiated
+    model, users, rollouts, rows = step
+    experience = Experience.of(users, rollouts, model.device)
+    stats, _ = gradients(model, [experience], rows, config(max_tokens_per_microbatch=200))
+    forward, gain = model.language_model.model.norm.forward, None
+
+    def gained(states):
+        return forward(states) * gain
+
+    model.language_model.model.norm.forward = gained
+    try:
+        norms = {}
+        for name, weight in (("both", 1.0), ("tokens", 0.0)):
+            gain = torch.ones(model.hidden_size, dtype=torch.float64, requires_grad=True)
+            again = Experience.of(users, rollouts, model.device)
+            gradients(model, [again], rows, config(item_weight=weight))
+            norms[name] = gain.grad
+    finally:
+        model.language_model.model.norm.forward = forward
+    tokens, item = norms["tokens"].norm().item(), (norms["both"] - norms["tokens"]).norm().item()
+    assert stats["grad_norm/tokens"] == pytest.approx(tokens, rel=1e-3)
+    assert stats["grad_norm/item_action"] == pytest.approx(item, rel=1e-3)
+    assert stats["grad_norm/item_to_tokens"] == pytest.approx(item / tokens, rel=1e-3)
+    heavy, _ = gradients(
+        model, [Experience.of(users, rollouts, model.device)], rows, config(item_weight=50.0)
+    )
+    assert heavy["grad_norm/item_to_tokens"] == pytest.approx(50 * item / tokens, rel=1e-3)

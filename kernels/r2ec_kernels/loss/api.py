@@ -37,13 +37,16 @@ def recpo_loss(
 
         log_prob = linear_logprob(hidden, weight, targets).log_prob
         ratio = exp(log_prob - old_log_prob)
-        token_loss = reduce(-l(ratio, A[trajectory]) + kl_weight * k3)
+        token_loss = ((-l(ratio, A[trajectory]) + kl_weight * k3) * action[trajectory]).sum()
         item_ratio = exp(item_log_prob - old_item_log_prob)
-        item_loss = -l(item_ratio, A)[best].sum() / num_selected
+        item_loss = (-l(item_ratio, A) * action)[best].sum()
         loss = token_loss + item_weight * item_loss
 
-    Every trajectory trains its reasoning tokens with its own advantage; only the best ones of a
-    group train the item action. Tokens whose advantage is exactly zero cost one product, not two.
+    where ``action`` [B*G] is what one action of a trajectory weighs, by ``config.reduction``. Every
+    trajectory trains its reasoning tokens with its own advantage; only the best ones of a group
+    train the item action, which is one more action of its trajectory: with ``item_weight`` 1 it
+    weighs as much as one token, as in the paper. Tokens whose advantage is exactly zero cost one
+    product, not two.
 
     Args:
         hidden: [T, d] states that predict the tokens (after the final norm).
@@ -66,7 +69,8 @@ def recpo_loss(
         num_tokens: counted tokens of the whole optimiser step, over all calls and ranks; None: of
             this call. Where it is 0 the token loss is 0, with gradients of 0.
         num_selected: selected trajectories (groups * best) of the whole optimiser step; None: of
-            this call. The number of trajectories of the step follows from it.
+            this call. The number of trajectories of the step, which every reduction but "token"
+            divides by, follows from it.
         config: see :class:`RecPOLossConfig`.
 
     Returns:
@@ -114,9 +118,14 @@ def recpo_loss(
     old_items = None
     if old_item_log_prob is not None:
         old_items = old_item_log_prob.detach().flatten().to(item_log_prob.dtype)
-    item = objective.item_term(item_log_prob, old_items, flat, best.flatten(), step, config)
+    chosen = best.flatten()
+    item = objective.item_term(item_log_prob, old_items, flat, chosen, token.actions, config)
+    if plain:
+        lengths = [int((counted & (trajectory == i)).sum()) for i in range(len(flat))]
+        exact = reference.item_loss(item_log_prob, old_items, flat, chosen, lengths, step, config)
+        item = item._replace(loss=exact)
 
-    found = objective.statistics(token, item, flat, trajectory, counted, best.flatten(), config)
+    found = objective.statistics(token, item, flat, trajectory, counted, chosen, config)
     return RecPOLoss(
         loss=token.loss + config.item_weight * item.loss,
         token_loss=token.loss.detach(),
@@ -140,14 +149,12 @@ def _normalizers(
 ) -> Normalizers:
     """Those of the optimiser step; where not given, of this call. At least 1: what they divide is 0
     where they are 0."""
-    num_trajectories: float | torch.Tensor = max(1, rewards.numel())
-    if num_selected is None:
-        selected: float | torch.Tensor = max(1, rewards.shape[0] * config.best)
-    else:
+    trajectories: float | torch.Tensor = max(1, rewards.numel())
+    if num_selected is not None:
         selected = _count("num_selected", num_selected)
-        num_trajectories = selected * (rewards.shape[1] / config.best)
+        trajectories = selected * (rewards.shape[1] / config.best)
     tokens = _count("num_tokens", local_tokens if num_tokens is None else num_tokens)
-    return Normalizers(tokens, selected, num_trajectories)
+    return Normalizers(tokens, trajectories)
 
 
 def _count(name: str, value: float | torch.Tensor) -> float | torch.Tensor:

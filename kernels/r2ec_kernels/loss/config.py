@@ -1,5 +1,6 @@
 """Settings and results of the RecPO loss, as plain values that travel together."""
 
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ ESTIMATORS = ("grpo", "rloo")
 RATIO_LEVELS = ("token", "sequence")
 ITEM_NEGATIVES = ("in-batch", "catalog")
 
+_told: set[str] = set()  # reductions whose change of weight this process was told
+
 
 @dataclass(frozen=True)
 class RecPOLossConfig:
@@ -20,13 +23,15 @@ class RecPOLossConfig:
     Attributes:
         epsilon: lower clip of the ratio: it does not earn more below 1 - epsilon.
         epsilon_high: upper clip: 1 + epsilon_high (the paper 0.2, the reference code 0.28).
-        reduction: how token losses become one number. "token": sum / num_tokens (TRL "dapo", with
-            the local count TRL "bnpo"); "sequence": mean over trajectories of the mean over their
-            tokens (TRL "grpo"); "constant": sum / (trajectories * max_completion_length) (TRL
-            "dr_grpo"); "sum": sum / trajectories, for the item term too (the paper's weights).
+        reduction: how the losses of actions become one number, which is what one action weighs.
+            "sum" (the paper's): 1 / trajectories; "token": 1 / num_tokens (TRL "dapo", with the
+            local count TRL "bnpo"); "sequence": 1 / (trajectories * tokens of its trajectory) (TRL
+            "grpo"); "constant": 1 / (trajectories * max_completion_length) (TRL "dr_grpo"). The
+            actions of a trajectory are its tokens and, for the best ones of a group, its item.
         estimator: "grpo" or "rloo", see :func:`r2ec_kernels.grouped_advantage`.
         best: how many trajectories of each group train the item action.
-        item_weight: loss = token_loss + item_weight * item_loss.
+        item_weight: loss = token_loss + item_weight * item_loss; 1: the item action weighs as
+            much as a token of its trajectory.
         item_temperature: temperature of the softmax over items.
         item_negatives: "in-batch": candidates are ``item_states``. "catalog": candidates are the
             rows of ``item_table``, with the rows ``item_ids`` replaced by ``item_states``.
@@ -44,7 +49,7 @@ class RecPOLossConfig:
 
     epsilon: float = 0.2
     epsilon_high: float = 0.2
-    reduction: str = "token"
+    reduction: str = "sum"
     estimator: str = "grpo"
     best: int = 1
     item_weight: float = 1.0
@@ -82,6 +87,21 @@ class RecPOLossConfig:
                 "max_completion_length: reduction 'constant' divides by it, expected an integer "
                 f">= 1, got {length}"
             )
+        self._tell_changed_weight()
+
+    def _tell_changed_weight(self) -> None:
+        """Once a process for each reduction whose item action weighs less than in release 0.1."""
+        if self.reduction == "sum" or not self.item_weight or self.reduction in _told:
+            return
+        _told.add(self.reduction)
+        warnings.warn(
+            f"reduction {self.reduction!r}: since release 0.2 the item action is one more action "
+            "of its trajectory and weighs as much as one of its tokens; before, it weighed "
+            "1 / (groups * best), as much as all tokens of its group together. item_weight 1 is "
+            "the paper's weight (docs/method.md#reductions)",
+            FutureWarning,
+            stacklevel=4,
+        )
 
 
 class RecPOLoss(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from _support.budget import assert_within_budget
 from _support.loss_cases import BASE, GROUP, GROUPS, NAMES, WIDTH, call, gradients, make
 
 from r2ec_kernels import RecPOLossConfig, grouped_advantage, linear_logprob
+from r2ec_kernels.loss import config as config_module
 
 
 @pytest.mark.parametrize("catalog", [False, True])
@@ -266,3 +268,14 @@ def test_settings_that_need_another_argument():
         call(case, dataclasses.replace(BASE, item_negatives="catalog"))
     with pytest.raises(ValueError, match="best"):
         call(case, dataclasses.replace(BASE, best=5))
+
+
+def test_a_weight_that_changed_is_told_once(monkeypatch):
+    monkeypatch.setattr(config_module, "_told", set())
+    with pytest.warns(FutureWarning, match="'token': .* the item action is one more action"):
+        RecPOLossConfig(reduction="token")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RecPOLossConfig(reduction="token")
+        RecPOLossConfig()  # the paper's weights, as they were
+        RecPOLossConfig(reduction="sequence", item_weight=0)  # nothing of it changed

@@ -17,6 +17,8 @@ GROUPS, GROUP, WIDTH, VOCAB, SOFTCAP = 3, 4, 8, 23, 4.0
 LENGTHS = [5, 2, 7, 3, 4, 4, 1, 6, 2, 3, 5, 4]  # tokens of each trajectory
 SAMPLING = 1.7  # temperature
 TAU = 0.3
+LIMIT = 9  # max_completion_length
+REDUCTIONS = ["sum", "token", "sequence", "constant"]
 
 
 class Case:
@@ -50,19 +52,31 @@ class Case:
         centred = self.rewards - self.rewards.mean(1, keepdims=True)
         return centred / (self.rewards.std(1, ddof=1, keepdims=True) + 1e-8)
 
-    def token_gradient(self, old=None, temperature=SAMPLING, epsilon=0.2):
-        """d token_loss / d hidden, reduction "token"."""
+    def weights(self, reduction="sum"):
+        """What one action of each trajectory weighs, [groups * group]."""
+        lengths = np.bincount(self.trajectory[self.counted], minlength=GROUPS * GROUP)
+        one = np.ones(GROUPS * GROUP)
+        return {
+            "sum": one / (GROUPS * GROUP),
+            "token": one / lengths.sum(),
+            "sequence": 1 / (GROUPS * GROUP * lengths),
+            "constant": one / (GROUPS * GROUP * LIMIT),
+        }[reduction]
+
+    def token_gradient(self, old=None, temperature=SAMPLING, epsilon=0.2, reduction="sum"):
+        """d token_loss / d hidden."""
         log_prob, jacobian = self.logits(temperature)
         ratio = np.exp(log_prob - (log_prob if old is None else old))
         advantage = self.advantages().ravel()[self.trajectory]
         stopped = ((ratio > 1 + epsilon) & (advantage > 0)) | (
             (ratio < 1 - epsilon) & (advantage < 0)
         )
-        scale = -ratio * advantage * self.counted * ~stopped / self.counted.sum()
-        return scale[:, None] * jacobian
+        scale = -ratio * advantage * self.counted * ~stopped
+        return (scale * self.weights(reduction)[self.trajectory])[:, None] * jacobian
 
-    def item_gradients(self, selected=None, masked=True):
+    def item_gradients(self, selected=None, masked=True, reduction="sum", weights=None):
         """d item_loss / d (users, items), cosine, ratio 1."""
+        weights = self.weights(reduction) if weights is None else weights
         advantage = self.advantages()
         if selected is None:
             selected = np.zeros(advantage.shape, bool)
@@ -75,7 +89,7 @@ class Case:
         own = owner[:, None] == np.arange(GROUPS)[None]
         same = self.item_ids[owner][:, None] == self.item_ids[None]
         p = softmax(np.where(same & ~own, -np.inf, scores) if masked else scores)
-        d_scores = (own - p) * (-advantage * selected / selected.sum()).reshape(-1, 1) / TAU
+        d_scores = (own - p) * (-advantage * selected).reshape(-1, 1) * weights[:, None] / TAU
         d_u, d_v = d_scores @ v, d_scores.T @ u
         d_users = (d_u - (d_u * u).sum(1, keepdims=True) * u) / user_norm
         return d_users, (d_v - (d_v * v).sum(1, keepdims=True) * v) / item_norm
@@ -83,6 +97,7 @@ class Case:
     def run(self, **changes):
         """Our loss and its gradients (hidden, users, items)."""
         config = {"softcap": SOFTCAP, "temperature": SAMPLING, "item_temperature": TAU}
+        config["max_completion_length"] = LIMIT
         config |= changes.pop("config", {})
         tensors = {
             name: torch.from_numpy(getattr(self, name)).requires_grad_()
@@ -121,18 +136,50 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+def exact(a, b):
+    assert np.linalg.norm(a - b) <= 1e-14 * np.linalg.norm(b)
+
+
 def apart(a, b):
     assert np.abs(a - b).max() > 1e-3 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("old", [False, True])
-def test_gradients_equal_those_derived_by_hand(old):
+def test_gradients_equal_those_derived_by_hand(old, impl, reduction):
     case = Case()
     stored = torch.from_numpy(case.old) if old else None
-    _, (hidden, users, items) = case.run(old_log_prob=stored)
-    close(hidden, case.token_gradient(case.old if old else None))
-    for ours, hand in zip((users, items), case.item_gradients(), strict=True):
-        close(ours, hand)
+    config = {"reduction": reduction, "impl": impl}
+    _, (hidden, users, items) = case.run(old_log_prob=stored, config=config)
+    exact(hidden, case.token_gradient(case.old if old else None, reduction=reduction))
+    for ours, hand in zip((users, items), case.item_gradients(reduction=reduction), strict=True):
+        exact(ours, hand)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_item_weight_scales_the_item_action_alone(reduction):
+    case = Case()
+    config = {"reduction": reduction, "item_weight": 2.5}
+    _, (hidden, users, items) = case.run(config=config)
+    exact(hidden, case.token_gradient(reduction=reduction))
+    for ours, hand in zip((users, items), case.item_gradients(reduction=reduction), strict=True):
+        exact(ours, 2.5 * hand)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_trap_12_the_item_action_is_one_more_action_of_its_trajectory(reduction):
+    """The reference code takes a mean over tokens and another over item actions."""
+    case = Case()
+    _, (_, users, items) = case.run(config={"reduction": reduction})
+    mean = np.full(GROUPS * GROUP, 1 / GROUPS)
+    trap_users, trap_items = case.item_gradients(weights=mean)
+    apart(trap_users, users)
+    apart(trap_items, items)
+    # what the item action of each best trajectory weighs in ours, in tokens of its trajectory: 1
+    best = np.abs(users).max(1) > 0
+    tokens = np.abs(trap_users[best]).max(1) / np.abs(users[best]).max(1)
+    close(tokens, mean[best] / case.weights(reduction)[best])
 
 
 def test_trap_1_one_advantage_per_trajectory_not_their_sum():
@@ -250,10 +297,24 @@ def gradient_table() -> str:
     by_hand = case.token_gradient(case.old)
     jacobian = case.logits()[1]
     summed = -(case.advantages().sum() * case.counted / case.counted.sum())[:, None] * jacobian
+    averaged = case.item_gradients(weights=np.full(GROUPS * GROUP, 1 / GROUPS))
+    of_reductions = []
+    for reduction in REDUCTIONS[1:]:
+        ours = case.run(old_log_prob=old, config={"reduction": reduction})[1]
+        right = (
+            case.token_gradient(case.old, reduction=reduction),
+            *case.item_gradients(reduction=reduction),
+        )
+        names = "hidden (tokens)", "user_states (item action)", "item_states (item action)"
+        of_reductions += [
+            (name, f'by hand, "{reduction}"', a, b)
+            for name, a, b in zip(names, ours, right, strict=True)
+        ]
     rows = [
         ("hidden (tokens)", "by hand", hidden, by_hand),
         ("user_states (item action)", "by hand", users, hand_users),
         ("item_states (item action)", "by hand", items, hand_items),
+        *of_reductions,
         ("hidden (tokens)", "trap 1: sum of advantages", summed, by_hand),
         ("user_states", "trap 2: every trajectory", every[0], hand_users),
         ("item_states", "trap 2: every trajectory", every[1], hand_items),
@@ -261,6 +322,8 @@ def gradient_table() -> str:
         ("hidden (tokens)", "trap 6: temperature 1", cold, by_hand),
         ("user_states", "trap 7: duplicates", unmasked[0], hand_users),
         ("item_states", "trap 7: duplicates", unmasked[1], hand_items),
+        ("user_states", "trap 12: mean over item actions", averaged[0], hand_users),
+        ("item_states", "trap 12: mean over item actions", averaged[1], hand_items),
     ]
     lines = [
         "| gradient | computed | norm | norm by hand | relative difference |",
@@ -277,4 +340,5 @@ def test_gradient_table():
     table = gradient_table()
     sys.stdout.write("\n" + table)
     errors = [float(line.split("|")[5]) for line in table.splitlines()[2:]]
-    assert max(errors[:3]) < 1e-12 and min(errors[3:]) > 0.05
+    by_hand = len(REDUCTIONS) * 3
+    assert max(errors[:by_hand]) < 1e-14 and min(errors[by_hand:]) > 0.05

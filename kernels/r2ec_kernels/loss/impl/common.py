@@ -23,5 +23,4 @@ class Normalizers(NamedTuple):
     """What sums are divided by: counts of the whole optimiser step, over all calls and ranks."""
 
     tokens: float | torch.Tensor
-    selected: float | torch.Tensor  # trajectories that train the item action
     trajectories: float | torch.Tensor

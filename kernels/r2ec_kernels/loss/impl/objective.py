@@ -13,6 +13,7 @@ class TokenTerm(NamedTuple):
     ratio: torch.Tensor  # [T], 0 where not counted
     importance_ratio: torch.Tensor | None  # [T], 0 where not counted
     kl: torch.Tensor | None  # [T], 0 where not counted
+    actions: torch.Tensor  # [R], what one action of each trajectory weighs
 
 
 class ItemTerm(NamedTuple):
@@ -43,6 +44,24 @@ def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfi
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
+def action_weights(
+    lengths: torch.Tensor, step: Normalizers, config: RecPOLossConfig
+) -> torch.Tensor:
+    """What one action of each trajectory weighs in the loss, [R]: any of its tokens, and its item
+    action, which is one more of them (docs/method.md#reductions).
+
+    ``lengths`` [R] are the counted tokens of each trajectory.
+    """
+    if config.reduction == "token":
+        return torch.ones_like(lengths) / step.tokens
+    if config.reduction == "sequence":
+        return 1 / (lengths.clamp(min=1) * step.trajectories)
+    if config.reduction == "constant":
+        assert config.max_completion_length is not None  # the config asks for it
+        return torch.ones_like(lengths) / (step.trajectories * config.max_completion_length)
+    return torch.ones_like(lengths) / step.trajectories
+
+
 def token_term(
     log_prob: torch.Tensor,
     counted: torch.Tensor,
@@ -63,6 +82,7 @@ def token_term(
     num = advantages.shape[0]
     weight = counted.to(log_prob.dtype)
     lengths = sum_by_trajectory(weight, trajectory, num)
+    actions = action_weights(lengths, step, config)
     old = log_prob.detach() if stored.old is None else stored.old
     log_ratio = torch.where(counted, log_prob - old, 0.0)
     if config.ratio_level == "sequence":
@@ -83,14 +103,8 @@ def token_term(
         kl = gap.exp() - gap - 1
         if config.kl_weight:
             loss = loss + config.kl_weight * kl
-    if config.reduction == "sequence":
-        weight = weight / lengths.clamp(min=1)[trajectory]
-    divisor = step.tokens if config.reduction == "token" else step.trajectories
-    if config.reduction == "constant":
-        assert config.max_completion_length is not None  # the config asks for it
-        divisor = divisor * config.max_completion_length
-    total = (loss * weight).sum() / divisor
-    return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl)
+    total = (loss * weight * actions[trajectory]).sum()
+    return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl, actions)
 
 
 def item_term(
@@ -98,22 +112,22 @@ def item_term(
     old_log_prob: torch.Tensor | None,
     advantages: torch.Tensor,
     best: torch.Tensor,
-    step: Normalizers,
+    actions: torch.Tensor,
     config: RecPOLossConfig,
 ) -> ItemTerm:
-    """Loss of the item actions.
+    """Loss of the item actions, each the last action of its trajectory.
 
     Args:
         log_prob: [R], of the target among its candidates.
         old_log_prob: [R] or None.
         advantages: [R].
         best: bool [R], the trajectories that train.
+        actions: [R], what one action of each trajectory weighs.
     """
     old = log_prob.detach() if old_log_prob is None else old_log_prob
     ratio = torch.where(best, log_prob - old, 0.0).exp()
-    loss = -torch.where(best, clipped(ratio, advantages.to(ratio.dtype), config), 0.0).sum()
-    divisor = step.trajectories if config.reduction == "sum" else step.selected
-    return ItemTerm(loss / divisor, ratio.detach())
+    loss = torch.where(best, -clipped(ratio, advantages.to(ratio.dtype), config), 0.0)
+    return ItemTerm((loss * actions.to(loss.dtype)).sum(), ratio.detach())
 
 
 def statistics(

@@ -1,6 +1,7 @@
 """The terms of the RecPO loss as their equations, one trajectory after another, in any dtype."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -72,7 +73,7 @@ def token_loss(
     if not advantages.shape[0]:
         return log_prob.sum()  # of no token
     old = log_prob.detach() if stored.old is None else stored.old
-    sums, means = [], []
+    terms = []
     for i, advantage in enumerate(advantages):
         own = (trajectory == i) & counted
         length = max(int(own.sum()), 1)
@@ -86,17 +87,40 @@ def token_loss(
         if config.kl_weight and stored.ref is not None:
             gap = stored.ref[own] - log_prob[own]
             loss = loss + config.kl_weight * (gap.exp() - gap - 1)
-        sums.append(loss.sum())
-        means.append(loss.sum() / length)
-    if config.reduction == "sequence":
-        return torch.stack(means).sum() / step.trajectories
-    total = torch.stack(sums).sum()
+        terms.append(loss.sum() / _divisor(length, step, config))
+    return torch.stack(terms).sum()
+
+
+def item_loss(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor | None,
+    advantages: torch.Tensor,
+    best: torch.Tensor,
+    lengths: Sequence[int],
+    step: Normalizers,
+    config: RecPOLossConfig,
+) -> torch.Tensor:
+    """Loss of the item actions: of each best trajectory one more action after its tokens."""
+    old = log_prob.detach() if old_log_prob is None else old_log_prob
+    terms = [log_prob.sum() * 0]
+    for i, length in enumerate(lengths):
+        if best[i]:
+            ratio = (log_prob[i] - old[i]).exp()
+            term = -clipped(ratio, advantages[i].to(ratio.dtype), config)
+            terms.append(term / _divisor(max(length, 1), step, config))
+    return torch.stack(terms).sum()
+
+
+def _divisor(length: int, step: Normalizers, config: RecPOLossConfig) -> float | torch.Tensor:
+    """What the losses of a trajectory's actions are divided by; ``length``: its tokens."""
     if config.reduction == "token":
-        return total / step.tokens
+        return step.tokens
+    if config.reduction == "sequence":
+        return length * step.trajectories
     if config.reduction == "constant":
         assert config.max_completion_length is not None  # the config asks for it
-        return total / (step.trajectories * config.max_completion_length)
-    return total / step.trajectories
+        return config.max_completion_length * step.trajectories
+    return step.trajectories
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
