@@ -200,10 +200,8 @@ def rank_examples(
     The state that is ranked with is read after a greedy reasoning that ``engine`` writes, or after
     the given ``reasonings``, or right after the prompt (neither: direct mode). Given are X * G rows
     of token ids, G an example, each ending with the marker (:func:`states_after`): an example's
-    own, those of other users (`r2ec_fast.eval.reasoning.other_users`), or a control that says
-    nothing, such as n filler tokens::
-
-        fillers = Ragged.of([[dot] * n for n in lengths]).append(builder.marker_ids)
+    own, those of other users (:func:`~r2ec_fast.eval.reasoning.other_users`), or a control that
+    says nothing, such as ``Ragged.of([[dot] * n for n in lengths]).append(builder.marker_ids)``.
 
     The items of the user's earlier events are excluded (``exclude_window``: only those shown). The
     item table is ``model.index`` as it stands. ``progress`` is called with the number of examples

@@ -188,8 +188,8 @@ class ReasoningProbe:
         exclude_window: exclude only the items shown, not all of the user's earlier ones.
         batch_size: examples computed together.
 
-    Where examples are divided among processes, ``keys`` int64 [X] are their numbers in the whole
-    sample: samples depend on them, not on who draws them.
+    ``keys`` int64 [X] are the examples' numbers in the whole sample, 0 to X - 1 unless they are a
+    part of it: what is sampled depends on them, not on which process draws it.
     """
 
     def __init__(
@@ -213,13 +213,13 @@ class ReasoningProbe:
 
     def figures(self, examples: Examples) -> dict[str, float]:
         """:meth:`ReasoningRanks.figures` of X >= 1 examples, all by this process."""
-        keys, others = np.arange(len(examples)), other_users(examples.user, self.config.seed)
-        own = self.greedy(examples, keys)
+        own, others = self.greedy(examples), other_users(examples.user, self.config.seed)
         swapped = None if others is None else own.select(others)
-        return self.measure(examples, keys, own, swapped).figures(examples.user)
+        return self.measure(examples, own, swapped).figures(examples.user)
 
-    def greedy(self, examples: Examples, keys: np.ndarray) -> Ragged:
+    def greedy(self, examples: Examples, keys: np.ndarray | None = None) -> Ragged:
         """The greedy reasoning of each example: X rows of token ids with the marker."""
+        keys = np.arange(len(examples)) if keys is None else keys
         rows = [Ragged.of([])]
         for start in range(0, len(examples), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -227,7 +227,11 @@ class ReasoningProbe:
         return Ragged.stack(rows)
 
     def measure(
-        self, examples: Examples, keys: np.ndarray, own: Ragged, swapped: Ragged | None
+        self,
+        examples: Examples,
+        own: Ragged,
+        swapped: Ragged | None,
+        keys: np.ndarray | None = None,
     ) -> ReasoningRanks:
         """Rank X examples after ``own`` and ``swapped`` reasonings (X rows each), and sample their
         groups."""
@@ -237,8 +241,9 @@ class ReasoningProbe:
             None if swapped is None else self._rank(examples, swapped)[0],
         )
 
-    def groups(self, examples: Examples, keys: np.ndarray) -> Groups:
+    def groups(self, examples: Examples, keys: np.ndarray | None = None) -> Groups:
         """Sample the groups of X examples as a step of RecPO would."""
+        keys = np.arange(len(examples)) if keys is None else keys
         parts = [Groups.empty(self.config.num_generations)]
         for start in range(0, len(examples), self.batch_size):
             part = slice(start, start + self.batch_size)

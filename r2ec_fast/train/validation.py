@@ -106,7 +106,7 @@ class Validation:
         if others is not None:
             swapped = Ragged.stack(distributed.gather_objects(written)).select(others[keys])
         with self._local("readiness check"):
-            found = probe.measure(own, keys, written, swapped)
+            found = probe.measure(own, written, swapped, keys)
         return ReasoningRanks.stack(distributed.gather_objects(found)).figures(examples.user)
 
     def _diagnoses(self) -> bool:

@@ -91,7 +91,7 @@ def test_the_reasonings_of_an_engine_give_the_ranks_that_it_gives():
     assembler, engine = PromptAssembler(builder), transformers_engine(model, builder)
     config = RecPOConfig(**CONFIG)
     probe = ReasoningProbe(model, assembler, data, engine, config)
-    written = probe.greedy(data.valid, np.arange(12))
+    written = probe.greedy(data.valid)
     engine_ranks = rank_examples(
         model, assembler, data, data.valid, engine=engine, max_completion_length=8
     )
@@ -214,7 +214,7 @@ def test_figures_by_hand():
 
 def test_rewards_by_hand():
     probe, _, data = probe_of(names_the_target, reward_softmax_weight=0.25, reward_ndcg_k=4)
-    groups = probe.groups(data.valid, np.arange(12))
+    groups = probe.groups(data.valid)
     x = 4  # names its target; item 9, which it has not seen; nothing
     target, seen = int(data.target(data.valid)[x]), Ragged.of(data.exclude(data.valid))[x]
     assert 9 not in seen and target not in (0, 9)
@@ -245,7 +245,7 @@ def test_an_item_head_that_ignores_the_reasoning_is_found_out():
 
 def test_parts_of_the_sample_make_the_whole():
     probe, _, data = probe_of(names_the_target, cut=[(0, 1)])
-    whole = probe.groups(data.valid, np.arange(12))
+    whole = probe.groups(data.valid)
     cuts = [np.arange(0), np.arange(0, 7), np.arange(7, 12)]
     parts = [probe.groups(data.valid[keys], keys) for keys in cuts]
     again = Groups.stack(parts)
@@ -258,7 +258,7 @@ def test_one_reasoning_a_group_leaves_nothing_to_choose():
     probe, _, data = probe_of(
         lambda targets: ({}, {x: [name(t)] for x, t in enumerate(targets)}), num_generations=1
     )
-    figures = probe.groups(data.valid, np.arange(12)).figures()
+    figures = probe.groups(data.valid).figures()
     assert figures["frac_reward_zero_std"] == 1.0 and figures["reward_std"] == 0.0
 
 
