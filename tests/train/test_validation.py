@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from _support.training import RUN, lines, run, same, toy_trainer, two
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import RecDataset
 from r2ec_fast.eval.reasoning import ReasoningProbe
+from r2ec_fast.train import distributed
 from r2ec_fast.train.fault_tolerance import TokenBudget
 from r2ec_fast.train.validation import Validation
 
@@ -196,6 +199,30 @@ def test_a_warning_where_reasonings_are_cut(caplog):
     _, text = warned(planted_validation(reads=True, right=True, cut=True), caplog)
     assert "100% of the reasonings are cut at max_completion_length" in text
     assert "in only" not in text and "does not seem to read" not in text
+
+
+def test_reasonings_are_swapped_across_processes(monkeypatch):
+    """Two processes of five and seven examples, as threads."""
+    validation = planted_validation(reads=True, right=True)
+    whole = validation._readiness()
+    assert whole["own_minus_swapped_ndcg@10"] > 0.1
+    own, box, barrier = threading.local(), [None, None], threading.Barrier(2, timeout=60)
+
+    def gather(value):
+        box[own.rank] = value
+        barrier.wait()
+        every = list(box)
+        barrier.wait()
+        return every
+
+    def process(rank: int) -> dict:
+        own.rank = rank
+        return validation._readiness()
+
+    monkeypatch.setattr(distributed, "own_part", lambda x: x[5:] if own.rank else x[:5])
+    monkeypatch.setattr(distributed, "gather_objects", gather)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process, range(2))) == [whole, whole]
 
 
 def test_the_figures_are_those_of_the_probe(tmp_path):
