@@ -1,4 +1,5 @@
-"""The command line, `r2ec-fast`: quickstart, prepare, train, report, evaluate, recommend, index.
+"""The command line, `r2ec-fast`: quickstart, prepare, train, report, evaluate, diagnose, recommend,
+index.
 
 Every setting of a command can stand in a YAML file (`--config`) and be overridden behind it. What a
 user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 shows where it arose.
@@ -25,7 +26,16 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from r2ec_fast.commands import evaluate, index, prepare, quickstart, recommend, report, train
+from r2ec_fast.commands import (
+    diagnose,
+    evaluate,
+    index,
+    prepare,
+    quickstart,
+    recommend,
+    report,
+    train,
+)
 from r2ec_fast.utils.id_lists import load_with_text_ids, split_ids
 from r2ec_fast.utils.signals import RunStopped
 
@@ -36,6 +46,7 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 FUNCTIONS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "recommend": recommend,
     "index": index,
     "report": report,
@@ -143,7 +154,7 @@ def build_parser() -> ArgumentParser:
         kind = str if new.values else kinds_of[new.name]
         sub.add_argument(f"--{old}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     function("report", positional=True)
-    for name in ("evaluate", "index"):
+    for name in ("evaluate", "diagnose", "index"):
         function(name)
     function("recommend").parser_mode = "yaml-ids"
     return parser
