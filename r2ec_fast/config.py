@@ -168,6 +168,10 @@ class RecPOConfig:
     refresh_mode: Annotated[str, OneOf("full", "rolling")] = "full"
     """"full": all rows at once, every refresh_steps; "rolling": after each step the oldest rows, so
     many that none is older than refresh_steps."""
+    fresh_targets: bool = False
+    """Write the rows of a step's targets, encoded anew, into the table before its rewards, as the
+    paper does. Their rivals' rows are older, so targets then win for their freshness alone
+    (reward/staleness_bias); off: all rows that give a reward are of one age."""
     index_scan: Annotated[str, OneOf(*SCANS)] = "auto"
     """First pass of the item index: "auto", "none", "fp16", "bf16" or "int8"; same results."""
 

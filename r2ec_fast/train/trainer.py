@@ -4,7 +4,7 @@ Departures from the paper and its code, each with a test (all of them: docs/meth
 - one advantage a trajectory; only the best reasoning(s) of a group train the item action;
 - log-probabilities are stored when sampled, at the sampling temperature; token ids travel;
 - equal targets of a batch are one candidate, never each other's negatives;
-- the batch's target rows enter the table before the rewards are computed, as in the paper;
+- rewards come from item rows of one age: a step's own targets are not fresher than their rivals;
 - rewards come from the update's own forward pass, so that a step runs the policy once, not twice.
 """
 
@@ -57,6 +57,7 @@ from r2ec_fast.train.item_table import CatalogTable
 from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
+from r2ec_fast.train.staleness import staleness_bias
 from r2ec_fast.train.update import PolicyUpdate
 from r2ec_fast.utils.atomic_files import check_directory
 
@@ -110,6 +111,8 @@ class RecPOTrainer:
         self.run_log = RunLog(config, self.accelerator)
         self.run_id = uuid.uuid4().hex  # of the main process: it writes the checkpoints
         self.step, self.validated_at = 0, -1
+        # the last step's reasonings, and the rows it wrote before it scored them
+        self._latest: tuple[Experience, list[int]] | None = None
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
         self._stop_signal = self.stopped = False
@@ -181,10 +184,9 @@ class RecPOTrainer:
         """One step with all that is due after it; True = stop early."""
         config = self.config
         self.step += 1
-        record = {**self._train_step(self.step), "step": self.step}
+        record = {**self._train_step(self.step), "step": self.step} | self._renew_table()
         if self.step % config.logging_steps == 0:
             self.run_log.write(record)
-        self.table.after_step(self.step)
         stop = False
         if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
             stop = self._validate()
@@ -196,7 +198,8 @@ class RecPOTrainer:
         meter = StepMeter()
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
         rows = self.table.candidate_rows(users, step)
-        self.table.wrote(list(rows), step - 1)
+        if self.config.fresh_targets:
+            self.table.wrote(list(rows), step - 1)
         self.model.train()
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
@@ -207,6 +210,7 @@ class RecPOTrainer:
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
+        self._latest = experiences[0], list(rows) if self.config.fresh_targets else []
         every = self.config.log_completions_steps
         if every and step % every == 0:
             titles = self.data.data.catalog.titles
@@ -221,7 +225,7 @@ class RecPOTrainer:
     ) -> tuple[list[Experience], dict[str, float]]:
         """The step's experiences, and what dynamic sampling cost."""
         rounds, cost = self.config.dynamic_sampling_rounds, ResamplingCost()
-        if rounds:  # its scores need the fresh rows before the update writes them
+        if rounds and self.config.fresh_targets:  # its scores need them before the update does
             self.table.write(list(rows), step - 1)
         experiences = []
         with gathered(self.model), together("rollouts"):
@@ -262,6 +266,28 @@ class RecPOTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": float(whole(norm)), "learning_rate": learning_rate}
+
+    def _renew_table(self) -> dict[str, float]:
+        """What refresh_mode and refresh_steps ask for after a step."""
+        if self.table.roll_due():
+            self.table.roll(self.step)
+        return self._refresh_table() if self.table.refresh_due(self.step) else {}
+
+    def _refresh_table(self) -> dict[str, float]:
+        """Encode the whole catalog; says what the age of its rows had added to the rewards."""
+        if self._latest is None or self.config.refresh_steps == 1:  # no step sees an old row
+            self.table.refresh(self.step)
+            return {}
+        experience, fresh = self._latest
+        bias = staleness_bias(
+            experience,
+            self.step,
+            update=self.update,
+            table=self.table,
+            fresh=fresh,
+            refresh=lambda: self.table.refresh(self.step),
+        )
+        return {"reward/staleness_bias": bias}
 
     # ---- data -----------------------------------------------------------------------------------
 
@@ -313,8 +339,9 @@ class RecPOTrainer:
 
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
+        bias = {} if self.table.refreshed_at == self.step else self._refresh_table()
         metrics = self.evaluate("valid")
-        self.run_log.write({"step": self.step, **metrics})
+        self.run_log.write({"step": self.step, **metrics, **bias})
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0
