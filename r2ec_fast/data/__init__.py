@@ -1,6 +1,7 @@
 """Interaction files -> id map, splits, next-item examples; a generated catalog."""
 
 from r2ec_fast.data.dataset import RecDataset
+from r2ec_fast.data.reasonings import Reasonings
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
 from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.generic import load_interactions
@@ -24,6 +25,7 @@ __all__ = [
     "InteractionData",
     "LoadReport",
     "LoadSettings",
+    "Reasonings",
     "RecDataset",
     "ReportLine",
     "StageLine",
