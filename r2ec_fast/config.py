@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from r2ec_fast.data.templates import ReasoningTemplates
 from r2ec_fast.prompts.builder import PromptConfig
 from r2ec_fast.utils.settings import (
     Fraction,
@@ -61,8 +62,8 @@ class RecPOConfig:
     """recpo: reasoning and item head by reinforcement learning; contrastive: direct mode, in-batch
     softmax without reasoning (ablation and warm start); reasoning_sft: given reasonings and the
     items to read out after them (language warm start)."""
-    reasonings: str | None = None
-    """Of reasoning_sft: a JSONL file of reasonings."""
+    reasonings: str | ReasoningTemplates | None = None
+    """Of reasoning_sft: a JSONL file of reasonings, or templates that make them."""
 
     # adapters and precision
     use_lora: bool = True
@@ -212,6 +213,8 @@ class RecPOConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.reasonings, Mapping):
+            self.reasonings = ReasoningTemplates(**self.reasonings)
         if self.refresh_mode == "rolling" and not self.refresh_steps:
             raise ValueError("refresh_steps: refresh_mode='rolling' needs at least 1, got 0")
         if self.rollout_server is not None and not self.use_lora:

@@ -7,6 +7,7 @@ from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.generic import load_interactions
 from r2ec_fast.data.sources.synthetic import generate_interactions
 from r2ec_fast.data.splits import make_splits
+from r2ec_fast.data.templates import Attribute, ReasoningTemplates
 from r2ec_fast.data.types import (
     Catalog,
     Examples,
@@ -17,6 +18,7 @@ from r2ec_fast.data.types import (
 )
 
 __all__ = [
+    "Attribute",
     "Catalog",
     "EventRules",
     "Examples",
@@ -25,6 +27,7 @@ __all__ = [
     "InteractionData",
     "LoadReport",
     "LoadSettings",
+    "ReasoningTemplates",
     "Reasonings",
     "RecDataset",
     "ReportLine",

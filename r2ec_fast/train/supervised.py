@@ -21,6 +21,7 @@ import torch
 
 from r2ec_fast.data import RecDataset
 from r2ec_fast.data.reasonings import Reasonings
+from r2ec_fast.data.templates import ReasoningTemplates
 from r2ec_fast.packing.packer import PackedBatch, pack_histories
 from r2ec_fast.packing.ragged import Ragged, common_prefix
 from r2ec_fast.train import distributed
@@ -44,8 +45,8 @@ SMALLER_RECORD = (
 def reasonings_of(
     config: RecPOConfig, data: RecDataset, given: Reasonings | None
 ) -> Reasonings | None:
-    """The records that a run trains on: ``given``, or what ``config.reasonings`` names; None for
-    another objective. Raises ValueError where there are none, or two."""
+    """The records that a run trains on: ``given``, or those of ``config.reasonings``; None for
+    another objective. Raises ValueError where there are none, or both."""
     if config.objective != "reasoning_sft":
         if given is not None:
             raise ValueError(
@@ -53,14 +54,17 @@ def reasonings_of(
             )
         return None
     wanted = config.reasonings
-    if given is not None and wanted is None:
-        return Reasonings.of(data, given.examples, given.texts, given.items)
-    if given is None and wanted is not None:
+    if (given is None) == (wanted is None):
+        raise ValueError(
+            "reasonings: objective 'reasoning_sft' needs a file or templates in the settings, or "
+            f"Reasonings as an argument of the trainer; got {'both' if wanted else 'neither'}"
+        )
+    if isinstance(wanted, ReasoningTemplates):
+        return wanted.fill(data, config.seed)
+    if wanted is not None:
         return Reasonings.read(wanted, data, "reasonings")
-    raise ValueError(
-        "reasonings: objective 'reasoning_sft' needs a file of them in the settings, or Reasonings "
-        f"as an argument of the trainer; got {'neither' if given is None else 'both'}"
-    )
+    assert given is not None
+    return Reasonings.of(data, given.examples, given.texts, given.items)
 
 
 def written_rows(builder: PromptBuilder, reasonings: Reasonings, max_tokens: int) -> Ragged:

@@ -9,7 +9,7 @@ from _support.toy import toy_dataset, toy_model, toy_reasonings
 from _support.training import lines, run, same, toy_trainer
 
 from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
-from r2ec_fast.data import Reasonings
+from r2ec_fast.data import Attribute, Reasonings, ReasoningTemplates
 from r2ec_fast.packing import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.train.batches import UserBatch
@@ -235,6 +235,31 @@ def test_a_file_of_reasonings_is_as_good(tmp_path):
     trainer = RecPOTrainer(toy_model(), data, settings)
     trainer.train()
     same(want, {n: p.detach() for n, p in trainer.parameters.items()}, rtol=0, atol=0)
+
+
+def test_templates_of_the_settings_are_as_good(tmp_path):
+    data = toy_dataset()
+    templates = ReasoningTemplates(
+        ["{last.colour}, then {target.thing}", "{shared.colour}: {target.colour}"],
+        attributes={"colour": Attribute("title", r"^\w+"), "thing": Attribute("title", r"\w+$")},
+        order="random",
+    )
+    changes = {"max_steps": 2, "eval_steps": 0, "max_completion_length": 40, "seed": 3}
+    changes |= {"objective": "reasoning_sft", "learning_rate": 1e-2}
+    config = RecPOConfig(output_dir=str(tmp_path / "a"), reasonings=templates, **changes)
+    assert RecPOConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    given = templates.fill(data, 3)
+    runs = [
+        RecPOTrainer(toy_model(), data, config),
+        RecPOTrainer(
+            *(toy_model(), data, RecPOConfig(output_dir=str(tmp_path / "b"), **changes)),
+            reasonings=given,
+        ),
+    ]
+    for trainer in runs:
+        trainer.train()
+    first, second = ({n: p.detach() for n, p in t.parameters.items()} for t in runs)
+    same(first, second, rtol=0, atol=0)
 
 
 def test_tables_train_only_where_asked_for(tmp_path):
