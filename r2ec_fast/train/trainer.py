@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from r2ec_fast.config import RecPOConfig
-from r2ec_fast.data import RecDataset
+from r2ec_fast.data import Reasonings, RecDataset
 from r2ec_fast.data.splits import examples_at, sample_examples
 from r2ec_fast.eval.metrics import BEST_METRIC, ranking_metrics
 from r2ec_fast.eval.ranking import rank_examples, server_engine, transformers_engine
@@ -58,20 +58,22 @@ from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
 from r2ec_fast.train.staleness import staleness_bias
-from r2ec_fast.train.update import PolicyUpdate
+from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of, written_rows
 from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
 
 
 class RecPOTrainer:
-    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
+    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, the contrastive objective, or
+    given reasonings, which are those of ``config.reasonings`` or of the argument ``reasonings``.
 
     ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
     transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
     at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
 
-    Raises ValueError for an empty training split, OSError where output_dir cannot be written.
+    Raises ValueError for an empty training split, and for reasonings that are missing, do not fit
+    the data, or are longer than max_completion_length; OSError where output_dir cannot be written.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class RecPOTrainer:
         config: RecPOConfig,
         *,
         engine: RolloutEngine | None = None,
+        reasonings: Reasonings | None = None,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, set_seed
 
         if len(data.train) == 0:
             raise ValueError("data: the training split holds no example")
+        records = reasonings_of(config, data, reasonings)
         self.output_dir = Path(config.output_dir)
         check_directory(self.output_dir, "output_dir")
         tracker = None if config.report_to == "none" else config.report_to
@@ -100,8 +104,9 @@ class RecPOTrainer:
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
+        self._draw_from(records)
         self.engine = engine or self._default_engine()
-        self.update = PolicyUpdate(model, config)
+        self.update = SupervisedUpdate(model, config)
         self.parameters = trainable_parameters(model)
         self.optimizer = make_optimizer(config, list(self.parameters.values()))
         self.scheduler = make_schedule(config, self.optimizer, self.max_steps)
@@ -121,8 +126,8 @@ class RecPOTrainer:
         model, config = self.model, self.config
         if config.use_lora and not hasattr(model.backbone, "get_base_model"):
             model.add_lora(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
-        if not config.use_lora:
-            # the token table stays: the loss then needs no gradient of [V, d]
+        if not config.use_lora and not config.train_embeddings:
+            # the token tables stay: the loss then needs no gradient of [V, d]
             model.language_model.get_input_embeddings().requires_grad_(False)
             model.language_model.get_output_embeddings().requires_grad_(False)
         if config.gradient_checkpointing:
@@ -130,6 +135,15 @@ class RecPOTrainer:
         model.to(self.accelerator.device)
         if self._sharded:
             shard(model)
+
+    def _draw_from(self, records: Reasonings | None) -> None:
+        """Let steps draw the training examples, or the records of given reasonings."""
+        data, self.written = self.data, None
+        self.examples, self.targets = data.train, data.target(data.train)
+        if records is not None:
+            self.examples, self.targets = records.examples, records.items
+            limit = self.config.max_completion_length
+            self.written = written_rows(self.builder, records, limit)
 
     def _default_engine(self) -> RolloutEngine:
         model, config = self.model, self.config
@@ -153,7 +167,7 @@ class RecPOTrainer:
         """Rollout batches of the whole run."""
         if self.config.max_steps >= 0:
             return self.config.max_steps
-        return math.ceil(self.config.num_train_epochs * len(self.data.train) / self.users_per_step)
+        return math.ceil(self.config.num_train_epochs * len(self.examples) / self.users_per_step)
 
     def train(self) -> dict[str, float]:
         """Run to the end (or the early stop); returns the final validation metrics.
@@ -167,7 +181,7 @@ class RecPOTrainer:
         self._resume()
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
         try:
-            if self.model.index is None:
+            if self.model.index is None and self.config.trains_items:
                 self.table.refresh(self.step)
             with self._progress() as bar:
                 while not self._stops() and self.step < self.max_steps:
@@ -197,10 +211,14 @@ class RecPOTrainer:
     def _train_step(self, step: int) -> dict[str, float]:
         meter = StepMeter()
         users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
-        rows = self.table.candidate_rows(users, step)
+        rows = self.table.candidate_rows(users, step) if self.config.trains_items else {}
         if self.config.fresh_targets:
             self.table.wrote(list(rows), step - 1)
         self.model.train()
+        if self.written is not None:
+            written = [self.written.select(batch.keys) for batch in users]
+            record = self.update.reasoning_sft(users, written, rows)
+            return record | self._optimizer_step() | meter.read(users, [w.values for w in written])
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
             return record | self._optimizer_step() | meter.read(users, [])
@@ -218,7 +236,7 @@ class RecPOTrainer:
                 reasoning_samples(experiences[0], step, self.model.tokenizer, titles)
             )
         record |= completion_stats(experiences) | self.table.staleness(step)
-        return record | meter.read(users, experiences)
+        return record | meter.read(users, [e.rollouts.values for e in experiences])
 
     def _rollouts(
         self, users: Sequence[UserBatch], rows: ItemRows, step: int
@@ -269,6 +287,8 @@ class RecPOTrainer:
 
     def _renew_table(self) -> dict[str, float]:
         """What refresh_mode and refresh_steps ask for after a step."""
+        if not self.config.trains_items:
+            return {}
         if self.table.roll_due():
             self.table.roll(self.step)
         return self._refresh_table() if self.table.refresh_due(self.step) else {}
@@ -295,11 +315,11 @@ class RecPOTrainer:
         config, (rank, processes) = self.config, distributed.world()
         size = config.per_device_train_batch_size
         first = (step - 1) * self.users_per_step + (accumulation * processes + rank) * size
-        index = examples_at(np.arange(first, first + size), len(self.data.train), config.seed)
-        examples = self.data.train[index]
+        index = examples_at(np.arange(first, first + size), len(self.examples), config.seed)
+        examples = self.examples[index]
         return UserBatch(
             prompts=self.assembler.example_rows(self.data, examples),
-            targets=self.data.target(examples),
+            targets=self.targets[index],
             exclude=Ragged.of(self.data.exclude(examples)),
             keys=index.tolist(),
         )
