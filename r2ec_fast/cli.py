@@ -1,5 +1,5 @@
 """The command line, `r2ec-fast`: quickstart, prepare, reasonings, train, report, evaluate,
-recommend, index.
+diagnose, recommend, index.
 
 Every setting of a command can stand in a YAML file (`--config`) and be overridden behind it. What a
 user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 shows where it arose.
@@ -27,6 +27,7 @@ from jsonargparse import (
 )
 
 from r2ec_fast.commands import (
+    diagnose,
     evaluate,
     index,
     prepare,
@@ -46,6 +47,7 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 FUNCTIONS: dict[str, Callable[..., object]] = {
     "quickstart": quickstart,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "recommend": recommend,
     "index": index,
     "report": report,
@@ -152,7 +154,7 @@ def build_parser() -> ArgumentParser:
             action.help = argparse.SUPPRESS
     _add_settings_of_a_run(command("train", "Train a model on a prepared data set."))
     function("report", positional=True)
-    for name in ("evaluate", "index"):
+    for name in ("evaluate", "diagnose", "index"):
         function(name)
     function("recommend").parser_mode = "yaml-ids"
     return parser

@@ -191,6 +191,13 @@ class RecPOConfig:
     """Validation examples, seeded sample; 0 = all."""
     eval_reasoning: bool | None = None
     """Evaluate with greedy reasoning; none = yes, but for contrastive."""
+    eval_direct: bool = True
+    """Also rank without reasoning at evaluations with reasoning, and log the paired difference
+    (eval_valid_reasoned_minus_direct_ndcg@10): one forward pass over the prompts."""
+    diagnostic_samples: NonNegativeInt = 64
+    """Validation examples, seeded sample, that show what RecPO has to choose from: before its first
+    step (readiness/...), and their groups at every validation (groups/best_beats_direct), which
+    costs num_generations reasonings for each; 0 = never."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after so many validations without a better eval_valid_ndcg@10; 0 = never."""
     load_best_model_at_end: bool = True

@@ -17,7 +17,9 @@ from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import RecDataset
 from r2ec_fast.prompts.builder import PromptConfig
 
-COMMANDS = ("quickstart", "prepare", "reasonings", "train", "evaluate", "recommend", "index")
+COMMANDS = (
+    "quickstart", "prepare", "reasonings", "train", "evaluate", "diagnose", "recommend", "index"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_help_names_every_command(capsys):
 LEAVES = [
     ("quickstart",),
     *[("prepare", source) for source in ("generic", "movielens", "amazon", "check")],
-    *[(name,) for name in ("reasonings", "train", "evaluate", "recommend", "index")],
+    *[(name,) for name in ("reasonings", "train", "evaluate", "diagnose", "recommend", "index")],
 ]
 
 
@@ -130,6 +132,28 @@ def test_evaluate_prints_baselines_and_both_modes(folder, capsys):
     written = json.loads(output.read_text())
     assert written["direct"]["examples"] == 5
     assert 0 <= written["reasoned"]["ndcg@10"] <= 1
+    gap = written["reasoned"]["ndcg@10"] - written["direct"]["ndcg@10"]
+    assert written["reasoned - direct"]["ndcg@10"] == pytest.approx(gap, abs=1e-12)
+
+
+def test_diagnose_prints_a_table_and_what_is_wrong(folder, capsys):
+    output = folder / "figures.json"
+    arguments = ["diagnose", "--model", folder / "model", "--data", folder / "data"]
+    arguments += ["--max_completion_length", 4, "--num_generations", 3]
+    assert run(*arguments, "--output_file", output) == 0
+    table, advice = capsys.readouterr().out.strip().split("\n\n")
+    figures = json.loads(output.read_text())
+    assert figures["examples"] == 5 and figures["num_generations"] == 3
+    assert f"| tokens of a reasoning | {figures['mean_length']:.1f} |" in table
+    gap, error = (figures[f"own_minus_swapped_ndcg@10{end}"] for end in ("", "/se"))
+    assert f"| own - swapped reasoning, ndcg@10 | {gap:+.4f} ± {error:.4f} |" in table
+    assert figures["clipped_ratio"] > 0.5  # random weights never write the marker in four tokens
+    assert advice.startswith("RecPO has little to choose from: 100% of the reasonings are cut")
+    message = error_line(capsys, *arguments, "--temperature", 0)
+    assert message == "temperature: expected more than 0, got 0.0"
+    # the same again, computed in other batches
+    assert run(*arguments, "--batch_size", 2, "--output_file", folder / "again.json") == 0
+    assert json.loads((folder / "again.json").read_text()) == pytest.approx(figures, rel=1e-5)
 
 
 def test_evaluate_compares_the_examples_with_those_of_another_run(folder, capsys):

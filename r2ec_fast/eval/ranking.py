@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from r2ec_fast.model.hf_compat import eval_mode
+from r2ec_fast.packing.packer import pack_histories
 from r2ec_fast.packing.ragged import Ragged, Rows
 
 if TYPE_CHECKING:
@@ -126,6 +128,58 @@ def user_states(
 
 
 @torch.no_grad()
+def states_after(
+    model: R2ecModel, prompts: Rows, reasonings: Rows, *, max_tokens: int = 8192
+) -> torch.Tensor:
+    """Read-outs of B prompts after given reasonings, [B * G, d] (all token ids).
+
+    Row r of the B * G ``reasonings`` follows prompt r // G and ends with the marker, as what an
+    engine writes does; so it may be the user's own reasoning, another user's, or any text. A prompt
+    is computed once for its G reasonings. ``max_tokens`` bounds a forward pass; a prompt that does
+    not fit with its reasonings runs alone.
+
+    Raises ValueError where the rows do not come to G a prompt, or a reasoning does not end with the
+    marker.
+    """
+    prompts, reasonings = Ragged.of(prompts, "prompts"), Ragged.of(reasonings, "reasonings")
+    group = reasonings_per_prompt(len(prompts), reasonings)
+    _check_ends(model, reasonings)
+    if group == 1:
+        return model.encode_rows(prompts.join(reasonings), max_tokens)
+    batches = pack_histories(
+        prompts, reasonings, num_generations=group, max_tokens=max_tokens, oversize="alone"
+    )
+    groups = torch.cat([batch.groups for batch in batches])
+    with eval_mode(model):
+        states = torch.cat([model(batch)[batch.readout.to(model.device)] for batch in batches])
+    return states.unflatten(0, (-1, group))[groups.argsort().to(model.device)].flatten(0, 1)
+
+
+def reasonings_per_prompt(prompts: int, reasonings: Ragged) -> int:
+    """G, the rows of ``reasonings`` that each of so many prompts has; ValueError where it is not a
+    whole number of at least one."""
+    group = len(reasonings) // max(prompts, 1)
+    if len(reasonings) != prompts * max(group, 1):
+        raise ValueError(
+            f"reasonings: expected the same number of rows, at least one, for each of {prompts} "
+            f"prompts, got {len(reasonings)} rows"
+        )
+    return max(group, 1)
+
+
+def _check_ends(model: R2ecModel, reasonings: Ragged) -> None:
+    from r2ec_fast.rollout.marker import MarkerStop
+
+    stop = MarkerStop(model.tokenizer, model.prompts.emb_token)
+    for row, tokens in enumerate(reasonings):
+        if not len(tokens) or not stop.closes(tokens.tolist()):
+            raise ValueError(
+                f"reasonings: expected rows that end with the marker {stop.marker!r} (append "
+                f"PromptBuilder.marker_ids), got row {row} that does not"
+            )
+
+
+@torch.no_grad()
 def rank_examples(
     model: R2ecModel,
     assembler: PromptAssembler,
@@ -133,6 +187,7 @@ def rank_examples(
     examples: Examples,
     *,
     engine: RolloutEngine | None = None,
+    reasonings: Rows | None = None,
     max_completion_length: int = 512,
     max_tokens: int = 8192,
     exclude_window: bool = False,
@@ -142,38 +197,55 @@ def rank_examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank (from 1) and log-probability of each example's target in the whole catalog.
 
+    The state that is ranked with is read after a greedy reasoning that ``engine`` writes, or after
+    the given ``reasonings``, or right after the prompt (neither: direct mode). Given are X * G rows
+    of token ids, G an example, each ending with the marker (:func:`states_after`): an example's
+    own, those of other users (:func:`~r2ec_fast.eval.reasoning.other_users`), or a control that
+    says nothing, such as ``Ragged.of([[dot] * n for n in lengths]).append(builder.marker_ids)``.
+
     The items of the user's earlier events are excluded (``exclude_window``: only those shown). The
     item table is ``model.index`` as it stands. ``progress`` is called with the number of examples
-    done in each batch. Returns (rank int64 [X], log_prob float32 [X]).
+    done in each batch. Returns (rank int64 [X * G], log_prob float32 [X * G]); G is 1 unless
+    ``reasonings`` are more.
 
-    Raises RuntimeError where the model has no item table, and ValueError with their number where
-    user states hold NaN or infinity; with ``allow_non_finite`` it is logged, and those targets rank
-    last.
+    Raises RuntimeError where the model has no item table, and ValueError for ``reasonings`` that
+    are not these or come with an engine, and with their number where user states hold NaN or
+    infinity; with ``allow_non_finite`` it is logged, and those targets rank last.
     """
+    if engine is not None and reasonings is not None:
+        raise ValueError("reasonings: expected none beside an engine, which writes its own")
+    given = None if reasonings is None else Ragged.of(reasonings, "reasonings")
+    group = 1 if given is None else reasonings_per_prompt(len(examples), given)
     window = model.prompts.window
     ranks, log_probs, non_finite = [], [], 0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        users = user_states(
-            model,
-            assembler.builder,
-            assembler.example_rows(dataset, part),
-            engine=engine,
-            max_completion_length=max_completion_length,
-            max_tokens=max_tokens,
-        )
-        non_finite += int((~users.finite()).sum())
+        prompts = assembler.example_rows(dataset, part)
+        if given is None:
+            states = user_states(
+                model,
+                assembler.builder,
+                prompts,
+                engine=engine,
+                max_completion_length=max_completion_length,
+                max_tokens=max_tokens,
+            ).states
+        else:
+            rows = given[start * group : (start + len(part)) * group]
+            states = states_after(model, prompts, rows, max_tokens=max_tokens)
+        non_finite += int((~torch.isfinite(states).all(1)).sum())
+        exclude = Ragged.of(dataset.exclude(part, window if exclude_window else None))
         stats = model.target_stats(
-            users.states,
-            torch.from_numpy(dataset.target(part)).to(model.device),
-            exclude=dataset.exclude(part, window if exclude_window else None),
+            states,
+            torch.from_numpy(dataset.target(part).repeat(group)).to(model.device),
+            exclude=exclude.select(np.arange(len(part)).repeat(group)).tensors(),
         )
         ranks.append(stats.rank.cpu().numpy())
         log_probs.append(stats.log_prob.cpu().numpy())
         if progress is not None:
             progress(len(part))
     if non_finite:
-        text = f"model: {non_finite} of {len(examples)} user states hold NaN or infinity"
+        text = f"model: {non_finite} of {len(examples) * group} user states hold NaN or infinity"
         if not allow_non_finite:
             raise ValueError(
                 f"{text}; its numbers would mean nothing (allow_non_finite ranks them)"

@@ -26,6 +26,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "token accuracy (share)": ("mean_token_accuracy",),
     "rank of the target": ("rank/p10", "rank/p50", "rank/p90"),
     "validation": ("eval_valid_ndcg@10", "eval_valid_hit_rate@10", "eval_valid_mrr@10"),
+    "reasoned - direct (ndcg@10)": ("eval_valid_reasoned_minus_direct_ndcg@10",),
+    "best of a group beats direct (share)": ("groups/best_beats_direct",),
     "reasoning length (tokens)": (
         "completions/min_length",
         "completions/mean_length",

@@ -43,16 +43,17 @@ class RunLog:
             elif path.exists():
                 log.warning("%s of an earlier run is kept as %s", path.name, put_aside(path).name)
 
-    def write(self, record: dict[str, float]) -> None:
-        """One line of metrics; ``record["step"]`` is its step."""
+    def write(self, record: dict[str, float], shown: str | None = None) -> None:
+        """One line of metrics; ``record["step"]`` is its step. ``shown``: what the log says instead
+        of the values."""
         if not self.accelerator.is_main_process:
             return
         _append(self.metrics_file, [record])
-        shown = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
-        log.info(" | ".join(shown))
+        values = [f"{k} {v:.4g}" for k, v in record.items() if not k.endswith("/se")]
+        log.info(" | ".join(values) if shown is None else shown)
         if self.config.report_to != "none":
-            values = {k: v for k, v in record.items() if k != "step"}
-            self.accelerator.log(values, step=int(record["step"]))
+            tracked = {k: v for k, v in record.items() if k != "step"}
+            self.accelerator.log(tracked, step=int(record["step"]))
 
     def write_samples(self, records: list[dict]) -> None:
         """Reasonings with their "step", one line each."""

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Reasonings, RecDataset
-from r2ec_fast.data.splits import examples_at, sample_examples
-from r2ec_fast.eval.metrics import BEST_METRIC, ranking_metrics
-from r2ec_fast.eval.ranking import rank_examples, server_engine, transformers_engine
+from r2ec_fast.data.splits import examples_at
+from r2ec_fast.eval.metrics import BEST_METRIC
+from r2ec_fast.eval.ranking import server_engine, transformers_engine
 from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
@@ -59,6 +59,7 @@ from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_sampl
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
 from r2ec_fast.train.staleness import staleness_bias
 from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of, written_rows
+from r2ec_fast.train.validation import Validation
 from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,9 @@ class RecPOTrainer:
         self.scheduler = make_schedule(config, self.optimizer, self.max_steps)
         self.table = CatalogTable(
             model, self.builder, config, len(data.data.catalog), self.update.budget
+        )
+        self.validation = Validation(
+            model, self.assembler, data, config, self.engine, self.update.budget
         )
         self.run_log = RunLog(config, self.accelerator)
         self.run_id = uuid.uuid4().hex  # of the main process: it writes the checkpoints
@@ -183,6 +187,8 @@ class RecPOTrainer:
         try:
             if self.model.index is None and self.config.trains_items:
                 self.table.refresh(self.step)
+            if self.step == 0:
+                self.validation.check_readiness(self.run_log)
             with self._progress() as bar:
                 while not self._stops() and self.step < self.max_steps:
                     if self._loop_body():
@@ -333,35 +339,20 @@ class RecPOTrainer:
 
         Re-encodes the catalog first, so that the table is the model's own. ``reasoning`` defaults
         to the run's ``eval_reasoning``; ``samples`` to ``eval_samples`` (0 = all). Keys are
-        ``eval_{split}_ndcg@10`` and so on, ``.../se`` the standard errors.
+        ``eval_{split}_ndcg@10`` and so on, ``.../se`` the standard errors; with reasoning and the
+        run's ``eval_direct`` also ``eval_{split}_reasoned_minus_direct_ndcg@10``.
         """
         reasoning = self.config.reasons if reasoning is None else reasoning
         if self.table.refreshed_at != self.step:
             self.table.refresh(self.step)
-        examples = sample_examples(
-            self.data, split, self.config.eval_samples if samples is None else samples,
-            self.config.seed,
-        )  # fmt: skip
-        own = distributed.own_part(np.arange(len(examples)))
-        with gathered(self.model), together("evaluation") as section:
-            section.smallest = "lower max_tokens_per_microbatch or max_tokens_in_flight"
-            ranks, _ = rank_examples(
-                self.model,
-                self.assembler,
-                self.data,
-                examples[own],
-                engine=self.engine if reasoning else None,
-                max_completion_length=self.config.max_completion_length,
-                max_tokens=self.update.budget.tokens,
-            )
-        ranks = np.concatenate(distributed.gather_objects(ranks))
-        return ranking_metrics(ranks, users=examples.user, prefix=f"eval_{split}_")
+        samples = self.config.eval_samples if samples is None else samples
+        return self.validation.metrics(split, reasoning=reasoning, samples=samples)
 
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
         bias = {} if self.table.refreshed_at == self.step else self._refresh_table()
         metrics = self.evaluate("valid")
-        self.run_log.write({"step": self.step, **metrics, **bias})
+        self.run_log.write({"step": self.step, **metrics, **bias, **self.validation.groups()})
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0

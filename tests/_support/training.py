@@ -31,6 +31,7 @@ RUN = {
     "save_steps": 2,
     "refresh_steps": 3,
     "lora_alpha": 8,
+    "diagnostic_samples": 0,
 }
 
 
