@@ -14,39 +14,26 @@ import logging
 import math
 import signal
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import Reasonings, RecDataset
-from r2ec_fast.data.splits import examples_at
 from r2ec_fast.eval.metrics import BEST_METRIC
 from r2ec_fast.eval.ranking import server_engine, transformers_engine
 from r2ec_fast.model.r2ec import R2ecModel
-from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import RolloutEngine, Rollouts
 from r2ec_fast.train import distributed
 from r2ec_fast.train.batches import Experience, ItemRows, UserBatch
 from r2ec_fast.train.checkpoint import (
     checkpoint_tensors,
-    clear_interrupted,
     generator_states,
-    keep_best,
-    load_checkpoint,
-    load_wanted,
-    prune_checkpoints,
-    refuse_results,
     restore_generators,
-    save_checkpoint,
-    set_aside,
     trainable_parameters,
 )
 from r2ec_fast.train.dynamic_sampling import ResamplingCost, resample_ties, round_key
@@ -57,10 +44,11 @@ from r2ec_fast.train.item_table import CatalogTable
 from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
+from r2ec_fast.train.run_directory import RunDirectory
 from r2ec_fast.train.staleness import staleness_bias
-from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of, written_rows
+from r2ec_fast.train.step_examples import StepExamples
+from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of
 from r2ec_fast.train.validation import Validation
-from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +81,7 @@ class RecPOTrainer:
             raise ValueError("data: the training split holds no example")
         records = reasonings_of(config, data, reasonings)
         self.output_dir = Path(config.output_dir)
-        check_directory(self.output_dir, "output_dir")
+        self.directory = RunDirectory(self.output_dir, config.save_total_limit)
         tracker = None if config.report_to == "none" else config.report_to
         self._sharded = sharding_wanted(config, engine)
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
@@ -105,7 +93,7 @@ class RecPOTrainer:
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
-        self._draw_from(records)
+        self.examples = StepExamples(data, records, config, self.assembler)
         self.engine = engine or self._default_engine()
         self.update = SupervisedUpdate(model, config)
         self.parameters = trainable_parameters(model)
@@ -118,7 +106,6 @@ class RecPOTrainer:
             model, self.assembler, data, config, self.engine, self.update.budget
         )
         self.run_log = RunLog(config, self.accelerator)
-        self.run_id = uuid.uuid4().hex  # of the main process: it writes the checkpoints
         self.step, self.validated_at = 0, -1
         # the last step's reasonings, and the rows it wrote before it scored them
         self._latest: tuple[Experience, list[int]] | None = None
@@ -140,15 +127,6 @@ class RecPOTrainer:
         if self._sharded:
             shard(model)
 
-    def _draw_from(self, records: Reasonings | None) -> None:
-        """Let steps draw the training examples, or the records of given reasonings."""
-        data, self.written = self.data, None
-        self.examples, self.targets = data.train, data.target(data.train)
-        if records is not None:
-            self.examples, self.targets = records.examples, records.items
-            limit = self.config.max_completion_length
-            self.written = written_rows(self.builder, records, limit)
-
     def _default_engine(self) -> RolloutEngine:
         model, config = self.model, self.config
         if config.rollout_server is not None:
@@ -160,18 +138,9 @@ class RecPOTrainer:
     # ---- the loop -------------------------------------------------------------------------------
 
     @property
-    def users_per_step(self) -> int:
-        """Users of all processes in one optimiser step."""
-        config = self.config
-        users = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return users * distributed.world()[1]
-
-    @property
     def max_steps(self) -> int:
-        """Rollout batches of the whole run."""
-        if self.config.max_steps >= 0:
-            return self.config.max_steps
-        return math.ceil(self.config.num_train_epochs * len(self.examples) / self.users_per_step)
+        """Optimiser steps of the whole run."""
+        return self.examples.max_steps
 
     def train(self) -> dict[str, float]:
         """Run to the end (or the early stop); returns the final validation metrics.
@@ -216,13 +185,13 @@ class RecPOTrainer:
 
     def _train_step(self, step: int) -> dict[str, float]:
         meter = StepMeter()
-        users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
+        users, given = self.examples.of_step(step), self.examples.written
         rows = self.table.candidate_rows(users, step) if self.config.trains_items else {}
         if self.config.fresh_targets:
             self.table.wrote(list(rows), step - 1)
         self.model.train()
-        if self.written is not None:
-            written = [self.written.select(batch.keys) for batch in users]
+        if given is not None:
+            written = [given.select(batch.keys) for batch in users]
             record = self.update.reasoning_sft(users, written, rows)
             return record | self._optimizer_step() | meter.read(users, [w.values for w in written])
         if self.config.objective == "contrastive":
@@ -315,21 +284,6 @@ class RecPOTrainer:
         )
         return {"reward/staleness_bias": bias}
 
-    # ---- data -----------------------------------------------------------------------------------
-
-    def _user_batch(self, step: int, accumulation: int) -> UserBatch:
-        config, (rank, processes) = self.config, distributed.world()
-        size = config.per_device_train_batch_size
-        first = (step - 1) * self.users_per_step + (accumulation * processes + rank) * size
-        index = examples_at(np.arange(first, first + size), len(self.examples), config.seed)
-        examples = self.examples[index]
-        return UserBatch(
-            prompts=self.assembler.example_rows(self.data, examples),
-            targets=self.targets[index],
-            exclude=Ragged.of(self.data.exclude(examples)),
-            keys=index.tolist(),
-        )
-
     # ---- evaluation -----------------------------------------------------------------------------
 
     def evaluate(
@@ -373,7 +327,7 @@ class RecPOTrainer:
         metrics = self.best
         self.accelerator.wait_for_everyone()
         if self.config.load_best_model_at_end:
-            load_checkpoint(self.output_dir / "best", self.model)
+            self.directory.load_best(self.model)
             self.table.refreshed_at = self.step
         else:
             metrics = self.evaluate("valid")
@@ -389,7 +343,6 @@ class RecPOTrainer:
         budget = self.update.budget
         return {
             "step": self.step,
-            "run": self.run_id,
             "best": self.best,
             "bad_evaluations": self.bad_evaluations,
             "refreshed_at": self.table.refreshed_at,
@@ -403,60 +356,27 @@ class RecPOTrainer:
 
     def _save(self, name: str | None = None) -> None:
         state, tensors = self._state(), checkpoint_tensors(self.model, self.optimizer)
-        with together("checkpoint"):
-            if self.accelerator.is_main_process:
-                target = self.output_dir / (name or f"checkpoint-{self.step}")
-                save_checkpoint(target, tensors, self.model.index, state)
-                prune_checkpoints(self.output_dir, self.config.save_total_limit, self.run_id)
+        name = name or f"checkpoint-{self.step}"
+        self.directory.save(name, tensors, self.model.index, state)
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
-        if self.accelerator.is_main_process:
-            clear_interrupted(self.output_dir)
         if wanted is None:
-            with together("output_dir"):
-                if self.accelerator.is_main_process:
-                    refuse_results(self.output_dir)
+            self.directory.begin()
             self.run_log.open(None)
             return
         settings = self.config.to_dict()
-        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer, settings)
-        with together("output_dir"):
-            if self.accelerator.is_main_process:
-                refuse_results(self.output_dir, state.get("run") or self.run_id)
-                if moved := set_aside(self.output_dir, state["step"]):
-                    log.warning("later checkpoints are kept as %s", ", ".join(moved))
+        state = self.directory.resume(wanted, self.model, self.optimizer, settings)
         restore_generators(state)
         resume_schedule(self.scheduler, self.optimizer, state["scheduler"])
-        self._say_changed_settings(state["config"], settings)
-        self.step, self.best = state["step"], state["best"]
-        self.run_id = state.get("run") or self.run_id  # checkpoints of 0.1.0 name none
-        self.bad_evaluations = state["bad_evaluations"]
+        self.step, self.bad_evaluations = state["step"], state["bad_evaluations"]
         if state["token_budget"] is not None:
             self.update.budget.lower(state["token_budget"])
         self.table.written_at = state["written_at"].numpy()
         self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
-        self._resume_best(wanted)
+        self.best = self.directory.best_so_far(state["best"], wanted)
         self.run_log.open(self.step)
         log.info("resumed after step %d", self.step)
-
-    def _say_changed_settings(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        names = [name for name in now if name in saved and saved[name] != now[name]]
-        for name in names:
-            if name not in ("output_dir", "resume_from_checkpoint"):
-                log.info("%s: %s from here on (%s before)", name, now[name], saved[name])
-
-    def _resume_best(self, wanted: str) -> None:
-        kept = False
-        with together("best checkpoint"):
-            if self.best and self.accelerator.is_main_process:
-                kept = keep_best(self.best, wanted, self.output_dir)
-        if self.best and not distributed.any_(kept):
-            log.warning(
-                "the best checkpoint so far (%s %.4g) is no longer there: the best is chosen anew "
-                "from here on", BEST_METRIC, self.best[BEST_METRIC],
-            )  # fmt: skip
-            self.best = {}
 
     def _progress(self) -> tqdm:
         # disable=None: shown on a terminal only

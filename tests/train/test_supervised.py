@@ -219,9 +219,9 @@ def test_an_epoch_draws_every_record_once(tmp_path):
     trainer = toy_trainer(tmp_path, "reasoning_sft", max_steps=-1)
     records = len(toy_reasonings(toy_dataset()))
     assert trainer.max_steps == records / 4 == 12
-    drawn = [k for step in range(1, 13) for k in trainer._user_batch(step, 0).keys]
+    drawn = [k for step in range(1, 13) for k in trainer.examples.batch(step, 0).keys]
     assert sorted(drawn) == list(range(records))
-    batch = trainer._user_batch(1, 0)
+    batch = trainer.examples.batch(1, 0)
     given = toy_reasonings(toy_dataset())
     assert batch.targets.tolist() == given.items[batch.keys].tolist()
 
