@@ -175,11 +175,10 @@ class SupervisedUpdate(PolicyUpdate):
     ) -> None:
         """Add the gradient of one packed batch; ``counts``: tokens and records of the step."""
         hidden = self.model(batch)
-        batch = batch.to(self.model.device)
         loss = self._token_loss(hidden, batch, counts[0], stats)
         stats.add("loss", loss)
         if candidates is not None:
-            states = hidden.index_select(0, batch.readout)
+            states = hidden.index_select(0, batch.readout.to(hidden.device))
             out = self._item_loss(states, candidates, items, counts[1])
             loss = loss + self.config.item_weight * out.loss
             # its value is that of a ratio of 1; the cross-entropy has the same gradient
@@ -193,10 +192,9 @@ class SupervisedUpdate(PolicyUpdate):
     def _token_loss(
         self, hidden: torch.Tensor, batch: PackedBatch, total: torch.Tensor, stats: UpdateStats
     ) -> torch.Tensor:
-        model = self.model
-        written = batch.targets != IGNORED
-        targets = batch.targets[written]
-        states = hidden.index_select(0, batch.predict_from[written])
+        model, written = self.model, batch.targets != IGNORED
+        targets = batch.targets[written].to(hidden.device)
+        states = hidden.index_select(0, batch.predict_from[written].to(hidden.device))
         out = linear_logprob(
             states,
             model.lm_head_weight,
