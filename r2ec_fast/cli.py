@@ -1,5 +1,5 @@
-"""The command line, `r2ec-fast`: quickstart, prepare, train, report, evaluate, diagnose, recommend,
-index.
+"""The command line, `r2ec-fast`: quickstart, prepare, reasonings, train, report, evaluate,
+diagnose, recommend, index.
 
 Every setting of a command can stand in a YAML file (`--config`) and be overridden behind it. What a
 user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 shows where it arose.
@@ -32,6 +32,7 @@ from r2ec_fast.commands import (
     index,
     prepare,
     quickstart,
+    reasonings,
     recommend,
     report,
     train,
@@ -112,7 +113,6 @@ def build_parser() -> ArgumentParser:
     """The parser of all commands. Settings, defaults and help come from signatures and
     docstrings.
     """
-    from r2ec_fast.config import RENAMED, ModelConfig, RecPOConfig
     from r2ec_fast.data import prepare as sources
 
     load = partial(load_with_text_ids, names=ID_OPTIONS)
@@ -145,7 +145,24 @@ def build_parser() -> ArgumentParser:
         sub = command(name, _summary(called), group)
         sub.add_function_arguments(called, as_positional=False)
         parser.nested.setdefault("prepare", {})[name] = sub
-    sub = command("train", "Train a model on a prepared data set.")
+    sub = command("reasonings", _summary(reasonings))
+    sub.add_argument("--output_file", type=str, required=True, help="JSONL file to write.")
+    _add_settings_of_a_run(sub)
+    shown = ("help", "config", "data", "output_file", "reasonings", "seed")
+    for action in sub._actions:  # a file of settings for `train` is taken, whatever else it holds
+        if action.dest.split(".")[0] not in shown:
+            action.help = argparse.SUPPRESS
+    _add_settings_of_a_run(command("train", "Train a model on a prepared data set."))
+    function("report", positional=True)
+    for name in ("evaluate", "diagnose", "index"):
+        function(name)
+    function("recommend").parser_mode = "yaml-ids"
+    return parser
+
+
+def _add_settings_of_a_run(sub: ArgumentParser) -> None:
+    from r2ec_fast.config import RENAMED, ModelConfig, RecPOConfig
+
     sub.add_argument("--data", type=str, required=True, help="Prepared data set (directory).")
     sub.add_class_arguments(ModelConfig, "model", as_positional=False)
     sub.add_class_arguments(RecPOConfig, as_positional=False)
@@ -153,11 +170,6 @@ def build_parser() -> ArgumentParser:
     for old, new in RENAMED.items():  # taken, not shown
         kind = str if new.values else kinds_of[new.name]
         sub.add_argument(f"--{old}", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    function("report", positional=True)
-    for name in ("evaluate", "diagnose", "index"):
-        function(name)
-    function("recommend").parser_mode = "yaml-ids"
-    return parser
 
 
 def _with_written_ids(arguments: Sequence[str]) -> list[str]:
@@ -190,11 +202,14 @@ def run_command(arguments: Sequence[str] | None = None) -> None:
     if name == "prepare":
         source = settings.prepare.source
         prepare(source, **_values(settings.prepare[source]))
-    elif name == "train":
-        values = _values(settings.train)
+    elif name in ("train", "reasonings"):
+        values = _values(settings[name])
         if any(old in values for old in RENAMED):  # then a new one must have been given to count
-            values = _values(parser.parse_args(arguments, defaults=False).train)
+            values = _values(parser.parse_args(arguments, defaults=False)[name])
         data, model = values.pop("data"), values.pop("model", {})
+        if name == "reasonings":
+            reasonings(data, values.pop("output_file"), RecPOConfig(**values))
+            return
         prompts = PromptConfig(**model.pop("prompts", {}))
         train(data, ModelConfig(**model, prompts=prompts), RecPOConfig(**values))
     else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
 
 MODES = ("direct", "reasoned")
+SHOWN_TEXTS = 5  # of the reasonings that are written
 
 
 def prepare(source: str, **settings: Any) -> None:
@@ -34,6 +35,21 @@ def prepare(source: str, **settings: Any) -> None:
     prepared = getattr(sources, f"prepare_{source}")(**settings)
     say(prepared.report)
     say(f"wrote {prepared.directory}")
+
+
+def reasonings(data: str, output_file: str, config: RecPOConfig) -> None:
+    """Write the reasonings that `train` makes by the templates of the same settings, as JSONL."""
+    from r2ec_fast.data import ReasoningTemplates, RecDataset
+
+    if not isinstance(config.reasonings, ReasoningTemplates):
+        raise ValueError(f"reasonings: expected templates, got {config.reasonings!r}")
+    check_writable(output_file, "output_file")
+    dataset = RecDataset.load(data)
+    records = config.reasonings.fill(dataset, config.seed)
+    records.write(output_file, dataset, "output_file")
+    for place in range(0, len(records), -(-len(records) // SHOWN_TEXTS)):
+        say(records.texts[place])
+    say(f"wrote {len(records):,} reasonings to {output_file}")
 
 
 def train(data: str, model: ModelConfig, config: RecPOConfig) -> dict[str, float]:

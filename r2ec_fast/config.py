@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from r2ec_fast.data.templates import ReasoningTemplates
 from r2ec_fast.prompts.builder import PromptConfig
 from r2ec_fast.utils.settings import (
     Fraction,
@@ -57,13 +58,19 @@ class RecPOConfig:
 
     output_dir: str = "runs/r2ec"
     """Where checkpoints, metrics and the trained model are written."""
-    objective: Annotated[str, OneOf("recpo", "contrastive")] = "recpo"
+    objective: Annotated[str, OneOf("recpo", "contrastive", "reasoning_sft")] = "recpo"
     """recpo: reasoning and item head by reinforcement learning; contrastive: direct mode, in-batch
-    softmax without reasoning (ablation and warm start)."""
+    softmax without reasoning (ablation and warm start); reasoning_sft: given reasonings and the
+    items to read out after them (language warm start)."""
+    reasonings: str | ReasoningTemplates | None = None
+    """Of reasoning_sft: a JSONL file of reasonings, or templates that make them."""
 
     # adapters and precision
     use_lora: bool = True
-    """Train low-rank adapters; false trains every weight except the token table."""
+    """Train low-rank adapters; false trains every weight except the token tables."""
+    train_embeddings: bool = False
+    """With use_lora false, also train the token tables (embeddings and language-model head): for a
+    model that starts from random weights."""
     lora_r: PositiveInt = 4
     """Rank of the adapters."""
     lora_alpha: int = 128
@@ -114,7 +121,9 @@ class RecPOConfig:
     epsilon_high: NonNegativeFloat = 0.2
     """Upper clip range of the ratios (reference code: 0.28)."""
     item_weight: NonNegativeFloat = 1.0
-    """Weight of the item action; 1, the paper's: as much as one token of its reasoning."""
+    """Weight of the item action; 1, the paper's: as much as one token of its reasoning. With
+    reasoning_sft, of the items' mean cross-entropy beside the tokens'; 0 = language alone, and no
+    item is encoded."""
     item_negatives: Annotated[str, OneOf(*ITEM_NEGATIVES)] = "in-batch"
     """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog" (which
     wants refresh_steps 1: a model learns to tell fresh rows from stale ones)."""
@@ -168,6 +177,10 @@ class RecPOConfig:
     refresh_mode: Annotated[str, OneOf("full", "rolling")] = "full"
     """"full": all rows at once, every refresh_steps; "rolling": after each step the oldest rows, so
     many that none is older than refresh_steps."""
+    fresh_targets: bool = False
+    """Write the rows of a step's targets, encoded anew, into the table before its rewards, as the
+    paper does. Their rivals' rows are older, so targets then win for their freshness alone
+    (reward/staleness_bias); off: all rows that give a reward are of one age."""
     index_scan: Annotated[str, OneOf(*SCANS)] = "auto"
     """First pass of the item index: "auto", "none", "fp16", "bf16" or "int8"; same results."""
 
@@ -177,7 +190,7 @@ class RecPOConfig:
     eval_samples: NonNegativeInt = 0
     """Validation examples, seeded sample; 0 = all."""
     eval_reasoning: bool | None = None
-    """Evaluate with greedy reasoning; none = yes for recpo, no for contrastive."""
+    """Evaluate with greedy reasoning; none = yes, but for contrastive."""
     eval_direct: bool = True
     """Also rank without reasoning at evaluations with reasoning, and log the paired difference
     (eval_valid_reasoned_minus_direct_ndcg@10): one forward pass over the prompts."""
@@ -213,10 +226,14 @@ class RecPOConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.reasonings, Mapping):
+            self.reasonings = ReasoningTemplates(**self.reasonings)
         if self.refresh_mode == "rolling" and not self.refresh_steps:
             raise ValueError("refresh_steps: refresh_mode='rolling' needs at least 1, got 0")
         if self.rollout_server is not None and not self.use_lora:
             raise ValueError("rollout_server: needs use_lora, a server takes new adapters only")
+        if self.train_embeddings and self.use_lora:
+            raise ValueError("train_embeddings: needs use_lora false, adapters leave the tables")
         if self.relabel_topk > self.num_generations:
             raise ValueError(
                 f"relabel_topk: expected at most num_generations ({self.num_generations}), "
@@ -226,7 +243,14 @@ class RecPOConfig:
     @property
     def reasons(self) -> bool:
         """Whether evaluations of this run write a reasoning first."""
-        return self.objective == "recpo" if self.eval_reasoning is None else self.eval_reasoning
+        if self.eval_reasoning is not None:
+            return self.eval_reasoning
+        return self.objective != "contrastive"
+
+    @property
+    def trains_items(self) -> bool:
+        """Whether steps read items out; language alone needs no item table."""
+        return self.objective != "reasoning_sft" or self.item_weight > 0
 
     def loss_config(
         self,

@@ -125,7 +125,7 @@ def test_11_unknown_configuration_key(capsys, tmp_path):
     message = error_line(capsys, "train", "--data", "d", "--learning_rate", "fast")
     assert "learning_rate" in message and "fast" in message
     message = error_line(capsys, "train", "--data", "d", "--objective", "dpo")
-    assert message == "objective: expected one of recpo, contrastive, got 'dpo'"
+    assert message == "objective: expected one of recpo, contrastive, reasoning_sft, got 'dpo'"
 
 
 def test_12_rewards_with_the_wrong_group_size():

@@ -17,7 +17,9 @@ from r2ec_fast.config import RecPOConfig
 from r2ec_fast.data import RecDataset
 from r2ec_fast.prompts.builder import PromptConfig
 
-COMMANDS = ("quickstart", "prepare", "train", "evaluate", "diagnose", "recommend", "index")
+COMMANDS = (
+    "quickstart", "prepare", "reasonings", "train", "evaluate", "diagnose", "recommend", "index"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_help_names_every_command(capsys):
 LEAVES = [
     ("quickstart",),
     *[("prepare", source) for source in ("generic", "movielens", "amazon", "check")],
-    *[(name,) for name in ("train", "evaluate", "diagnose", "recommend", "index")],
+    *[(name,) for name in ("reasonings", "train", "evaluate", "diagnose", "recommend", "index")],
 ]
 
 
@@ -87,6 +89,8 @@ def test_help_explains_every_setting_and_its_default(path, capsys):
         flat = " ".join(part.split())
         name, explained = flat.split()[0], re.split(r"\s{2,}", part, maxsplit=1)[1]
         assert re.search(r"[A-Za-z]{3,}", explained.split("(type:")[0].split("(required")[0]), part
+        if name.endswith(".help"):  # of a setting with settings of its own
+            continue
         if name not in ("help", "config", "print_config", "model", "model.prompts"):
             assert "default:" in flat or "required" in flat, part
 
@@ -211,6 +215,43 @@ def test_index_makes_a_bare_model_a_recommender(folder, capsys):
     assert run("index", "--model", folder / "bare2", "--data", folder / "data") == 0
     assert "encoded 16 items" in capsys.readouterr().out
     assert run("recommend", *arguments) == 0
+
+
+def test_reasonings_are_written_then_learned(folder, capsys):
+    toy_model(dtype=torch.float32).save_pretrained(folder / "bare4")
+    file, written = folder / "sft.yaml", folder / "reasonings.jsonl"
+    file.write_text(
+        "objective: reasoning_sft\nuse_lora: false\nmax_steps: 1\nmax_completion_length: 40\n"
+        f"model: {{name_or_path: {folder / 'bare4'}}}\noutput_dir: {folder / 'sft'}\n"
+        "reasonings:\n"
+        "  templates: ['After {last.colour}: {target.colour}']\n"
+        "  attributes: {colour: {column: title, pattern: '^[a-z]+'}}\n"
+    )
+    settings = ["--config", file, "--data", folder / "data"]
+    assert run("reasonings", *settings, "--output_file", written) == 0
+    out = capsys.readouterr().out.splitlines()
+    dataset = RecDataset.load(folder / "data")
+    number = len(dataset.train)
+    assert out[-1] == f"wrote {number} reasonings to {written}"
+    assert len(out) == 6 and re.fullmatch("After [a-z]+: [a-z]+", out[0])
+    rows = written.read_text().splitlines()
+    assert len(rows) == number and json.loads(rows[0])["text"] == out[0]
+    # settings of the command line go before those of the file
+    more = ["--reasonings.templates", "['{target.colour}!']", "--output_file", folder / "2.jsonl"]
+    assert run("reasonings", *settings, *more) == 0
+    assert re.fullmatch(
+        "[a-z]+!", json.loads((folder / "2.jsonl").read_text().split("\n")[0])["text"]
+    )
+    assert run("train", *settings, "--reasonings", written) == 0
+    assert (
+        json.loads((folder / "sft" / "metrics.jsonl").read_text().split("\n")[0])["token_loss"] > 0
+    )
+    # a file cannot be made of a file, nor where nothing can be written
+    capsys.readouterr()
+    given = ["--reasonings", written, "--output_file", folder / "3.jsonl"]
+    assert "expected templates, got" in error_line(capsys, "reasonings", *settings, *given)
+    message = error_line(capsys, "reasonings", *settings, "--output_file", written / "x")
+    assert f"output_file: cannot write to {written / 'x'}" in message
 
 
 def test_train_then_recommend(folder, capsys):

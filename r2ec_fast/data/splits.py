@@ -125,6 +125,18 @@ def sample_examples(data: RecDataset, split: str, samples: int, seed: int) -> Ex
     return examples[np.sort(drawn)]
 
 
+def training_events(dataset: RecDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(user, item, position), int64 [E] each, of every event up to the user's last training target:
+    what a model may be fitted on. Ordered by user and position."""
+    data, train = dataset.data, dataset.train
+    last = np.full(data.num_users, -1, dtype=np.int64)
+    np.maximum.at(last, train.user, train.position)
+    users = np.repeat(np.arange(data.num_users), np.diff(data.offsets))
+    positions = np.arange(data.num_events) - data.offsets[users]
+    known = positions <= last[users]
+    return users[known], data.item[known], positions[known]
+
+
 def examples_at(places: np.ndarray, total: int, seed: int) -> np.ndarray:
     """The numbers int64 [n] of the examples at ``places`` of an endless training order.
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
+from r2ec_fast.data.splits import training_events
+
 if TYPE_CHECKING:
     from r2ec_fast.data import Examples, RecDataset
 
@@ -31,7 +33,7 @@ class Baseline(ABC):
 
     def __init__(self, dataset: RecDataset) -> None:
         self.dataset = dataset
-        users, items, positions = _training_events(dataset)
+        users, items, positions = training_events(dataset)
         self.num_items = len(dataset.data.catalog)
         counts = np.bincount(items, minlength=self.num_items)
         # place of every item in the popularity order: the tie-break of all baselines
@@ -153,17 +155,6 @@ class ItemKNN(Baseline):
 def counting_baselines(dataset: RecDataset) -> list[Baseline]:
     """Popularity, Markov-1 and ItemKNN, fitted on the training events of `dataset`."""
     return [Popularity(dataset), Markov(dataset), ItemKNN(dataset)]
-
-
-def _training_events(dataset: RecDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(user, item, position), each [E], of every event up to the user's last training target."""
-    data, train = dataset.data, dataset.train
-    last = np.full(data.num_users, -1, dtype=np.int64)
-    np.maximum.at(last, train.user, train.position)
-    users = np.repeat(np.arange(data.num_users), np.diff(data.offsets))
-    positions = np.arange(data.num_events) - data.offsets[users]
-    known = positions <= last[users]
-    return users[known], data.item[known], positions[known]
 
 
 def _keys(values: object, offsets: object, num_items: int) -> np.ndarray:

@@ -144,6 +144,7 @@ class PromptBuilder:
     Attributes:
         titles: text of each item in a user prompt: one line, no special tokens.
         marker_ids: token ids of the marker alone.
+        harmless: text -> the same text with its control tokens broken up.
 
     Raises:
         ValueError: the chat template refuses a conversation without system message or does not
@@ -160,7 +161,7 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.catalog = catalog
         self.config = config or PromptConfig()
-        self._harmless = ControlTokens(tokenizer).broken
+        self.harmless = ControlTokens(tokenizer).broken
         self.titles = [self._clean(title) for title in catalog.titles]
         self._columns = {
             field: catalog.fields[field].to_list()
@@ -252,7 +253,7 @@ class PromptBuilder:
 
     def _clean(self, text: str) -> str:
         # one line an event; and item text must not be able to open or close a chat turn
-        return self._harmless(" ".join(str(text).split()))
+        return self.harmless(" ".join(str(text).split()))
 
     def _lines(self, history: History) -> list[str]:
         if len(history.items) == 0:

@@ -23,6 +23,7 @@ SHOWN_SAMPLES = 24  # the newest
 PANELS: dict[str, tuple[str, ...]] = {
     "reward": ("reward", "reward_std", "frac_reward_zero_std"),
     "loss": ("loss", "token_loss", "item_loss"),
+    "token accuracy (share)": ("mean_token_accuracy",),
     "rank of the target": ("rank/p10", "rank/p50", "rank/p90"),
     "validation": ("eval_valid_ndcg@10", "eval_valid_hit_rate@10", "eval_valid_mrr@10"),
     "reasoned - direct (ndcg@10)": ("eval_valid_reasoned_minus_direct_ndcg@10",),

@@ -47,7 +47,7 @@ class CheckpointMismatch(CheckpointError):
 
 
 # settings that decide which tensors a checkpoint holds; any other may change on the way
-_FIXED = ("use_lora", "lora_r", "optim")
+_FIXED = ("use_lora", "train_embeddings", "lora_r", "optim")
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -54,6 +54,10 @@ def wanted(config: RecPOConfig, engine: RolloutEngine | None) -> bool:
         )
     if config.optim != "adamw_torch":
         raise ValueError(f"optim: fsdp needs 'adamw_torch', got {config.optim!r}")
+    if config.train_embeddings:
+        raise ValueError(
+            "train_embeddings: fsdp leaves the token tables as they are; expected false"
+        )
     return True
 
 

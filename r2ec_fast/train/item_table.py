@@ -27,7 +27,7 @@ class CatalogTable:
     ``written_at`` int64 [N] is the optimiser step whose weights encoded each row (-1: not known).
     Three things write rows, and each sets it:
 
-    - a step writes its own target items before its rewards are computed (:meth:`wrote`);
+    - with ``fresh_targets`` a step writes its own target items before its rewards (:meth:`wrote`);
     - :meth:`refresh` encodes the whole catalog, each process a part;
     - :meth:`roll` encodes the oldest ``ceil(N / refresh_steps)`` rows, so that a row is at most
       ``refresh_steps`` steps old. Rows that a step wrote are young and wait their turn again.
@@ -87,13 +87,14 @@ class CatalogTable:
         oldest = np.sort(np.argpartition(age_then_id, count - 1)[:count])
         self.write(oldest.tolist(), step)
 
-    def after_step(self, step: int) -> None:
-        """Do what ``refresh_mode`` and ``refresh_steps`` ask for after a step."""
+    def refresh_due(self, step: int) -> bool:
+        """Whether the whole catalog is to be encoded after ``step``."""
         every = self.config.refresh_steps
-        if every and self.config.refresh_mode == "rolling":
-            self.roll(step)
-        elif every and step % every == 0:
-            self.refresh(step)
+        return bool(every) and self.config.refresh_mode == "full" and step % every == 0
+
+    def roll_due(self) -> bool:
+        """Whether the oldest rows are to be encoded after every step."""
+        return bool(self.config.refresh_steps) and self.config.refresh_mode == "rolling"
 
     def staleness(self, step: int) -> dict[str, float]:
         """Ages, in optimiser steps, of the rows that gave the rewards of ``step``."""

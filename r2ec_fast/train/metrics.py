@@ -64,22 +64,24 @@ class StepMeter:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def read(self, users: Sequence[UserBatch], experiences: Sequence[Experience]) -> dict:
-        """``step_time`` (s), ``perf/tokens_per_second`` (prompt and completion tokens of all
-        processes), ``perf/peak_memory_mib`` (of the process that needed most: CUDA memory of the
-        step; without a GPU, resident memory since the process began)."""
-        tokens = sum(len(batch.prompts.values) for batch in users)
-        tokens += sum(len(e.rollouts.values) for e in experiences)
+    def read(self, users: Sequence[UserBatch], completions: Sequence[np.ndarray]) -> dict:
+        """``step_time`` (s), ``perf/examples_per_second`` and ``perf/tokens_per_second`` (prompt
+        and completion tokens) of all processes, ``perf/peak_memory_mib`` (of the process that
+        needed most: CUDA memory of the step; without a GPU, resident memory since the process
+        began)."""
+        examples = sum(len(batch.targets) for batch in users)
+        tokens = sum(len(batch.prompts.values) for batch in users) + sum(map(len, completions))
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        every = distributed.gather_objects((tokens, peak))
+        every = distributed.gather_objects((examples, tokens, peak))
         seconds = time.perf_counter() - self._started
         return {
             "step_time": seconds,
-            "perf/tokens_per_second": sum(tokens for tokens, _ in every) / seconds,
-            "perf/peak_memory_mib": max(peak for _, peak in every),
+            "perf/examples_per_second": sum(examples for examples, *_ in every) / seconds,
+            "perf/tokens_per_second": sum(tokens for _, tokens, _ in every) / seconds,
+            "perf/peak_memory_mib": max(peak for *_, peak in every),
         }
 
 

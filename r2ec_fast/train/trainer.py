@@ -4,7 +4,7 @@ Departures from the paper and its code, each with a test (all of them: docs/meth
 - one advantage a trajectory; only the best reasoning(s) of a group train the item action;
 - log-probabilities are stored when sampled, at the sampling temperature; token ids travel;
 - equal targets of a batch are one candidate, never each other's negatives;
-- the batch's target rows enter the table before the rewards are computed, as in the paper;
+- rewards come from item rows of one age: a step's own targets are not fresher than their rivals;
 - rewards come from the update's own forward pass, so that a step runs the policy once, not twice.
 """
 
@@ -14,39 +14,26 @@ import logging
 import math
 import signal
 import time
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from r2ec_fast.config import RecPOConfig
-from r2ec_fast.data import RecDataset
-from r2ec_fast.data.splits import examples_at
+from r2ec_fast.data import Reasonings, RecDataset
 from r2ec_fast.eval.metrics import BEST_METRIC
 from r2ec_fast.eval.ranking import server_engine, transformers_engine
 from r2ec_fast.model.r2ec import R2ecModel
-from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import RolloutEngine, Rollouts
 from r2ec_fast.train import distributed
 from r2ec_fast.train.batches import Experience, ItemRows, UserBatch
 from r2ec_fast.train.checkpoint import (
     checkpoint_tensors,
-    clear_interrupted,
     generator_states,
-    keep_best,
-    load_checkpoint,
-    load_wanted,
-    prune_checkpoints,
-    refuse_results,
     restore_generators,
-    save_checkpoint,
-    set_aside,
     trainable_parameters,
 )
 from r2ec_fast.train.dynamic_sampling import ResamplingCost, resample_ties, round_key
@@ -57,21 +44,25 @@ from r2ec_fast.train.item_table import CatalogTable
 from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
-from r2ec_fast.train.update import PolicyUpdate
+from r2ec_fast.train.run_directory import RunDirectory
+from r2ec_fast.train.staleness import staleness_bias
+from r2ec_fast.train.step_examples import StepExamples
+from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of
 from r2ec_fast.train.validation import Validation
-from r2ec_fast.utils.atomic_files import check_directory
 
 log = logging.getLogger(__name__)
 
 
 class RecPOTrainer:
-    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
+    """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, the contrastive objective, or
+    given reasonings, which are those of ``config.reasonings`` or of the argument ``reasonings``.
 
     ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
     transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
     at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
 
-    Raises ValueError for an empty training split, OSError where output_dir cannot be written.
+    Raises ValueError for an empty training split, and for reasonings that are missing, do not fit
+    the data, or are longer than max_completion_length; OSError where output_dir cannot be written.
     """
 
     def __init__(
@@ -81,14 +72,16 @@ class RecPOTrainer:
         config: RecPOConfig,
         *,
         engine: RolloutEngine | None = None,
+        reasonings: Reasonings | None = None,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, set_seed
 
         if len(data.train) == 0:
             raise ValueError("data: the training split holds no example")
+        records = reasonings_of(config, data, reasonings)
         self.output_dir = Path(config.output_dir)
-        check_directory(self.output_dir, "output_dir")
+        self.directory = RunDirectory(self.output_dir, config.save_total_limit)
         tracker = None if config.report_to == "none" else config.report_to
         self._sharded = sharding_wanted(config, engine)
         timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
@@ -100,8 +93,9 @@ class RecPOTrainer:
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
+        self.examples = StepExamples(data, records, config, self.assembler)
         self.engine = engine or self._default_engine()
-        self.update = PolicyUpdate(model, config)
+        self.update = SupervisedUpdate(model, config)
         self.parameters = trainable_parameters(model)
         self.optimizer = make_optimizer(config, list(self.parameters.values()))
         self.scheduler = make_schedule(config, self.optimizer, self.max_steps)
@@ -112,8 +106,9 @@ class RecPOTrainer:
             model, self.assembler, data, config, self.engine, self.update.budget
         )
         self.run_log = RunLog(config, self.accelerator)
-        self.run_id = uuid.uuid4().hex  # of the main process: it writes the checkpoints
         self.step, self.validated_at = 0, -1
+        # the last step's reasonings, and the rows it wrote before it scored them
+        self._latest: tuple[Experience, list[int]] | None = None
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
         self._stop_signal = self.stopped = False
@@ -122,8 +117,8 @@ class RecPOTrainer:
         model, config = self.model, self.config
         if config.use_lora and not hasattr(model.backbone, "get_base_model"):
             model.add_lora(r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
-        if not config.use_lora:
-            # the token table stays: the loss then needs no gradient of [V, d]
+        if not config.use_lora and not config.train_embeddings:
+            # the token tables stay: the loss then needs no gradient of [V, d]
             model.language_model.get_input_embeddings().requires_grad_(False)
             model.language_model.get_output_embeddings().requires_grad_(False)
         if config.gradient_checkpointing:
@@ -143,18 +138,9 @@ class RecPOTrainer:
     # ---- the loop -------------------------------------------------------------------------------
 
     @property
-    def users_per_step(self) -> int:
-        """Users of all processes in one optimiser step."""
-        config = self.config
-        users = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return users * distributed.world()[1]
-
-    @property
     def max_steps(self) -> int:
-        """Rollout batches of the whole run."""
-        if self.config.max_steps >= 0:
-            return self.config.max_steps
-        return math.ceil(self.config.num_train_epochs * len(self.data.train) / self.users_per_step)
+        """Optimiser steps of the whole run."""
+        return self.examples.max_steps
 
     def train(self) -> dict[str, float]:
         """Run to the end (or the early stop); returns the final validation metrics.
@@ -168,7 +154,7 @@ class RecPOTrainer:
         self._resume()
         previous = signal.signal(signal.SIGTERM, self._on_sigterm) if _main_thread() else None
         try:
-            if self.model.index is None:
+            if self.model.index is None and self.config.trains_items:
                 self.table.refresh(self.step)
             if self.step == 0:
                 self.validation.check_readiness(self.run_log)
@@ -187,10 +173,9 @@ class RecPOTrainer:
         """One step with all that is due after it; True = stop early."""
         config = self.config
         self.step += 1
-        record = {**self._train_step(self.step), "step": self.step}
+        record = {**self._train_step(self.step), "step": self.step} | self._renew_table()
         if self.step % config.logging_steps == 0:
             self.run_log.write(record)
-        self.table.after_step(self.step)
         stop = False
         if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
             stop = self._validate()
@@ -200,10 +185,15 @@ class RecPOTrainer:
 
     def _train_step(self, step: int) -> dict[str, float]:
         meter = StepMeter()
-        users = [self._user_batch(step, a) for a in range(self.config.gradient_accumulation_steps)]
-        rows = self.table.candidate_rows(users, step)
-        self.table.wrote(list(rows), step - 1)
+        users, given = self.examples.of_step(step), self.examples.written
+        rows = self.table.candidate_rows(users, step) if self.config.trains_items else {}
+        if self.config.fresh_targets:
+            self.table.wrote(list(rows), step - 1)
         self.model.train()
+        if given is not None:
+            written = [given.select(batch.keys) for batch in users]
+            record = self.update.reasoning_sft(users, written, rows)
+            return record | self._optimizer_step() | meter.read(users, [w.values for w in written])
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)
             return record | self._optimizer_step() | meter.read(users, [])
@@ -213,6 +203,7 @@ class RecPOTrainer:
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
+        self._latest = experiences[0], list(rows) if self.config.fresh_targets else []
         every = self.config.log_completions_steps
         if every and step % every == 0:
             titles = self.data.data.catalog.titles
@@ -220,14 +211,14 @@ class RecPOTrainer:
                 reasoning_samples(experiences[0], step, self.model.tokenizer, titles)
             )
         record |= completion_stats(experiences) | self.table.staleness(step)
-        return record | meter.read(users, experiences)
+        return record | meter.read(users, [e.rollouts.values for e in experiences])
 
     def _rollouts(
         self, users: Sequence[UserBatch], rows: ItemRows, step: int
     ) -> tuple[list[Experience], dict[str, float]]:
         """The step's experiences, and what dynamic sampling cost."""
         rounds, cost = self.config.dynamic_sampling_rounds, ResamplingCost()
-        if rounds:  # its scores need the fresh rows before the update writes them
+        if rounds and self.config.fresh_targets:  # its scores need them before the update does
             self.table.write(list(rows), step - 1)
         experiences = []
         with gathered(self.model), together("rollouts"):
@@ -269,20 +260,29 @@ class RecPOTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": float(whole(norm)), "learning_rate": learning_rate}
 
-    # ---- data -----------------------------------------------------------------------------------
+    def _renew_table(self) -> dict[str, float]:
+        """What refresh_mode and refresh_steps ask for after a step."""
+        if not self.config.trains_items:
+            return {}
+        if self.table.roll_due():
+            self.table.roll(self.step)
+        return self._refresh_table() if self.table.refresh_due(self.step) else {}
 
-    def _user_batch(self, step: int, accumulation: int) -> UserBatch:
-        config, (rank, processes) = self.config, distributed.world()
-        size = config.per_device_train_batch_size
-        first = (step - 1) * self.users_per_step + (accumulation * processes + rank) * size
-        index = examples_at(np.arange(first, first + size), len(self.data.train), config.seed)
-        examples = self.data.train[index]
-        return UserBatch(
-            prompts=self.assembler.example_rows(self.data, examples),
-            targets=self.data.target(examples),
-            exclude=Ragged.of(self.data.exclude(examples)),
-            keys=index.tolist(),
+    def _refresh_table(self) -> dict[str, float]:
+        """Encode the whole catalog; says what the age of its rows had added to the rewards."""
+        if self._latest is None or self.config.refresh_steps == 1:  # no step sees an old row
+            self.table.refresh(self.step)
+            return {}
+        experience, fresh = self._latest
+        bias = staleness_bias(
+            experience,
+            self.step,
+            update=self.update,
+            table=self.table,
+            fresh=fresh,
+            refresh=lambda: self.table.refresh(self.step),
         )
+        return {"reward/staleness_bias": bias}
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -304,8 +304,9 @@ class RecPOTrainer:
 
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
+        bias = {} if self.table.refreshed_at == self.step else self._refresh_table()
         metrics = self.evaluate("valid")
-        self.run_log.write({"step": self.step, **metrics, **self.validation.groups()})
+        self.run_log.write({"step": self.step, **metrics, **bias, **self.validation.groups()})
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0
@@ -326,7 +327,7 @@ class RecPOTrainer:
         metrics = self.best
         self.accelerator.wait_for_everyone()
         if self.config.load_best_model_at_end:
-            load_checkpoint(self.output_dir / "best", self.model)
+            self.directory.load_best(self.model)
             self.table.refreshed_at = self.step
         else:
             metrics = self.evaluate("valid")
@@ -342,7 +343,6 @@ class RecPOTrainer:
         budget = self.update.budget
         return {
             "step": self.step,
-            "run": self.run_id,
             "best": self.best,
             "bad_evaluations": self.bad_evaluations,
             "refreshed_at": self.table.refreshed_at,
@@ -356,60 +356,27 @@ class RecPOTrainer:
 
     def _save(self, name: str | None = None) -> None:
         state, tensors = self._state(), checkpoint_tensors(self.model, self.optimizer)
-        with together("checkpoint"):
-            if self.accelerator.is_main_process:
-                target = self.output_dir / (name or f"checkpoint-{self.step}")
-                save_checkpoint(target, tensors, self.model.index, state)
-                prune_checkpoints(self.output_dir, self.config.save_total_limit, self.run_id)
+        name = name or f"checkpoint-{self.step}"
+        self.directory.save(name, tensors, self.model.index, state)
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
-        if self.accelerator.is_main_process:
-            clear_interrupted(self.output_dir)
         if wanted is None:
-            with together("output_dir"):
-                if self.accelerator.is_main_process:
-                    refuse_results(self.output_dir)
+            self.directory.begin()
             self.run_log.open(None)
             return
         settings = self.config.to_dict()
-        state = load_wanted(wanted, self.output_dir, self.model, self.optimizer, settings)
-        with together("output_dir"):
-            if self.accelerator.is_main_process:
-                refuse_results(self.output_dir, state.get("run") or self.run_id)
-                if moved := set_aside(self.output_dir, state["step"]):
-                    log.warning("later checkpoints are kept as %s", ", ".join(moved))
+        state = self.directory.resume(wanted, self.model, self.optimizer, settings)
         restore_generators(state)
         resume_schedule(self.scheduler, self.optimizer, state["scheduler"])
-        self._say_changed_settings(state["config"], settings)
-        self.step, self.best = state["step"], state["best"]
-        self.run_id = state.get("run") or self.run_id  # checkpoints of 0.1.0 name none
-        self.bad_evaluations = state["bad_evaluations"]
+        self.step, self.bad_evaluations = state["step"], state["bad_evaluations"]
         if state["token_budget"] is not None:
             self.update.budget.lower(state["token_budget"])
         self.table.written_at = state["written_at"].numpy()
         self.table.refreshed_at, self.validated_at = state["refreshed_at"], state["validated_at"]
-        self._resume_best(wanted)
+        self.best = self.directory.best_so_far(state["best"], wanted)
         self.run_log.open(self.step)
         log.info("resumed after step %d", self.step)
-
-    def _say_changed_settings(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        names = [name for name in now if name in saved and saved[name] != now[name]]
-        for name in names:
-            if name not in ("output_dir", "resume_from_checkpoint"):
-                log.info("%s: %s from here on (%s before)", name, now[name], saved[name])
-
-    def _resume_best(self, wanted: str) -> None:
-        kept = False
-        with together("best checkpoint"):
-            if self.best and self.accelerator.is_main_process:
-                kept = keep_best(self.best, wanted, self.output_dir)
-        if self.best and not distributed.any_(kept):
-            log.warning(
-                "the best checkpoint so far (%s %.4g) is no longer there: the best is chosen anew "
-                "from here on", BEST_METRIC, self.best[BEST_METRIC],
-            )  # fmt: skip
-            self.best = {}
 
     def _progress(self) -> tqdm:
         # disable=None: shown on a terminal only

@@ -3,7 +3,7 @@
 No equation is written here: ranks, rewards, advantages and the loss are r2ec_kernels' functions.
 What this module adds is the flow of a step over packed micro-batches:
 
-1. the step's target items are encoded with gradient, and their rows written into the table;
+1. the step's target items are encoded with gradient (``fresh_targets``: and enter the table);
 2. every micro-batch is run forward once; h_T is scored against the table for the reward, and the
    same pass carries the gradient of tokens and item action;
 3. the gradient that the micro-batches leave on the candidates goes through their encoding once.
@@ -72,8 +72,9 @@ class PolicyUpdate:
         """Accumulate the gradient of one optimiser step of RecPO; returns its statistics.
 
         ``experiences``: one an accumulation step; ``item_rows``: the tokens of every distinct
-        target of the step, of all processes. Writes the targets' fresh rows into the table. Where
-        memory runs out on any process, the call is done again with smaller micro-batches on all.
+        target of the step, of all processes; ``fresh_targets`` writes their rows into the table.
+        Where memory runs out on any process, the call is done again with smaller micro-batches on
+        all.
 
         Raises StepOutOfMemory where a group does not fit alone.
         """
@@ -166,10 +167,29 @@ class PolicyUpdate:
     @torch.no_grad()
     def score(self, experience: Experience) -> None:
         """Fill the rewards and ranks of ``experience`` by a pass without gradient or dropout."""
+        for groups, states in self.read_outs(experience):
+            self._score(experience, groups, states)
+
+    @torch.no_grad()
+    def read_outs(self, experience: Experience) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """The user states of every reasoning, by a pass without gradient or dropout: for each
+        micro-batch its users, int64 [n], and states [n * G, d]."""
         with eval_mode(self.model):
-            for batch in self._pack(experience):
-                states = self.model(batch)[batch.readout.to(self.model.device)]
-                self._score(experience, batch.groups.numpy(), states)
+            return [
+                (batch.groups.numpy(), self.model(batch)[batch.readout.to(self.model.device)])
+                for batch in self._pack(experience)
+            ]
+
+    def rewards(
+        self, experience: Experience, read_outs: list[tuple[np.ndarray, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Rewards [B, G] of ``read_outs`` against the table as it is; ``experience`` is left."""
+        found = torch.zeros_like(experience.rewards)
+        for groups, states in read_outs:
+            found[torch.from_numpy(groups).to(found.device)] = self._rewards_of(
+                experience.users, groups, states
+            )[0].to(found.dtype)
+        return found
 
     # ---- parts of a step ------------------------------------------------------------------------
 
@@ -191,7 +211,7 @@ class PolicyUpdate:
 
     def _candidates(self, item_rows: ItemRows) -> Candidates:
         candidates = Candidates(self.model, item_rows, self.budget.tokens)
-        if self.model.index is not None:
+        if self.config.fresh_targets and self.model.index is not None:
             self.model.write_items(candidates.ids, candidates.leaf.detach())
         return candidates
 
@@ -252,13 +272,22 @@ class PolicyUpdate:
         self._record(out, experience, rows, batch, old, stats)
 
     def _score(self, experience: Experience, groups: np.ndarray, states: torch.Tensor) -> None:
-        """Rank, probability and reward of each reasoning against the whole table."""
-        generations = experience.rewards.shape[1]
-        targets = torch.from_numpy(experience.users.targets[groups]).repeat_interleave(generations)
+        """Keep the reward and rank of each reasoning against the whole table."""
+        rewards, rank = self._rewards_of(experience.users, groups, states)
+        rows = torch.from_numpy(groups).to(states.device)
+        experience.rewards[rows] = rewards.to(experience.rewards.dtype)
+        experience.rank[rows] = rank
+
+    def _rewards_of(
+        self, users: UserBatch, groups: np.ndarray, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards and ranks [n, G] of the states [n * G, d] of the users ``groups``."""
+        generations = len(states) // len(groups)
+        targets = torch.from_numpy(users.targets[groups]).repeat_interleave(generations)
         found = self.model.target_stats(
             states,
             targets.to(states.device),
-            exclude=experience.users.exclude.select(np.repeat(groups, generations)).tensors(),
+            exclude=users.exclude.select(np.repeat(groups, generations)).tensors(),
         )
         rewards = recpo_reward(
             found.rank,
@@ -266,9 +295,7 @@ class PolicyUpdate:
             softmax_weight=self.config.reward_softmax_weight,
             ndcg_k=self.config.reward_ndcg_k,
         )
-        rows = torch.from_numpy(groups).to(states.device)
-        experience.rewards[rows] = rewards.view(-1, generations).to(experience.rewards.dtype)
-        experience.rank[rows] = found.rank.view(-1, generations)
+        return rewards.view(-1, generations), found.rank.view(-1, generations)
 
     @torch.no_grad()
     def _reference_log_prob(self, batch: PackedBatch) -> torch.Tensor:

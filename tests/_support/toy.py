@@ -8,7 +8,15 @@ import torch
 from _support.backbones import toy_backbone
 from _support.tiny_tokenizer import tiny_tokenizer
 
-from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, LoadReport, RecDataset
+from r2ec_fast.data import (
+    Catalog,
+    Examples,
+    IdMap,
+    InteractionData,
+    LoadReport,
+    Reasonings,
+    RecDataset,
+)
 from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.prompts.builder import PromptConfig
 
@@ -47,6 +55,20 @@ def toy_dataset(users: int = 12, events: int = 5, seed: int = 0) -> RecDataset:
         valid=Examples(every, np.full(users, events - 2)),
         test=Examples(every, np.full(users, events - 1)),
     )
+
+
+def toy_reasonings(data: RecDataset, texts_per_example: int = 2) -> Reasonings:
+    """Texts of different length for each training example; that of the second kind is followed by
+    the first item that the user bought, not by the target."""
+    examples, texts, items = [], [], []
+    titles = data.data.catalog.titles
+    for kind in range(texts_per_example):
+        for i, target in enumerate(data.target(data.train).tolist()):
+            first = int(data.history(int(data.train.user[i]), 1).items[0])
+            examples.append(i)
+            items.append(first if kind else target)
+            texts.append(titles[target] if kind else f"After a {titles[first]}: {i}")
+    return Reasonings.of(data, data.train[np.array(examples)], texts, items)
 
 
 def toy_model(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from _support.processes import environment
-from _support.toy import toy_dataset, toy_model
+from _support.toy import toy_dataset, toy_model, toy_reasonings
 from safetensors.torch import load_file
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.train.checkpoint import TRAINABLE_FILE
 from r2ec_fast.train.trainer import RecPOTrainer
 
+OBJECTIVES = ("recpo", "contrastive", "reasoning_sft")
 RUN = {
     "num_generations": 2,
     "max_completion_length": 5,
@@ -35,9 +36,13 @@ RUN = {
 
 
 def toy_trainer(directory: Path, objective: str = "recpo", *, engine=None, **changes):
-    """A trainer of the toy model on the toy data."""
+    """A trainer of the toy model on the toy data, and on toy reasonings where it takes such."""
+    given = {}
     settings = {**RUN, "output_dir": str(directory), "objective": objective, **changes}
-    return RecPOTrainer(toy_model(), toy_dataset(), RecPOConfig(**settings), engine=engine)
+    if objective == "reasoning_sft":
+        given["reasonings"] = toy_reasonings(toy_dataset())
+        settings["max_completion_length"] = 32
+    return RecPOTrainer(toy_model(), toy_dataset(), RecPOConfig(**settings), engine=engine, **given)
 
 
 def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dict]:

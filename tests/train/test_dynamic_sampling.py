@@ -43,7 +43,7 @@ def test_groups_are_replaced_whole():
 def step(tmp_path):
     trainer = toy_trainer(tmp_path, **ROUNDS)
     trainer.table.refresh(0)
-    users = trainer._user_batch(1, 0)
+    users = trainer.examples.batch(1, 0)
     return trainer, users
 
 

@@ -31,6 +31,9 @@ training.toy_model = functools.partial(training.toy_model, dtype=torch.float32)
             marks=pytest.mark.slow,
         ),
         pytest.param(*("contrastive", {"max_tokens_per_microbatch": 100}), marks=pytest.mark.slow),
+        pytest.param(
+            *("reasoning_sft", {"max_tokens_per_microbatch": 100}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_two_sharded_processes_equal_one(tmp_path, objective, changes):
@@ -84,6 +87,8 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
         toy_trainer(tmp_path, fsdp=True, engine="vllm")
     with pytest.raises(ValueError, match="optim: fsdp needs 'adamw_torch'"):
         toy_trainer(tmp_path, fsdp=True, optim="paged_adamw_8bit")
+    with pytest.raises(ValueError, match="train_embeddings: fsdp leaves the token tables"):
+        toy_trainer(tmp_path, fsdp=True, use_lora=False, train_embeddings=True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed is not supported.*fsdp2.yaml"):
         toy_trainer(tmp_path)

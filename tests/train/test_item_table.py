@@ -35,13 +35,13 @@ def test_the_oldest_rows_are_encoded_with_the_new_weights(table):
     with torch.no_grad():
         for parameter in table.model.language_model.model.layers.parameters():
             parameter.mul_(1.5)
-    table.after_step(1)
+    table.roll(1)
     oldest = [1, 3, 4, 5]  # ceil(16 / 5), and neither of the rows just written
     assert changed_rows(table, before) == oldest
     fresh = table.model.encode_rows(table.builder.items_ids(oldest))
     torch.testing.assert_close(table.model.index.items[oldest], fresh.float())
     assert table.written_at.tolist() == [1] * 6 + [0] * 10
-    table.after_step(2)
+    table.roll(2)
     assert changed_rows(table, before) == [1, *range(3, 10)]
 
 
@@ -76,7 +76,7 @@ def test_no_row_grows_older_than_refresh_steps(table):
         assert ages["item_table/max_age"] == (step - 1 - table.written_at).max()
         assert ages["item_table/mean_age"] == pytest.approx((step - 1 - table.written_at).mean())
         oldest = max(oldest, ages["item_table/max_age"])
-        table.after_step(step)
+        table.roll(step)
     assert 0 < oldest <= 5
 
 
@@ -85,10 +85,13 @@ def test_a_run_logs_the_ages_of_its_rows(tmp_path):
     records = [r for r in lines(tmp_path / "rolling") if "reward" in r]
     assert [r["item_table_age"] for r in records] == list(range(8))
     assert max(r["item_table/max_age"] for r in records) <= 4
-    run(tmp_path / "full", max_steps=8, refresh_steps=0, eval_steps=0)
-    records = [r for r in lines(tmp_path / "full") if "reward" in r]
-    assert records[-1]["item_table/max_age"] == 7  # a row that no step wrote
-    assert records[-1]["item_table/mean_age"] < 7
+    for fresh in (False, True):
+        folder = tmp_path / f"full-{fresh}"
+        run(folder, max_steps=8, refresh_steps=0, eval_steps=0, fresh_targets=fresh)
+        last = [r for r in lines(folder) if "reward" in r][-1]
+        assert last["item_table/max_age"] == 7
+        # with fresh_targets the rows that a step wrote are younger
+        assert (last["item_table/mean_age"] < 7) == fresh
 
 
 def test_a_resumed_run_goes_on_with_the_rolling_refresh(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from _support.training import lines, run, same, toy_trainer, two
+from _support.training import OBJECTIVES, lines, run, same, toy_trainer, two
 
 from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.train.fault_tolerance import StepOutOfMemory, TokenBudget, together
@@ -36,7 +36,7 @@ def limit_memory(monkeypatch, tokens, error=torch.OutOfMemoryError):
     monkeypatch.setattr(R2ecModel, "forward", limited)
 
 
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_step_without_memory_is_done_again_in_smaller_parts(
     tmp_path, objective, monkeypatch, caplog
 ):

@@ -7,14 +7,14 @@ import time
 import pytest
 import torch
 from _support.toy import toy_dataset, toy_model
-from _support.training import launch, lines, run, same, two
+from _support.training import OBJECTIVES, launch, lines, run, same, two
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.train.checkpoint import TRAINABLE_FILE, load_checkpoint, trainable_parameters
 from r2ec_fast.train.trainer import RecPOTrainer
 
 
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_same_seed_same_run(tmp_path, objective):
     metrics, parameters = run(tmp_path / "a", objective)
     again, same_parameters = run(tmp_path / "b", objective)
@@ -25,7 +25,7 @@ def test_same_seed_same_run(tmp_path, objective):
     assert any(not torch.equal(parameters[n], others[n]) for n in parameters)
 
 
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_accumulation_equals_one_batch(tmp_path, objective):
     _, whole = run(tmp_path / "a", objective, per_device_train_batch_size=8)
     _, parts = run(
@@ -34,14 +34,14 @@ def test_accumulation_equals_one_batch(tmp_path, objective):
     same(whole, parts, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_recomputed_activations_train_the_same(tmp_path, objective):
     _, kept = run(tmp_path / "a", objective, max_steps=3)
     _, recomputed = run(tmp_path / "b", objective, max_steps=3, gradient_checkpointing=True)
     same(recomputed, kept, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_resume_equals_never_stopped(tmp_path, objective):
     metrics, parameters = run(tmp_path / "whole", objective)
     # a run that ends after three steps has a checkpoint of step 2 and of step 3
@@ -126,7 +126,8 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "mode"), [("recpo", "full"), ("contrastive", "full"), ("recpo", "rolling")]
+    ("objective", "mode"),
+    [("recpo", "full"), ("contrastive", "full"), ("reasoning_sft", "full"), ("recpo", "rolling")],
 )
 def test_two_processes_equal_one(tmp_path, objective, mode):
     changes = {"max_steps": 2, "eval_steps": 0, "refresh_mode": mode}
@@ -179,7 +180,9 @@ def test_output_directory_that_cannot_be_written(tmp_path):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="objective: expected one of recpo, contrastive"):
+    with pytest.raises(
+        ValueError, match="objective: expected one of recpo, contrastive, reasoning_sft"
+    ):
         RecPOConfig(objective="dpo")
     with pytest.raises(ValueError, match="relabel_topk: expected at most num_generations"):
         RecPOConfig(relabel_topk=9)

@@ -178,19 +178,26 @@ def test_order_of_users_does_not_matter(step):
         torch.testing.assert_close(got[name], want[name], **FLOAT32_INSIDE)
 
 
-def test_fresh_rows_enter_the_table_before_the_rewards(step):
-    # trap 11: with the stale rows, here the negated ones, every target ranks last
+@pytest.mark.parametrize("fresh_targets", [False, True])
+def test_rewards_come_from_rows_of_one_age(step, fresh_targets):
+    # trap 11: the reference code writes the fresh rows after the rewards, the paper before; here
+    # the step's rows leave the table alone, or enter it first. The old rows are negated ones, which
+    # rank every target last.
     model, users, rollouts, rows = step
+    cfg = config(fresh_targets=fresh_targets)
     fresh = Experience.of(users, rollouts, model.device)
-    gradients(model, [fresh], rows, config())
+    gradients(model, [fresh], rows, cfg)
     table = model.index.items.clone()
     ids = torch.tensor(sorted(rows))
     table[ids] = -table[ids]
     model.set_items(table)
-    stale_rows_replaced = Experience.of(users, rollouts, model.device)
-    gradients(model, [stale_rows_replaced], rows, config())
-    assert torch.equal(stale_rows_replaced.rank, fresh.rank)
-    assert torch.equal(stale_rows_replaced.rewards, fresh.rewards)
+    old = Experience.of(users, rollouts, model.device)
+    gradients(model, [old], rows, cfg)
+    if fresh_targets:
+        assert torch.equal(old.rank, fresh.rank) and torch.equal(old.rewards, fresh.rewards)
+    else:
+        assert torch.equal(model.index.items, table)
+        assert (old.rank >= fresh.rank).all() and old.rank.sum() > fresh.rank.sum()
 
 
 def test_stored_log_probabilities_let_the_clip_act(step):
