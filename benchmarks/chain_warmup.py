@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
+from r2ec_fast.data import Reasonings, RecDataset
+from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.quickstart.reasoning import write_chain
 from r2ec_fast.quickstart.world import ORDERS, World
 
 LONGEST_STEP = 4  # tokens of a chain's step, and of its end with the marker
-
-if TYPE_CHECKING:
-    from r2ec_fast.data import Reasonings, RecDataset
-    from r2ec_fast.model.r2ec import R2ecModel
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,6 @@ def chain_reasonings(
 
     Raises ValueError for ``lengths`` that are not shares of the world's lengths.
     """
-    from r2ec_fast.data import Reasonings
-    from r2ec_fast.packing.ragged import Ragged
-
     shares = np.full(world.steps + 1, 1 / (world.steps + 1)) if lengths is None else lengths
     shares = np.asarray(shares, float)
     if not 1 <= len(shares) <= world.steps + 1 or abs(shares.sum() - 1) > 1e-6 or shares.min() < 0:
@@ -85,9 +80,6 @@ def warm_up(
     model: R2ecModel, world: World, dataset: RecDataset, settings: WarmUp, *, seed: int = 0
 ) -> None:
     """Teach ``model``, which knows nothing yet, both of its heads; all its weights train."""
-    from r2ec_fast.config import RecPOConfig
-    from r2ec_fast.train.trainer import RecPOTrainer
-
     # words first: an item head that reads words which mean nothing yet only slows them
     parts = (
         (settings.language_steps, 0.0, settings.learning_rate),
