@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from r2ec_fast.quickstart import stages, world
+from r2ec_fast.quickstart import previous_world as world
+from r2ec_fast.quickstart import stages
+from r2ec_fast.quickstart.previous_world import Sizes
 from r2ec_fast.quickstart.progress import Progress
-from r2ec_fast.quickstart.world import Sizes
 from r2ec_fast.utils.signals import RunStopped, sigterm_raises
 from r2ec_fast.utils.terminal import say
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r2ec_fast.quickstart.world import Sizes
+from r2ec_fast.quickstart.previous_world import Sizes
 from r2ec_fast.utils.atomic_files import check_directory, write_whole
 
 FILE = "quickstart.json"

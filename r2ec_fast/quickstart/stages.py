@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from r2ec_fast.quickstart.world import Sizes, reasoning_text
+from r2ec_fast.quickstart.previous_world import Sizes, reasoning_text
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig

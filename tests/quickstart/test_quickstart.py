@@ -12,7 +12,7 @@ import pytest
 
 from r2ec_fast.quickstart import stages
 from r2ec_fast.quickstart.pipeline import ends, run
-from r2ec_fast.quickstart.world import Sizes, reasoning_text
+from r2ec_fast.quickstart.previous_world import Sizes, reasoning_text
 from r2ec_fast.train.trainer import RecPOTrainer
 from r2ec_fast.utils.signals import RunStopped
 

@@ -1,0 +1,206 @@
+"""The runs of `reasoning.py`: what each trains, and the rows of the table that it gives.
+
+A run gets the lab of its seed, the folder with the seed's warmed-up model, and the figures of the
+runs it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import changed_loss
+import numpy as np
+from chain_lab import Curves, Lab, Metrics, Trained, layers_of_equal_cost
+from changed_loss import Loss
+
+from r2ec_fast import R2ecModel
+from r2ec_fast.eval.baselines import counting_baselines
+from r2ec_fast.eval.reasoning import other_users
+from r2ec_fast.packing.ragged import Ragged
+
+WARM = "warmup"  # the folder of the warmed-up model
+FILLER = "."
+Notes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run found: ``rows`` of the table by name, CPU ``seconds`` of its training after the
+    warm-up, ``curves`` of its RecPO steps, and other numbers (``notes``)."""
+
+    rows: dict[str, Metrics]
+    seconds: float = 0.0
+    curves: Curves | None = None
+    notes: Notes | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    lab: Lab
+    folder: Path
+    done: Mapping[str, Figures]
+
+    def warm_model(self) -> R2ecModel:
+        return R2ecModel.from_pretrained(self.folder / WARM)
+
+
+def counting(context: Context) -> Figures:
+    """No language model: counting, and the best that any ranking can score."""
+    lab = context.lab
+    rows = {b.name: lab.metrics(b.ranks(lab.test)) for b in counting_baselines(lab.data)}
+    return Figures(rows | {"best possible": lab.world.best_possible(lab.data, lab.test)})
+
+
+def warm(context: Context) -> Figures:
+    """The language warm-up; its model is kept."""
+    lab = context.lab
+    model, seconds = lab.warmed_up(lab.sizes.layers)
+    model.save_pretrained(context.folder / WARM)
+    rows, notes = _both_modes(lab, model, "warm-up only")
+    return Figures(rows, notes=notes | {"warmup_seconds": seconds})
+
+
+def recpo(context: Context) -> Figures:
+    """The paper's objective; then other reasonings are put in the place of the model's own."""
+    lab = context.lab
+    trained = lab.recpo(context.warm_model())
+    model, name = trained.model, "RecPO"
+    own = lab.written(model)
+    rows, notes = _both_modes(lab, model, name, own)
+    others = other_users(lab.test.user, lab.seed)
+    if others is not None:
+        rows[f"{name}, another user's reasoning"] = lab.ranked(model, own.select(others))
+    rows[f"{name}, fillers instead"] = lab.ranked(model, _fillers(lab, model, own))
+    return Figures(rows, trained.seconds, trained.curves, notes)
+
+
+def _fillers(lab: Lab, model: R2ecModel, written: Ragged) -> Ragged:
+    """As many tokens as each of the ``written`` reasonings has, saying nothing, and the marker."""
+    marker = model.prompt_builder(lab.data.data.catalog).marker_ids
+    token = model.tokenizer.encode(FILLER, add_special_tokens=False)[0]
+    lengths = np.maximum(written.lengths - len(marker), 0)
+    return Ragged.of([[token] * n for n in lengths.tolist()]).append(marker)
+
+
+def direct(context: Context) -> Figures:
+    """The contrastive objective from the same warm-up, for as long as RecPO trained."""
+    lab = context.lab
+    wanted = context.done["recpo"].seconds
+    model, seconds, steps = lab.contrastive(context.warm_model, wanted)
+    rows = {"direct, RecPO's training time": lab.ranked(model)}
+    return Figures(rows, seconds, notes={"steps": steps})
+
+
+def deeper(context: Context) -> Figures:
+    """Direct mode of a deeper model: a recommendation takes at least the operations of a reasoned
+    one, and warm-up and training together the time of RecPO's."""
+    lab, base = context.lab, context.done["recpo"]
+    assert base.notes is not None and context.done["warm-up"].notes is not None
+    layers = layers_of_equal_cost(
+        context.warm_model(),
+        lab.sizes.layers,
+        base.notes["prompt_tokens"],
+        base.notes["reasoning_tokens"],
+    )
+    model, spent = lab.warmed_up(layers)
+    left = context.done["warm-up"].notes["warmup_seconds"] + base.seconds - spent
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model, seconds, steps = lab.contrastive(lambda: R2ecModel.from_pretrained(folder), left)
+    rows = {"direct, deeper: RecPO's FLOPs and time": lab.ranked(model)}
+    return Figures(rows, seconds, notes={"layers": layers, "warmup_seconds": spent, "steps": steps})
+
+
+def changed(name: str, change: Callable[[int], Loss]) -> Callable[[Context], Figures]:
+    """RecPO with a changed loss, all else the same."""
+
+    def run(context: Context) -> Figures:
+        trained = context.lab.recpo(context.warm_model(), change)
+        return _after(context.lab, trained, name)
+
+    run.__doc__ = change.__doc__
+    return run
+
+
+def best_of_group(context: Context) -> Figures:
+    """No RecPO: the warmed-up model samples a group for each example, and one is chosen, by the
+    model's own confidence or, as a bound that nobody can use, by the target."""
+    lab = context.lab
+    model, group = context.warm_model(), lab.sizes.generations
+    written = lab.written(model, group)
+    ranks = lab.ranks(model, written).reshape(-1, group)
+    surest = lab.confidence(model, written).reshape(-1, group).argmax(1)
+    chosen = ranks[np.arange(len(ranks)), surest]
+    rows = {
+        f"warm-up, best of {group} by its confidence": lab.metrics(chosen),
+        f"warm-up, best of {group} by the target (oracle)": lab.metrics(ranks.min(1)),
+    }
+    return Figures(rows)
+
+
+def more_steps(context: Context) -> Figures:
+    """The warm-up shows chains of fewer steps than the rule has; then RecPO."""
+    lab, name = context.lab, "one step more than shown"
+    shown = [1 / lab.sizes.steps] * lab.sizes.steps  # 0 to steps - 1, each alike
+    model, spent = lab.warmed_up(lab.sizes.layers, shown)
+    rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
+    found = _after(lab, lab.recpo(model), name)
+    assert found.notes is not None
+    notes = found.notes | {"warmup_seconds": spent}
+    return Figures(rows | found.rows, found.seconds, found.curves, notes)
+
+
+def _after(lab: Lab, trained: Trained, name: str) -> Figures:
+    rows, notes = _both_modes(lab, trained.model, name)
+    return Figures(rows, trained.seconds, trained.curves, notes)
+
+
+def _both_modes(
+    lab: Lab, model: R2ecModel, name: str, own: Ragged | None = None
+) -> tuple[dict[str, Metrics], Notes]:
+    """Rows with a greedy reasoning (``own``, where it was written) and without; the share of right
+    reasonings, and the mean tokens of prompt and reasoning."""
+    own = lab.written(model) if own is None else own
+    notes = {
+        "right": lab.right(model, lab.test, own),
+        "prompt_tokens": float(lab.prompts(model).lengths.mean()),
+        "reasoning_tokens": float(own.lengths.mean()),
+    }
+    rows = {f"{name}, reasoned": lab.ranked(model, own), f"{name}, direct": lab.ranked(model)}
+    return rows, notes
+
+
+@dataclass(frozen=True)
+class Run:
+    do: Callable[[Context], Figures]
+    needs: tuple[str, ...] = ("warm-up",)
+
+
+# in the order of the table; a run comes after those it needs
+RUNS = {
+    "counting": Run(counting, ()),
+    "warm-up": Run(warm, ()),
+    "best-of-group": Run(best_of_group),
+    "recpo": Run(recpo),
+    "direct": Run(direct, ("warm-up", "recpo")),
+    "deeper": Run(deeper, ("warm-up", "recpo")),
+    "permuted": Run(changed("rewards permuted", changed_loss.permuted_rewards)),
+    "no-token-gradient": Run(changed("no token gradient", changed_loss.no_token_gradient)),
+    "old-item-weight": Run(
+        changed("item weight of release 0.1", changed_loss.item_weight_of_release_0_1)
+    ),
+    "more-steps": Run(more_steps, ()),
+}
+
+
+def with_needed(names: list[str]) -> list[str]:
+    """The named runs and those they need, in the order of `RUNS`. ValueError names an unknown
+    one."""
+    for name in names:
+        if name not in RUNS:
+            raise ValueError(f"runs: expected some of {', '.join(RUNS)}, got {name!r}")
+    wanted = {need for name in names for need in RUNS[name].needs} | set(names)
+    return [name for name in RUNS if name in wanted]
