@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from chain_warmup import WarmUp, warm_up
 from changed_loss import Loss, changed_loss
 
 from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
@@ -25,11 +25,13 @@ from r2ec_fast.eval.metrics import ranking_metrics
 from r2ec_fast.eval.ranking import rank_examples, states_after, transformers_engine
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
+from r2ec_fast.quickstart.judging import FILE as JUDGEMENTS
+from r2ec_fast.quickstart.judging import JudgedEngine, read_judgements
 from r2ec_fast.quickstart.language import new_model
 from r2ec_fast.quickstart.reasoning import judge_reasoning
+from r2ec_fast.quickstart.warmup import WarmUp, warm_up
 from r2ec_fast.quickstart.world import World
 from r2ec_fast.report.plots import read_log
-from r2ec_fast.rollout import RolloutEngine, Rollouts
 
 STEP_TOKENS, END_TOKENS = 4, 4  # of a chain: a step, and the end with the marker
 CALIBRATION = (10, 30)  # steps of two short runs that tell what a step costs
@@ -83,30 +85,6 @@ class Trained(NamedTuple):
     curves: Curves
 
 
-class JudgedEngine:
-    """A rollout engine that passes everything on and keeps, by training step, the share of its
-    sampled reasonings that are right."""
-
-    def __init__(self, engine: RolloutEngine, right: Callable[[np.ndarray, Ragged], float]) -> None:
-        self.engine, self.judge = engine, right
-        self.right: list[float] = []
-
-    def generate(
-        self, prompts, *, user_keys, num_generations, greedy=False, **settings
-    ) -> Rollouts:
-        rollouts = self.engine.generate(
-            prompts,
-            user_keys=user_keys,
-            num_generations=num_generations,
-            greedy=greedy,
-            **settings,
-        )
-        if not greedy:
-            keys = np.repeat(np.asarray(user_keys), num_generations)
-            self.right.append(self.judge(keys, rollouts.tokens))
-        return rollouts
-
-
 class Lab:
     """The world of a seed with its data, and the test examples that everything is measured on."""
 
@@ -157,20 +135,17 @@ class Lab:
         with TemporaryDirectory() as folder:
             config = self._config(folder, sizes.recpo_steps, **settings)
             trainer = RecPOTrainer(model, self.data, config)
-            judged = JudgedEngine(
-                trainer.engine,
-                lambda keys, written: self.right(model, self.data.train[keys], written),
-            )
-            trainer.engine = judged
+            trainer.engine = JudgedEngine(trainer, self.world, Path(folder) / JUDGEMENTS)
             started = time.process_time()
             with changed_loss(change, self.seed):
                 trainer.train()
             seconds = time.process_time() - started
             log = [record for record in read_log(folder) if "reward" in record]
+            judged = read_judgements(Path(folder))
         curves = {
             "reward": [record["reward"] for record in log],
             "length": [record["completions/mean_length"] for record in log],
-            "right": judged.right,
+            "right": [record["right"] for record in judged],
         }
         return Trained(model, seconds, curves)
 

@@ -14,7 +14,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,8 +58,9 @@ class RecPOTrainer:
     given reasonings, which are those of ``config.reasonings`` or of the argument ``reasonings``.
 
     ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
-    transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
-    at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
+    transformers on the model itself); ``on_step`` gets the record of each step, as it is logged.
+    Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and, at the end, ``model/`` (what
+    ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
 
     Raises ValueError for an empty training split, and for reasonings that are missing, do not fit
     the data, or are longer than max_completion_length; OSError where output_dir cannot be written.
@@ -73,6 +74,7 @@ class RecPOTrainer:
         *,
         engine: RolloutEngine | None = None,
         reasonings: Reasonings | None = None,
+        on_step: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -90,6 +92,7 @@ class RecPOTrainer:
         )
         set_seed(config.seed)
         self.config, self.data, self.model = config, data, model
+        self._on_step = on_step
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
@@ -176,6 +179,8 @@ class RecPOTrainer:
         record = {**self._train_step(self.step), "step": self.step} | self._renew_table()
         if self.step % config.logging_steps == 0:
             self.run_log.write(record)
+        if self._on_step is not None:
+            self._on_step(record)
         stop = False
         if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
             stop = self._validate()

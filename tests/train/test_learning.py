@@ -21,11 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import changed_loss
-from chain_warmup import WarmUp, warm_up
 
 from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
 from r2ec_fast.data import RecDataset
 from r2ec_fast.quickstart.language import new_model
+from r2ec_fast.quickstart.warmup import WarmUp, warm_up
 from r2ec_fast.quickstart.world import World
 from r2ec_fast.report.plots import read_log
 

@@ -1,24 +1,17 @@
-# ruff: noqa: E402  the benchmarks are scripts, found after their folder is on the path
 """What the warm-up of a generated world shows a model."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from chain_warmup import WarmUp, chain_reasonings, warm_up
 
 from r2ec_fast.eval.ranking import transformers_engine
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.quickstart.language import new_model
 from r2ec_fast.quickstart.reasoning import judge_reasoning, read_chain
+from r2ec_fast.quickstart.warmup import WarmUp, chain_reasonings, warm_up
 from r2ec_fast.quickstart.world import ORDERS, World
 
 WORLD = World(products=12, colours=3, steps=2, users=200, events=6, seed=4)

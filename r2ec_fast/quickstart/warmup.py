@@ -8,17 +8,20 @@ says which order and how many steps tell what is bought next; that is left to Re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
-from r2ec_fast.data import Reasonings, RecDataset
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.quickstart.reasoning import write_chain
 from r2ec_fast.quickstart.world import ORDERS, World
+
+if TYPE_CHECKING:
+    from r2ec_fast.data import Reasonings, RecDataset
+    from r2ec_fast.model.r2ec import R2ecModel
 
 LONGEST_STEP = 4  # tokens of a chain's step, and of its end with the marker
 
@@ -62,6 +65,8 @@ def chain_reasonings(
         raise ValueError(
             f"lengths: expected 1 to {world.steps + 1} shares that sum to 1, got {lengths}"
         )
+    from r2ec_fast.data import Reasonings
+
     rng = np.random.default_rng([seed, 2])
     examples = dataset.train[rng.integers(0, len(dataset.train), count)]
     texts, items = [], []
@@ -77,9 +82,26 @@ def chain_reasonings(
 
 
 def warm_up(
-    model: R2ecModel, world: World, dataset: RecDataset, settings: WarmUp, *, seed: int = 0
+    model: R2ecModel,
+    world: World,
+    dataset: RecDataset,
+    settings: WarmUp,
+    *,
+    seed: int = 0,
+    on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> None:
-    """Teach ``model``, which knows nothing yet, both of its heads; all its weights train."""
+    """Teach ``model``, which knows nothing yet, both of its heads; all its weights train.
+
+    ``on_step`` gets the record of each step of `RecPOTrainer`, numbered through both parts.
+    """
+    from r2ec_fast.config import RecPOConfig
+    from r2ec_fast.train.trainer import RecPOTrainer
+
+    def told(before: int) -> Callable[[dict[str, float]], object] | None:
+        if on_step is None:
+            return None
+        return lambda record: on_step({**record, "step": before + record["step"]})
+
     # words first: an item head that reads words which mean nothing yet only slows them
     parts = (
         (settings.language_steps, 0.0, settings.learning_rate),
@@ -108,4 +130,7 @@ def warm_up(
                 save_steps=0,
                 seed=seed,
             )
-            RecPOTrainer(model, dataset, config, reasonings=reasonings).train()
+            before = settings.language_steps * part
+            RecPOTrainer(
+                model, dataset, config, reasonings=reasonings, on_step=told(before)
+            ).train()
