@@ -30,6 +30,7 @@ USER_TEMPLATE = "Recommend a {category_singular} inside {emb_token} and {emb_end
 ITEM_TEMPLATE = "Describe a {category_singular} inside {emb_token} and {emb_end_token}:"
 # a model that starts from random weights learns faster with a softer item head than 0.02
 TEMPERATURE = 0.05
+INITIALIZER_RANGE = 0.08
 
 
 def prompts(world: World) -> PromptConfig:
@@ -45,14 +46,16 @@ def prompts(world: World) -> PromptConfig:
 
 
 def new_model(world: World, *, layers: int = 2, hidden_size: int = 128) -> R2ecModel:
-    """A Qwen2 with random weights, drawn from torch's generator, and the tokenizer of ``world``.
+    """A Llama with random weights, drawn from torch's generator, and the tokenizer of ``world``.
+
+    Not a Qwen2: transformers gives every Qwen2 that it loads Qwen's own way of cutting text.
 
     Args:
         world: whose words it can write cheaply.
         layers: of the model.
         hidden_size: of the model, a multiple of 16.
     """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from r2ec_fast.model.r2ec import R2ecModel
 
@@ -61,20 +64,22 @@ def new_model(world: World, *, layers: int = 2, hidden_size: int = 128) -> R2ecM
     if hidden_size < 16 or hidden_size % 16:
         raise ValueError(f"hidden_size: expected a multiple of 16, got {hidden_size}")
     tokenizer = train_tokenizer(world)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        # the usual 0.02 is for wide models: one of 128 stays on a plateau with it
+        initializer_range=INITIALIZER_RANGE,
     )
-    backbone = Qwen2ForCausalLM(config)
+    backbone = LlamaForCausalLM(config)
     return R2ecModel(backbone, tokenizer, temperature=TEMPERATURE, prompts=prompts(world))
 
 

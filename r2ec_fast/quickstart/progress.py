@@ -1,17 +1,23 @@
-"""How far a quick start has come, so that one that was stopped goes on where it was."""
+"""How far a quick start has come: in a file, so that one that was stopped goes on where it was, and
+in lines for whoever waits."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r2ec_fast.quickstart.previous_world import Sizes
+from tqdm import tqdm
+
+from r2ec_fast.quickstart.stages import Sizes
 from r2ec_fast.utils.atomic_files import check_directory, write_whole
+from r2ec_fast.utils.terminal import say
 
 FILE = "quickstart.json"
-OUTPUTS = ("data", "warmup", "contrastive", "recpo", "results.json", "training.png")
+OUTPUTS = ("data", "warmup", "direct", "recpo", "results.json", "training.png")
 
 
 class Progress:
@@ -59,3 +65,28 @@ class Progress:
         self._stages[stage] = value
         text = json.dumps({"settings": self._settings, "stages": self._stages}, indent=2)
         write_whole(self._path, text + "\n", "output_dir")
+
+
+class StepLines:
+    """Prints a line now and then about the steps of a stage: a plain one, so that a log file reads
+    well.
+
+    Args:
+        stage: what the lines begin with.
+        total: steps of the whole stage.
+        shown: values of a step's record that the lines show.
+        every: seconds between two lines.
+    """
+
+    def __init__(self, stage: str, total: int, shown: Sequence[str], *, every: float = 5.0) -> None:
+        self.stage, self.total, self.shown, self.every = stage, total, shown, every
+        self._last = time.perf_counter()
+
+    def __call__(self, record: Mapping[str, float]) -> None:
+        """Note a step: its number, "step", and its values."""
+        if time.perf_counter() - self._last < self.every:
+            return
+        self._last = time.perf_counter()
+        values = [f"{name.rpartition('/')[2]} {record[name]:.2f}" for name in self.shown]
+        with tqdm.external_write_mode():  # a bar on the terminal makes room
+            say(f"  {self.stage}: step {record['step']:.0f} of {self.total}, {', '.join(values)}")

@@ -1,166 +1,109 @@
-"""The stages of the quick start: counting baselines, warm-up, contrastive training, RecPO."""
+"""The stages of the quick start: counting, the warm-up, direct training, RecPO, and what each is
+measured by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from r2ec_fast.quickstart.previous_world import Sizes, reasoning_text
+from r2ec_fast.quickstart.world import World
 
 if TYPE_CHECKING:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.data import Examples, RecDataset
     from r2ec_fast.model.r2ec import R2ecModel
-    from r2ec_fast.packing.ragged import Ragged
-    from r2ec_fast.prompts.builder import PromptBuilder
+    from r2ec_fast.quickstart.warmup import Loss
     from r2ec_fast.train.trainer import RecPOTrainer
-    from r2ec_fast.train.update import PolicyUpdate
 
-NAMED_EVENTS = 3
+    OnStep = Callable[[dict[str, float]], object]
+
+# the rule's chain has 16 tokens; room for two steps more
+MAX_COMPLETION_LENGTH = 24
 
 
-def baselines(dataset: RecDataset, sizes: Sizes, seed: int) -> dict[str, dict[str, float]]:
-    """Test metrics of the counting baselines."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much the quick start trains; the defaults take about two minutes on an idle core.
+
+    Args:
+        world: catalog and users; its seed is replaced by the run's.
+        hidden_size: of the model.
+        layers: of the model.
+        warmup_steps: optimiser steps of the warm-up.
+        warmup_item_steps: the last ones of them, in which the item head learns to read reasonings.
+        warmup_batch: records in a step of it.
+        direct_steps: optimiser steps of the contrastive objective.
+        direct_batch: users in a step of it.
+        recpo_steps: optimiser steps of RecPO.
+        recpo_batch: users in a step of it.
+        generations: reasonings sampled for one user.
+        test_examples: evaluated, a seeded sample.
+    """
+
+    world: World = field(default_factory=World)
+    hidden_size: int = 128
+    layers: int = 2
+    warmup_steps: int = 400
+    warmup_item_steps: int = 80
+    warmup_batch: int = 32
+    direct_steps: int = 450
+    direct_batch: int = 48
+    recpo_steps: int = 50
+    recpo_batch: int = 24
+    generations: int = 8
+    test_examples: int = 500
+
+
+def examples_of(dataset: RecDataset, sizes: Sizes, seed: int) -> Examples:
+    """The test examples that every method is measured on."""
     from r2ec_fast.data.splits import sample_examples
+
+    return sample_examples(dataset, "test", sizes.test_examples, seed)
+
+
+def baselines(dataset: RecDataset, examples: Examples) -> dict[str, dict[str, float]]:
+    """Metrics of the counting baselines."""
     from r2ec_fast.eval.baselines import counting_baselines
     from r2ec_fast.eval.metrics import ranking_metrics
 
-    examples = sample_examples(dataset, "test", sizes.test_examples, seed)
     return {
         b.name: ranking_metrics(b.ranks(examples), users=examples.user)
         for b in counting_baselines(dataset)
     }
 
 
-# ---- language-model warm-up ---------------------------------------------------------------------
-
-
 def warm_up(
-    model: R2ecModel,
+    world: World,
     dataset: RecDataset,
-    *,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    learning_rate: float = 3e-3,
-) -> list[tuple[float, float]]:
-    """Teach the new model both of its heads at once, as a pretrained model would bring them along.
-
-    Language: it reads histories, each followed by a reasoning made up from that history: brand,
-    colour and product of items drawn among the latest events (no target enters). Which of them are
-    worth naming is left to RecPO. Items: the contrastive objective, read out right after the prompt
-    for one half of the users, and for the other after a reasoning in hindsight, which names the
-    target's own brand and colour and the latest product: the item head learns to read a reasoning.
-
-    Returns:
-        For each step the mean negative log-probability of a token, and of the target in the batch.
-    """
-    import torch
-    from transformers import get_cosine_schedule_with_warmup
-
-    from r2ec_fast.config import RecPOConfig
-    from r2ec_fast.packing.ragged import Ragged
-    from r2ec_fast.prompts.segments import PromptAssembler
-    from r2ec_fast.train.update import PolicyUpdate
-
-    rng = np.random.default_rng([seed, 1])
-    builder = model.prompt_builder(dataset.data.catalog)
-    assembler = PromptAssembler(builder)
-    update = PolicyUpdate(model, RecPOConfig(objective="contrastive"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        chosen = dataset.train[rng.integers(0, len(dataset.train), batch_size)]
-        prompts = assembler.example_rows(dataset, chosen)
-        # the latest items of each history, oldest first
-        latest = Ragged.of(dataset.exclude(chosen, NAMED_EVENTS))
-        guesses = [rng.choice(items, 3) for items in latest]
-        reasonings = _reasonings(builder, guesses).append(builder.marker_ids)
-        language = _language_step(model, prompts, reasonings)
-        contrast = _item_step(update, builder, dataset, chosen, prompts, latest)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append((language, contrast))
-    return losses
-
-
-def _language_step(model: R2ecModel, prompts: Ragged, reasonings: Ragged) -> float:
-    """Accumulate the gradient of next-token prediction; returns the loss."""
+    sizes: Sizes,
+    on_step: Callable[[int, Loss], object] | None = None,
+) -> tuple[R2ecModel, list[Loss]]:
+    """A new model that has learned to write chains and to read items from them, and the losses on
+    the way."""
     import torch
 
-    from r2ec_fast.packing.packer import pack_histories
-    from r2ec_fast.packing.ragged import common_prefix
-    from r2ec_kernels import linear_logprob
+    from r2ec_fast.quickstart.language import new_model
+    from r2ec_fast.quickstart.warmup import learn, write_records
 
-    # the instruction, which all prompts begin with, is computed once
-    shared = common_prefix(prompts)
-    histories = prompts.tail(shared)
-    rows = histories.join(reasonings)
-    (batch,) = pack_histories(
-        [prompts[0][:shared]], rows, num_generations=len(rows), max_tokens=1, oversize="alone"
+    torch.manual_seed(world.seed)
+    model = new_model(world, layers=sizes.layers, hidden_size=sizes.hidden_size)
+    count = sizes.warmup_steps * sizes.warmup_batch
+    items_from = count - sizes.warmup_item_steps * sizes.warmup_batch
+    records = write_records(world, dataset, count, items_from=items_from, seed=world.seed)
+    losses = learn(
+        model,
+        dataset,
+        records,
+        batch_size=sizes.warmup_batch,
+        learning_rate=2e-3,
+        on_step=on_step,
     )
-    parts = np.stack([histories.lengths, reasonings.lengths], axis=1)
-    of_reasoning = np.repeat(np.tile([False, True], len(rows)), parts.ravel())
-    hidden = model(batch).index_select(0, batch.predict_from)
-    log_prob = linear_logprob(hidden, model.lm_head_weight, batch.targets).log_prob
-    # history and reasoning weigh the same, though a history has more tokens
-    written = torch.from_numpy(of_reasoning)[batch.source]
-    loss = -(log_prob[written].mean() + log_prob[~written].mean()) / 2
-    loss.backward()
-    return loss.item()
+    return model, losses
 
 
-def _item_step(
-    update: PolicyUpdate,
-    builder: PromptBuilder,
-    dataset: RecDataset,
-    examples: Examples,
-    prompts: Ragged,
-    latest: Ragged,
-) -> float:
-    """Accumulate the gradient of the contrastive objective; returns the loss.
-
-    The first half of the users is read out after a reasoning in hindsight, without its marker.
-    """
-    from r2ec_fast.packing.ragged import Ragged
-    from r2ec_fast.train.batches import UserBatch
-
-    targets, half = dataset.target(examples), len(examples) // 2
-    hindsight = [
-        (target, target, items[-1])
-        for target, items in zip(targets[:half], latest[:half], strict=True)
-    ]
-    users = UserBatch(
-        Ragged.stack([prompts[:half].join(_reasonings(builder, hindsight)), prompts[half:]]),
-        targets,
-        exclude=Ragged.of(dataset.exclude(examples)),
-        keys=list(range(len(examples))),
-    )
-    items = np.unique(targets).tolist()
-    rows = dict(zip(items, builder.items_ids(items), strict=True))
-    return update.contrastive([users], rows, builder.marker_ids)["loss"]
-
-
-def _reasonings(builder: PromptBuilder, named: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
-    """Token ids of reasonings that name (brand, colour, product) of items, one row each."""
-    from r2ec_fast.packing.ragged import Ragged
-
-    fields = builder.catalog.fields
-    texts = [reasoning_text(*(fields.row(int(i), named=True) for i in items)) for items in named]
-    return Ragged.of(builder.tokenizer(texts, add_special_tokens=False).input_ids)
-
-
-# ---- contrastive and RecPO ----------------------------------------------------------------------
-
-
-def _config(output: Path, seed: int, sizes: Sizes, **changes: Any) -> RecPOConfig:
+def _config(output: Path, seed: int, sizes: Sizes, steps: int, **changes: Any) -> RecPOConfig:
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.train.checkpoint import checkpoints
 
@@ -168,70 +111,94 @@ def _config(output: Path, seed: int, sizes: Sizes, **changes: Any) -> RecPOConfi
         output_dir=str(output),
         resume_from_checkpoint="latest" if checkpoints(output) else None,
         save_total_limit=1,
+        save_steps=max(steps // 4, 1),
+        eval_steps=max(steps // 4, 1),
         eval_samples=min(200, sizes.test_examples),
-        max_completion_length=24,
+        max_completion_length=MAX_COMPLETION_LENGTH,
         index_scan="none",
+        max_steps=steps,
         seed=seed,
         **changes,
     )
 
 
-def contrastive_trainer(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) -> RecPOTrainer:
-    """Trains the whole warmed-up model in direct mode, without reasoning."""
+def direct_trainer(
+    dataset: RecDataset, sizes: Sizes, seed: int, output: Path, on_step: OnStep | None = None
+) -> RecPOTrainer:
+    """Trains the whole warmed-up model to answer without a reasoning."""
     from r2ec_fast.model.r2ec import R2ecModel
     from r2ec_fast.train.trainer import RecPOTrainer
 
-    model = R2ecModel.from_pretrained(str(output / "warmup"))
     config = _config(
-        output / "contrastive",
+        output / "direct",
         seed,
         sizes,
+        sizes.direct_steps,
         objective="contrastive",
         use_lora=False,
-        per_device_train_batch_size=sizes.batch,
-        max_steps=sizes.contrastive_steps,
-        eval_steps=max(sizes.contrastive_steps // 4, 1),
-        save_steps=max(sizes.contrastive_steps // 4, 1),
+        per_device_train_batch_size=sizes.direct_batch,
         learning_rate=3e-4,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         refresh_steps=0,
     )
-    return RecPOTrainer(model, dataset, config)
+    model = R2ecModel.from_pretrained(str(output / "warmup"))
+    return RecPOTrainer(model, dataset, config, on_step=on_step)
 
 
-def recpo_trainer(dataset: RecDataset, sizes: Sizes, seed: int, output: Path) -> RecPOTrainer:
-    """Trains adapters of the contrastive model by RecPO."""
+def recpo_trainer(
+    world: World,
+    dataset: RecDataset,
+    sizes: Sizes,
+    seed: int,
+    output: Path,
+    on_step: OnStep | None = None,
+) -> RecPOTrainer:
+    """Trains adapters of the warmed-up model by RecPO; its reasonings are judged."""
     from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_fast.quickstart.judging import FILE, JudgedEngine
     from r2ec_fast.train.trainer import RecPOTrainer
 
-    model = R2ecModel.from_pretrained(str(output / "contrastive" / "model"))
     config = _config(
         output / "recpo",
         seed,
         sizes,
+        sizes.recpo_steps,
         objective="recpo",
         per_device_train_batch_size=sizes.recpo_batch,
         num_generations=sizes.generations,
-        max_steps=sizes.recpo_steps,
-        eval_steps=max(sizes.recpo_steps // 4, 1),
-        save_steps=max(sizes.recpo_steps // 4, 1),
-        # adapters, and a pull towards the model without them: so small a model forgets how to
-        # write within a few steps of reward otherwise
+        loss_type="sum",
         lora_r=16,
         lora_alpha=32,
-        beta=0.5,
         learning_rate=1e-3,
         warmup_steps=4,
         temperature=1.0,
-        top_k=8,
-        # a table of much older rows makes the fresh rows of the targets look better than they are
-        refresh_steps=4,
+        top_k=0,
+        # cheap for so small a catalog: rewards then come from rows that are nearly new
+        refresh_steps=5,
     )
-    return RecPOTrainer(model, dataset, config)
+    model = R2ecModel.from_pretrained(str(output / "warmup"))
+    trainer = RecPOTrainer(model, dataset, config, on_step=on_step)
+    trainer.engine = JudgedEngine(trainer, world, output / "recpo" / FILE)
+    return trainer
 
 
-def evaluate(trainer: RecPOTrainer, sizes: Sizes, *, reasoning: bool) -> dict[str, float]:
-    """Metrics of a sample of the test examples, as `ranking_metrics` names them."""
-    metrics = trainer.evaluate("test", reasoning=reasoning, samples=sizes.test_examples)
-    return {key.removeprefix("eval_test_"): value for key, value in metrics.items()}
+def evaluate(
+    model: R2ecModel, dataset: RecDataset, examples: Examples, *, reasoning: bool
+) -> dict[str, float]:
+    """Metrics of ``model``, whose item table is encoded anew."""
+    from r2ec_fast.eval.metrics import ranking_metrics
+    from r2ec_fast.eval.ranking import rank_examples, transformers_engine
+    from r2ec_fast.prompts.segments import PromptAssembler
+
+    model.set_items(model.encode_items(dataset.data.catalog), scan="none")
+    assembler = PromptAssembler(model.prompt_builder(dataset.data.catalog))
+    ranks, _ = rank_examples(
+        model,
+        assembler,
+        dataset,
+        examples,
+        engine=transformers_engine(model, assembler.builder) if reasoning else None,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+    )
+    return ranking_metrics(ranks, users=examples.user)

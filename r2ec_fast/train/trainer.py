@@ -15,7 +15,7 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ class RecPOTrainer:
     """Trains an :class:`R2ecModel` on a :class:`RecDataset`: RecPO, or the contrastive objective.
 
     ``engine`` samples the reasonings (default: the vLLM server of ``config.rollout_server``, or
-    transformers on the model itself). Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
+    transformers on the model itself); ``on_step`` is called with the record of each step, as it is
+    logged. Writes ``metrics.jsonl``, ``checkpoint-N/``, ``best/`` and,
     at the end, ``model/`` (what ``Recommender.from_pretrained`` reads) below ``config.output_dir``.
 
     Raises ValueError for an empty training split, OSError where output_dir cannot be written.
@@ -80,6 +81,7 @@ class RecPOTrainer:
         config: RecPOConfig,
         *,
         engine: RolloutEngine | None = None,
+        on_step: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -96,6 +98,7 @@ class RecPOTrainer:
         )
         set_seed(config.seed)
         self.config, self.data, self.model = config, data, model
+        self._on_step = on_step
         self._prepare_model()
         self.builder = model.prompt_builder(data.data.catalog)
         self.assembler = PromptAssembler(self.builder)
@@ -184,6 +187,8 @@ class RecPOTrainer:
         record = {**self._train_step(self.step), "step": self.step}
         if self.step % config.logging_steps == 0:
             self.run_log.write(record)
+        if self._on_step is not None:
+            self._on_step(record)
         self.table.after_step(self.step)
         stop = False
         if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
