@@ -18,6 +18,7 @@ import numpy as np
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.quickstart.reasoning import write_chain
 from r2ec_fast.quickstart.world import ORDERS, World
+from r2ec_fast.utils.signals import RunStopped
 
 if TYPE_CHECKING:
     from r2ec_fast.data import Reasonings, RecDataset
@@ -92,7 +93,8 @@ def warm_up(
 ) -> None:
     """Teach ``model``, which knows nothing yet, both of its heads; all its weights train.
 
-    ``on_step`` gets the record of each step of `RecPOTrainer`, numbered through both parts.
+    ``on_step`` gets the record of each step of `RecPOTrainer`, numbered through both parts. Raises
+    RunStopped where SIGTERM came.
     """
     from r2ec_fast.config import RecPOConfig
     from r2ec_fast.train.trainer import RecPOTrainer
@@ -131,6 +133,9 @@ def warm_up(
                 seed=seed,
             )
             before = settings.language_steps * part
-            RecPOTrainer(
+            trainer = RecPOTrainer(
                 model, dataset, config, reasonings=reasonings, on_step=told(before)
-            ).train()
+            )
+            trainer.train()
+        if trainer.stopped:
+            raise RunStopped(f"the warm-up was stopped by SIGTERM after step {trainer.step}")
