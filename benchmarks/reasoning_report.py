@@ -109,10 +109,9 @@ def rows_of(seeds: Seeds, metric: str = METRIC) -> dict[str, list[float]]:
 def metrics_table(seeds: Seeds) -> str:
     """ndcg@10 of every row, mean and 95% band over seeds, in Markdown."""
     seconds: dict[str, list[float]] = {}
-    for name in RUNS:
-        for figures in (runs[name] for runs in seeds.values() if name in runs):
-            for row in figures.rows if figures.seconds else ():
-                seconds.setdefault(row, []).append(figures.seconds)
+    for figures in (figures for runs in seeds.values() for figures in runs.values()):
+        for row, took in figures.seconds.items():
+            seconds.setdefault(row, []).append(took)
     lines = [f"| | {METRIC} | 95% band | seeds | training, CPU s |", "|---|---:|---:|---:|---:|"]
     for row, values in rows_of(seeds).items():
         mean, band = mean_and_band(values)

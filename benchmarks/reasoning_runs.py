@@ -7,7 +7,7 @@ runs it needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,13 +28,14 @@ Notes = dict[str, float]
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run found: ``rows`` of the table by name, CPU ``seconds`` of its training after the
-    warm-up, ``curves`` of its RecPO steps, and other numbers (``notes``)."""
+    """What a run found: ``rows`` of the table by name; for those that were trained after a warm-up,
+    or without one, the CPU ``seconds`` of that; ``curves`` of the RecPO steps; and other numbers
+    (``notes``)."""
 
     rows: dict[str, Metrics]
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     curves: Curves | None = None
-    notes: Notes | None = None
+    notes: Notes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,53 +66,59 @@ def warm(context: Context) -> Figures:
 
 def recpo(context: Context) -> Figures:
     """The paper's objective; then other reasonings are put in the place of the model's own."""
-    lab = context.lab
+    lab, name = context.lab, "RecPO"
     trained = lab.recpo(context.warm_model())
-    model, name = trained.model, "RecPO"
+    model = trained.model
     own = lab.written(model)
     rows, notes = _both_modes(lab, model, name, own)
     others = other_users(lab.test.user, lab.seed)
     if others is not None:
         rows[f"{name}, another user's reasoning"] = lab.ranked(model, own.select(others))
-    rows[f"{name}, fillers instead"] = lab.ranked(model, _fillers(lab, model, own))
-    return Figures(rows, trained.seconds, trained.curves, notes)
+    rows[f"{name}, fillers instead"] = lab.ranked(model, _fillers(lab, own))
+    seconds = dict.fromkeys(rows, trained.seconds)
+    return Figures(rows, seconds, trained.curves, notes | {"seconds": trained.seconds})
 
 
-def _fillers(lab: Lab, model: R2ecModel, written: Ragged) -> Ragged:
+def _fillers(lab: Lab, written: Ragged) -> Ragged:
     """As many tokens as each of the ``written`` reasonings has, saying nothing, and the marker."""
-    marker = model.prompt_builder(lab.data.data.catalog).marker_ids
-    token = model.tokenizer.encode(FILLER, add_special_tokens=False)[0]
+    builder = lab.assembler.builder
+    marker = builder.marker_ids
+    (token,) = builder.tokenizer.encode(FILLER, add_special_tokens=False)
     lengths = np.maximum(written.lengths - len(marker), 0)
     return Ragged.of([[token] * n for n in lengths.tolist()]).append(marker)
 
 
 def direct(context: Context) -> Figures:
     """The contrastive objective from the same warm-up, for as long as RecPO trained."""
-    lab = context.lab
-    wanted = context.done["recpo"].seconds
+    lab, row = context.lab, "direct, RecPO's time"
+    wanted = context.done["recpo"].notes["seconds"]
     model, seconds, steps = lab.contrastive(context.warm_model, wanted)
-    rows = {"direct, RecPO's training time": lab.ranked(model)}
-    return Figures(rows, seconds, notes={"steps": steps})
+    return Figures({row: lab.ranked(model)}, {row: seconds}, notes={"steps": steps})
 
 
 def deeper(context: Context) -> Figures:
-    """Direct mode of a deeper model: a recommendation takes at least the operations of a reasoned
-    one, and warm-up and training together the time of RecPO's."""
-    lab, base = context.lab, context.done["recpo"]
-    assert base.notes is not None and context.done["warm-up"].notes is not None
+    """Direct mode of a deeper model, whose recommendation takes at least the operations of a
+    reasoned one. It trains for the time of warm-up and RecPO together: on purchases alone, or on
+    the same warm-up and then on purchases."""
+    lab, base = context.lab, context.done["recpo"].notes
     layers = layers_of_equal_cost(
-        context.warm_model(),
-        lab.sizes.layers,
-        base.notes["prompt_tokens"],
-        base.notes["reasoning_tokens"],
+        context.warm_model(), lab.sizes.layers, base["prompt_tokens"], base["reasoning_tokens"]
     )
+    total = context.done["warm-up"].notes["warmup_seconds"] + base["seconds"]
+    notes: Notes = {"layers": layers, "total_seconds": total}
+    fresh, warmed = (f"direct, deeper, {start}" for start in ("from scratch", "warmed up"))
+    rows, seconds = {}, {}
+    model, seconds[fresh], notes["steps"] = lab.contrastive(lambda: lab.new_model(layers), total)
+    rows[fresh] = lab.ranked(model)
     model, spent = lab.warmed_up(layers)
-    left = context.done["warm-up"].notes["warmup_seconds"] + base.seconds - spent
+    notes["warmup_seconds"] = spent
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        model, seconds, steps = lab.contrastive(lambda: R2ecModel.from_pretrained(folder), left)
-    rows = {"direct, deeper: RecPO's FLOPs and time": lab.ranked(model)}
-    return Figures(rows, seconds, notes={"layers": layers, "warmup_seconds": spent, "steps": steps})
+        model, seconds[warmed], notes["steps_warmed_up"] = lab.contrastive(
+            lambda: R2ecModel.from_pretrained(folder), total - spent
+        )
+    rows[warmed] = lab.ranked(model)
+    return Figures(rows, seconds, notes=notes)
 
 
 def changed(name: str, change: Callable[[int], Loss]) -> Callable[[Context], Figures]:
@@ -138,7 +145,10 @@ def best_of_group(context: Context) -> Figures:
         f"warm-up, best of {group} by its confidence": lab.metrics(chosen),
         f"warm-up, best of {group} by the target (oracle)": lab.metrics(ranks.min(1)),
     }
-    return Figures(rows)
+    of_chosen = written.select(np.arange(len(ranks)) * group + surest)
+    share = lab.right(model, lab.test[np.arange(len(ranks)).repeat(group)], written)
+    notes = {"right": share, "right_of_chosen": lab.right(model, lab.test, of_chosen)}
+    return Figures(rows, notes=notes)
 
 
 def more_steps(context: Context) -> Figures:
@@ -148,14 +158,13 @@ def more_steps(context: Context) -> Figures:
     model, spent = lab.warmed_up(lab.sizes.layers, shown)
     rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
     found = _after(lab, lab.recpo(model), name)
-    assert found.notes is not None
     notes = found.notes | {"warmup_seconds": spent}
     return Figures(rows | found.rows, found.seconds, found.curves, notes)
 
 
 def _after(lab: Lab, trained: Trained, name: str) -> Figures:
     rows, notes = _both_modes(lab, trained.model, name)
-    return Figures(rows, trained.seconds, trained.curves, notes)
+    return Figures(rows, dict.fromkeys(rows, trained.seconds), trained.curves, notes)
 
 
 def _both_modes(
@@ -166,7 +175,7 @@ def _both_modes(
     own = lab.written(model) if own is None else own
     notes = {
         "right": lab.right(model, lab.test, own),
-        "prompt_tokens": float(lab.prompts(model).lengths.mean()),
+        "prompt_tokens": float(lab.prompts.lengths.mean()),
         "reasoning_tokens": float(own.lengths.mean()),
     }
     rows = {f"{name}, reasoned": lab.ranked(model, own), f"{name}, direct": lab.ranked(model)}
