@@ -99,7 +99,23 @@ class Lab:
     def test(self) -> Examples:
         return sample_examples(self.data, "test", self.sizes.test_examples, self.seed)
 
+    @cached_property
+    def assembler(self) -> PromptAssembler:
+        """Of all models here: the world alone decides on words and tokens."""
+        model = new_model(self.world, layers=1, hidden_size=16)
+        return PromptAssembler(model.prompt_builder(self.data.data.catalog))
+
+    @cached_property
+    def prompts(self) -> Ragged:
+        """Token ids of the test examples' prompts, X rows."""
+        return self.assembler.example_rows(self.data, self.test)
+
     # ---- training -------------------------------------------------------------------------------
+
+    def new_model(self, layers: int) -> R2ecModel:
+        """One that knows nothing yet."""
+        torch.manual_seed(self.seed)
+        return new_model(self.world, layers=layers, hidden_size=self.sizes.hidden_size)
 
     def warmed_up(
         self, layers: int, lengths: Sequence[float] | None = None
@@ -107,18 +123,20 @@ class Lab:
         """A new model after its warm-up, on chains of these ``lengths`` (`WarmUp`), and the CPU
         seconds it took."""
         sizes, started = self.sizes, time.process_time()
-        torch.manual_seed(self.seed)
-        model = new_model(self.world, layers=layers, hidden_size=sizes.hidden_size)
+        model = self.new_model(layers)
         settings = WarmUp(
             sizes.warmup_steps, sizes.warmup_item_steps, sizes.warmup_batch, lengths=lengths
         )
         warm_up(model, self.world, self.data, settings, seed=self.seed)
         return model, time.process_time() - started
 
-    def recpo(self, model: R2ecModel, change: Callable[[int], Loss] | None = None) -> Trained:
-        """RecPO with the paper's objective, or with a changed loss."""
+    def recpo(
+        self, model: R2ecModel, change: Callable[[int], Loss] | None = None, **others: Any
+    ) -> Trained:
+        """RecPO with the paper's objective, with a changed loss, or with ``others`` of its
+        settings."""
         sizes = self.sizes
-        settings = {
+        settings: dict[str, Any] = {
             "per_device_train_batch_size": sizes.recpo_batch,
             "num_generations": sizes.generations,
             "temperature": 1.0,
@@ -133,7 +151,7 @@ class Lab:
             "max_tokens_per_microbatch": 1 << 20,
         }
         with TemporaryDirectory() as folder:
-            config = self._config(folder, sizes.recpo_steps, **settings)
+            config = self._config(folder, sizes.recpo_steps, **settings | others)
             trainer = RecPOTrainer(model, self.data, config)
             trainer.engine = JudgedEngine(trainer, self.world, Path(folder) / JUDGEMENTS)
             started = time.process_time()
@@ -152,7 +170,7 @@ class Lab:
     def contrastive(
         self, load: Callable[[], R2ecModel], seconds: float
     ) -> tuple[R2ecModel, float, int]:
-        """Direct mode trained for about so many CPU seconds, every weight but the token tables: the
+        """Direct mode, every weight trained for about so many CPU seconds (at least one step): the
         model, the seconds it took, and its steps."""
         few, more = CALIBRATION
         short, long = (self._contrastive(load(), steps)[1] for steps in CALIBRATION)
@@ -164,6 +182,7 @@ class Lab:
         settings = {
             "objective": "contrastive",
             "use_lora": False,
+            "train_embeddings": True,
             "per_device_train_batch_size": self.sizes.direct_batch,
             "learning_rate": self.sizes.direct_learning_rate,
             "lr_scheduler_type": "cosine",
@@ -197,15 +216,10 @@ class Lab:
         """Of the test targets' ranks, int64 [X]."""
         return ranking_metrics(ranks, users=self.test.user)
 
-    def prompts(self, model: R2ecModel) -> Ragged:
-        """Token ids of the test examples' prompts, X rows."""
-        return self._assembler(model).example_rows(self.data, self.test)
-
     def written(self, model: R2ecModel, generations: int = 0) -> Ragged:
         """Reasonings about the test examples with their markers: X greedy ones, or X * G sampled
         ones as RecPO samples them."""
-        engine = transformers_engine(model, model.prompt_builder(self.data.data.catalog))
-        prompts = self.prompts(model)
+        engine, prompts = transformers_engine(model, self.assembler.builder), self.prompts
         rows = [Ragged.of([])]
         for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
@@ -229,20 +243,20 @@ class Lab:
         """Ranks of the test targets after X * G ``reasonings``, int64 [X * G]; None: direct mode.
         The item table is the model's own of now."""
         model.set_items(model.encode_items(self.data.data.catalog), scan="none")
-        assembler = self._assembler(model)
-        return rank_examples(model, assembler, self.data, self.test, reasonings=reasonings)[0]
+        ranks, _ = rank_examples(model, self.assembler, self.data, self.test, reasonings=reasonings)
+        return ranks
 
     @torch.no_grad()
     def confidence(self, model: R2ecModel, reasonings: Ragged) -> np.ndarray:
         """Log-probability of the item that is ranked first after each of X * G ``reasonings``,
         float32 [X * G]: what the model itself thinks of them. No target enters. The item table is
         used as it stands."""
-        prompts, group = self.prompts(model), len(reasonings) // len(self.test)
+        group = len(reasonings) // len(self.test)
         found = []
-        for start in range(0, len(prompts), BATCH):
+        for start in range(0, len(self.test), BATCH):
             part = slice(start, start + BATCH)
             written = reasonings[start * group : (start + BATCH) * group]
-            states = states_after(model, prompts[part], written)
+            states = states_after(model, self.prompts[part], written)
             seen = Ragged.of(self.data.exclude(self.test[part]))
             exclude = seen.select(np.arange(len(seen)).repeat(group)).tensors()
             first = model.top_items(states, 1, exclude=exclude).indices[:, 0]
@@ -259,9 +273,6 @@ class Lab:
             for text, history in zip(texts, histories, strict=True)
         ]
         return float(np.mean(found))
-
-    def _assembler(self, model: R2ecModel) -> PromptAssembler:
-        return PromptAssembler(model.prompt_builder(self.data.data.catalog))
 
 
 def forward_flops(model: R2ecModel, layers: int, tokens: float, written: float) -> float:

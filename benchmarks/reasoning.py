@@ -67,14 +67,14 @@ def _run(chosen: argparse.Namespace) -> int:
 def _seed(store, sizes, seed: int, names: list[str]) -> None:
     """Do what is not done yet of a seed."""
     from chain_lab import Lab
-    from reasoning_runs import RUNS, Context
+    from reasoning_runs import Context, every_run
 
     lab, done = Lab(sizes, seed), store.finished(seed)
     for name in names:
         if name in done:
             continue
         started = time.process_time()
-        done[name] = RUNS[name].do(Context(lab, store.folder(seed), done))
+        done[name] = every_run()[name].do(Context(lab, store.folder(seed), done))
         store.add(seed, name, done[name])
         shown = ", ".join(f"{row} {m['ndcg@10']:.3f}" for row, m in done[name].rows.items())
         print(
@@ -89,7 +89,7 @@ def _fields():
 
 
 def _parser() -> argparse.ArgumentParser:
-    from reasoning_runs import RUNS
+    from reasoning_runs import RUNS, every_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         "--runs",
         nargs="+",
         default=list(RUNS),
-        help=f"some of {', '.join(RUNS)}; what these need is done too",
+        help=f"some of {', '.join(every_run())}; what these need is done too; settings: all that "
+        "vary a setting",
     )
     parser.add_argument(
         "--threads", type=int, default=1, help="a process on one core each is fastest"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reasoning_runs import RUNS, Figures
+from reasoning_runs import Figures, every_run
 from scipy import stats
 
 from r2ec_fast.utils.atomic_files import replaced_file, write_whole
@@ -52,7 +52,7 @@ class Store:
 
     def finished(self, seed: int) -> dict[str, Figures]:
         """The runs of a seed that are done, in the order of the table."""
-        paths = {name: self.folder(seed) / f"{name}.json" for name in RUNS}
+        paths = {name: self.folder(seed) / f"{name}.json" for name in every_run()}
         return {
             name: Figures(**json.loads(path.read_text()))
             for name, path in paths.items()
@@ -99,7 +99,7 @@ def mean_and_band(values: Sequence[float]) -> tuple[float, float]:
 def rows_of(seeds: Seeds, metric: str = METRIC) -> dict[str, list[float]]:
     """Row of the table -> its value in each seed that has it, in the order of the runs."""
     found: dict[str, list[float]] = {}
-    for name in RUNS:
+    for name in every_run():
         for runs in seeds.values():
             for row, metrics in runs[name].rows.items() if name in runs else ():
                 found.setdefault(row, []).append(metrics[metric])
@@ -109,10 +109,9 @@ def rows_of(seeds: Seeds, metric: str = METRIC) -> dict[str, list[float]]:
 def metrics_table(seeds: Seeds) -> str:
     """ndcg@10 of every row, mean and 95% band over seeds, in Markdown."""
     seconds: dict[str, list[float]] = {}
-    for name in RUNS:
-        for figures in (runs[name] for runs in seeds.values() if name in runs):
-            for row in figures.rows if figures.seconds else ():
-                seconds.setdefault(row, []).append(figures.seconds)
+    for figures in (figures for runs in seeds.values() for figures in runs.values()):
+        for row, took in figures.seconds.items():
+            seconds.setdefault(row, []).append(took)
     lines = [f"| | {METRIC} | 95% band | seeds | training, CPU s |", "|---|---:|---:|---:|---:|"]
     for row, values in rows_of(seeds).items():
         mean, band = mean_and_band(values)
@@ -138,7 +137,7 @@ def curves_table(seeds: Seeds) -> str:
 def curves_of(seeds: Seeds) -> dict[str, dict[str, np.ndarray]]:
     """Run -> curve -> [seeds, steps]."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name in RUNS:
+    for name in every_run():
         curves = [runs[name].curves for runs in seeds.values() if name in runs]
         known = [curve for curve in curves if curve is not None]
         if known:

@@ -6,10 +6,12 @@ runs it needs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import changed_loss
 import numpy as np
@@ -28,13 +30,14 @@ Notes = dict[str, float]
 
 @dataclass(frozen=True)
 class Figures:
-    """What a run found: ``rows`` of the table by name, CPU ``seconds`` of its training after the
-    warm-up, ``curves`` of its RecPO steps, and other numbers (``notes``)."""
+    """What a run found: ``rows`` of the table by name; for those that were trained after a warm-up,
+    or without one, the CPU ``seconds`` of that; ``curves`` of the RecPO steps; and other numbers
+    (``notes``)."""
 
     rows: dict[str, Metrics]
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
     curves: Curves | None = None
-    notes: Notes | None = None
+    notes: Notes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,53 +68,59 @@ def warm(context: Context) -> Figures:
 
 def recpo(context: Context) -> Figures:
     """The paper's objective; then other reasonings are put in the place of the model's own."""
-    lab = context.lab
+    lab, name = context.lab, "RecPO"
     trained = lab.recpo(context.warm_model())
-    model, name = trained.model, "RecPO"
+    model = trained.model
     own = lab.written(model)
     rows, notes = _both_modes(lab, model, name, own)
     others = other_users(lab.test.user, lab.seed)
     if others is not None:
         rows[f"{name}, another user's reasoning"] = lab.ranked(model, own.select(others))
-    rows[f"{name}, fillers instead"] = lab.ranked(model, _fillers(lab, model, own))
-    return Figures(rows, trained.seconds, trained.curves, notes)
+    rows[f"{name}, fillers instead"] = lab.ranked(model, _fillers(lab, own))
+    seconds = dict.fromkeys(rows, trained.seconds)
+    return Figures(rows, seconds, trained.curves, notes | {"seconds": trained.seconds})
 
 
-def _fillers(lab: Lab, model: R2ecModel, written: Ragged) -> Ragged:
+def _fillers(lab: Lab, written: Ragged) -> Ragged:
     """As many tokens as each of the ``written`` reasonings has, saying nothing, and the marker."""
-    marker = model.prompt_builder(lab.data.data.catalog).marker_ids
-    token = model.tokenizer.encode(FILLER, add_special_tokens=False)[0]
+    builder = lab.assembler.builder
+    marker = builder.marker_ids
+    (token,) = builder.tokenizer.encode(FILLER, add_special_tokens=False)
     lengths = np.maximum(written.lengths - len(marker), 0)
     return Ragged.of([[token] * n for n in lengths.tolist()]).append(marker)
 
 
 def direct(context: Context) -> Figures:
     """The contrastive objective from the same warm-up, for as long as RecPO trained."""
-    lab = context.lab
-    wanted = context.done["recpo"].seconds
+    lab, row = context.lab, "direct, RecPO's time"
+    wanted = context.done["recpo"].notes["seconds"]
     model, seconds, steps = lab.contrastive(context.warm_model, wanted)
-    rows = {"direct, RecPO's training time": lab.ranked(model)}
-    return Figures(rows, seconds, notes={"steps": steps})
+    return Figures({row: lab.ranked(model)}, {row: seconds}, notes={"steps": steps})
 
 
 def deeper(context: Context) -> Figures:
-    """Direct mode of a deeper model: a recommendation takes at least the operations of a reasoned
-    one, and warm-up and training together the time of RecPO's."""
-    lab, base = context.lab, context.done["recpo"]
-    assert base.notes is not None and context.done["warm-up"].notes is not None
+    """Direct mode of a deeper model, whose recommendation takes at least the operations of a
+    reasoned one. It trains for the time of warm-up and RecPO together: on purchases alone, or on
+    the same warm-up and then on purchases."""
+    lab, base = context.lab, context.done["recpo"].notes
     layers = layers_of_equal_cost(
-        context.warm_model(),
-        lab.sizes.layers,
-        base.notes["prompt_tokens"],
-        base.notes["reasoning_tokens"],
+        context.warm_model(), lab.sizes.layers, base["prompt_tokens"], base["reasoning_tokens"]
     )
+    total = context.done["warm-up"].notes["warmup_seconds"] + base["seconds"]
+    notes: Notes = {"layers": layers, "total_seconds": total}
+    fresh, warmed = (f"direct, deeper, {start}" for start in ("from scratch", "warmed up"))
+    rows, seconds = {}, {}
+    model, seconds[fresh], notes["steps"] = lab.contrastive(lambda: lab.new_model(layers), total)
+    rows[fresh] = lab.ranked(model)
     model, spent = lab.warmed_up(layers)
-    left = context.done["warm-up"].notes["warmup_seconds"] + base.seconds - spent
+    notes["warmup_seconds"] = spent
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        model, seconds, steps = lab.contrastive(lambda: R2ecModel.from_pretrained(folder), left)
-    rows = {"direct, deeper: RecPO's FLOPs and time": lab.ranked(model)}
-    return Figures(rows, seconds, notes={"layers": layers, "warmup_seconds": spent, "steps": steps})
+        model, seconds[warmed], notes["steps_warmed_up"] = lab.contrastive(
+            lambda: R2ecModel.from_pretrained(folder), total - spent
+        )
+    rows[warmed] = lab.ranked(model)
+    return Figures(rows, seconds, notes=notes)
 
 
 def changed(name: str, change: Callable[[int], Loss]) -> Callable[[Context], Figures]:
@@ -122,6 +131,15 @@ def changed(name: str, change: Callable[[int], Loss]) -> Callable[[Context], Fig
         return _after(context.lab, trained, name)
 
     run.__doc__ = change.__doc__
+    return run
+
+
+def settings(name: str, **others: Any) -> Callable[[Context], Figures]:
+    """RecPO with the paper's objective and ``others`` of its settings."""
+
+    def run(context: Context) -> Figures:
+        return _after(context.lab, context.lab.recpo(context.warm_model(), **others), name)
+
     return run
 
 
@@ -138,7 +156,10 @@ def best_of_group(context: Context) -> Figures:
         f"warm-up, best of {group} by its confidence": lab.metrics(chosen),
         f"warm-up, best of {group} by the target (oracle)": lab.metrics(ranks.min(1)),
     }
-    return Figures(rows)
+    of_chosen = written.select(np.arange(len(ranks)) * group + surest)
+    share = lab.right(model, lab.test[np.arange(len(ranks)).repeat(group)], written)
+    notes = {"right": share, "right_of_chosen": lab.right(model, lab.test, of_chosen)}
+    return Figures(rows, notes=notes)
 
 
 def more_steps(context: Context) -> Figures:
@@ -148,14 +169,29 @@ def more_steps(context: Context) -> Figures:
     model, spent = lab.warmed_up(lab.sizes.layers, shown)
     rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
     found = _after(lab, lab.recpo(model), name)
-    assert found.notes is not None
     notes = found.notes | {"warmup_seconds": spent}
     return Figures(rows | found.rows, found.seconds, found.curves, notes)
 
 
+def short_warm_up(steps: int) -> Callable[[Context], Figures]:
+    """A warm-up of so many steps on language instead of all; then RecPO."""
+
+    def run(context: Context) -> Figures:
+        lab, name = context.lab, f"warm-up of {steps} steps on language"
+        sizes = dataclasses.replace(lab.sizes, warmup_steps=steps)
+        model, spent = Lab(sizes, lab.seed).warmed_up(sizes.layers)
+        rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
+        found = _after(lab, lab.recpo(model), name)
+        assert found.notes is not None
+        notes = found.notes | {"warmup_seconds": spent}
+        return Figures(rows | found.rows, found.seconds, found.curves, notes)
+
+    return run
+
+
 def _after(lab: Lab, trained: Trained, name: str) -> Figures:
     rows, notes = _both_modes(lab, trained.model, name)
-    return Figures(rows, trained.seconds, trained.curves, notes)
+    return Figures(rows, dict.fromkeys(rows, trained.seconds), trained.curves, notes)
 
 
 def _both_modes(
@@ -166,7 +202,7 @@ def _both_modes(
     own = lab.written(model) if own is None else own
     notes = {
         "right": lab.right(model, lab.test, own),
-        "prompt_tokens": float(lab.prompts(model).lengths.mean()),
+        "prompt_tokens": float(lab.prompts.lengths.mean()),
         "reasoning_tokens": float(own.lengths.mean()),
     }
     rows = {f"{name}, reasoned": lab.ranked(model, own), f"{name}, direct": lab.ranked(model)}
@@ -196,11 +232,45 @@ RUNS = {
 }
 
 
+# how much each setting matters: not among the controls, ask for them by name or by "settings"
+SETTINGS = {
+    "temperature-0.7": Run(settings("temperature 0.7", temperature=0.7)),
+    "temperature-1.5": Run(settings("temperature 1.5", temperature=1.5)),
+    "group-4": Run(
+        settings("4 reasonings of 48 users", num_generations=4, per_device_train_batch_size=48)
+    ),
+    "group-16": Run(
+        settings("16 reasonings of 12 users", num_generations=16, per_device_train_batch_size=12)
+    ),
+    "kl-0.04": Run(settings("KL term, beta 0.04", beta=0.04)),
+    "kl-0.5": Run(settings("KL term, beta 0.5", beta=0.5)),
+    "all-weights": Run(settings("all weights, no adapters", use_lora=False)),
+    "rank-4": Run(settings("adapters of rank 4", lora_r=4, lora_alpha=8)),
+    "refresh-25": Run(settings("refresh every 25 steps", refresh_steps=25)),
+    "fresh-targets": Run(
+        settings("fresh targets, refresh every 25 steps", refresh_steps=25, fresh_targets=True)
+    ),
+    "dapo": Run(settings('loss_type "dapo"', loss_type="dapo")),
+    "grpo": Run(settings('loss_type "grpo"', loss_type="grpo")),
+    "warm-up-160": Run(short_warm_up(160), ()),
+    "warm-up-240": Run(short_warm_up(240), ()),
+}
+
+
+def every_run() -> dict[str, Run]:
+    """The controls and the settings, in the order of the table."""
+    return RUNS | SETTINGS
+
+
 def with_needed(names: list[str]) -> list[str]:
-    """The named runs and those they need, in the order of `RUNS`. ValueError names an unknown
-    one."""
+    """The named runs and those they need, in the order of the table; "settings" names all of
+    `SETTINGS`. ValueError names an unknown one."""
+    if "settings" in names:
+        names = [name for name in names if name != "settings"] + list(SETTINGS)
+    known = every_run()
     for name in names:
-        if name not in RUNS:
-            raise ValueError(f"runs: expected some of {', '.join(RUNS)}, got {name!r}")
-    wanted = {need for name in names for need in RUNS[name].needs} | set(names)
-    return [name for name in RUNS if name in wanted]
+        if name not in known:
+            every = ", ".join([*known, "settings"])
+            raise ValueError(f"runs: expected some of {every}, got {name!r}")
+    wanted = {need for name in names for need in known[name].needs} | set(names)
+    return [name for name in known if name in wanted]
