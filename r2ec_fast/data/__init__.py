@@ -5,7 +5,6 @@ from r2ec_fast.data.reasonings import Reasonings
 from r2ec_fast.data.report import LoadReport, ReportLine, StageLine
 from r2ec_fast.data.settings import EventRules, LoadSettings
 from r2ec_fast.data.sources.generic import load_interactions
-from r2ec_fast.data.sources.synthetic import generate_interactions
 from r2ec_fast.data.splits import make_splits
 from r2ec_fast.data.templates import Attribute, ReasoningTemplates
 from r2ec_fast.data.types import (
@@ -33,7 +32,6 @@ __all__ = [
     "ReportLine",
     "StageLine",
     "UnknownIdError",
-    "generate_interactions",
     "load_interactions",
     "make_splits",
 ]

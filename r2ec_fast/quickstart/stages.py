@@ -47,7 +47,7 @@ class Sizes:
     warmup_steps: int = 400
     warmup_item_steps: int = 80
     warmup_batch: int = 32
-    direct_steps: int = 450
+    direct_steps: int = 500
     direct_batch: int = 48
     recpo_steps: int = 50
     recpo_batch: int = 24

@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from _support.generated import generated_dataset
 
-from r2ec_fast.data import IdMap, InteractionData, RecDataset, generate_interactions, make_splits
+from r2ec_fast.data import IdMap, InteractionData, RecDataset, make_splits
 
 
 @pytest.fixture(scope="module")
 def dataset() -> RecDataset:
-    return make_splits(generate_interactions(num_users=50))
+    return generated_dataset(50)
 
 
 def test_round_trip(dataset, tmp_path):
@@ -54,7 +55,7 @@ def test_no_times_no_ratings_integer_ids_empty_split(dataset, tmp_path):
 
 def test_the_same_data_gives_the_same_bytes(dataset, tmp_path):
     for name in ("one", "two"):
-        make_splits(generate_interactions(num_users=50)).save(tmp_path / name)
+        generated_dataset(50).save(tmp_path / name)
     files = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert files == [
         "events.parquet", "examples.parquet", "items.parquet", "manifest.json", "users.parquet",
@@ -67,7 +68,7 @@ def test_the_same_data_gives_the_same_bytes(dataset, tmp_path):
 
 def test_an_older_dataset_is_replaced_and_other_files_are_not(dataset, tmp_path):
     dataset.save(tmp_path / "set")
-    make_splits(generate_interactions(num_users=20)).save(tmp_path / "set")
+    generated_dataset(20).save(tmp_path / "set")
     assert RecDataset.load(tmp_path / "set").data.num_users == 20
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
     (tmp_path / "mine").mkdir()
@@ -87,7 +88,7 @@ def test_an_interrupted_save_leaves_the_old_dataset(dataset, tmp_path, monkeypat
 
     monkeypatch.setattr("r2ec_fast.data.store._manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        make_splits(generate_interactions(num_users=20)).save(tmp_path / "set")
+        generated_dataset(20).save(tmp_path / "set")
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
     assert RecDataset.load(tmp_path / "set").data.num_users == 50
 
@@ -130,8 +131,8 @@ def test_mixed_ids_are_refused(dataset, tmp_path):
 
 FULL = """
 import resource, signal, sys
-from r2ec_fast.data import generate_interactions, make_splits
-dataset = make_splits(generate_interactions(num_users=500))
+from r2ec_fast.quickstart.world import World
+dataset = World(users=2000).dataset()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from _support.toy import toy_dataset, toy_model
-from _support.training import OBJECTIVES, launch, lines, run, same, two
+from _support.training import OBJECTIVES, RUN, launch, lines, run, same, two
 
 from r2ec_fast.config import RecPOConfig
 from r2ec_fast.train.checkpoint import TRAINABLE_FILE, load_checkpoint, trainable_parameters
@@ -23,6 +23,16 @@ def test_same_seed_same_run(tmp_path, objective):
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     _, others = run(tmp_path / "c", objective, seed=7)
     assert any(not torch.equal(parameters[n], others[n]) for n in parameters)
+
+
+@pytest.mark.parametrize("objective", ["recpo", "contrastive"])
+def test_on_step_sees_every_record(tmp_path, objective):
+    seen = []
+    config = RecPOConfig(**{**RUN, "output_dir": str(tmp_path), "objective": objective})
+    RecPOTrainer(toy_model(), toy_dataset(), config, on_step=seen.append).train()
+    assert [record["step"] for record in seen] == [1, 2, 3, 4]
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(record in logged for record in seen)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
