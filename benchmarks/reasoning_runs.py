@@ -166,11 +166,7 @@ def more_steps(context: Context) -> Figures:
     """The warm-up shows chains of fewer steps than the rule has; then RecPO."""
     lab, name = context.lab, "one step more than shown"
     shown = [1 / lab.sizes.steps] * lab.sizes.steps  # 0 to steps - 1, each alike
-    model, spent = lab.warmed_up(lab.sizes.layers, shown)
-    rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
-    found = _after(lab, lab.recpo(model), name)
-    notes = found.notes | {"warmup_seconds": spent}
-    return Figures(rows | found.rows, found.seconds, found.curves, notes)
+    return _own_warm_up(lab, name, *lab.warmed_up(lab.sizes.layers, shown))
 
 
 def short_warm_up(steps: int) -> Callable[[Context], Figures]:
@@ -179,14 +175,17 @@ def short_warm_up(steps: int) -> Callable[[Context], Figures]:
     def run(context: Context) -> Figures:
         lab, name = context.lab, f"warm-up of {steps} steps on language"
         sizes = dataclasses.replace(lab.sizes, warmup_steps=steps)
-        model, spent = Lab(sizes, lab.seed).warmed_up(sizes.layers)
-        rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
-        found = _after(lab, lab.recpo(model), name)
-        assert found.notes is not None
-        notes = found.notes | {"warmup_seconds": spent}
-        return Figures(rows | found.rows, found.seconds, found.curves, notes)
+        return _own_warm_up(lab, name, *Lab(sizes, lab.seed).warmed_up(sizes.layers))
 
     return run
+
+
+def _own_warm_up(lab: Lab, name: str, model: R2ecModel, spent: float) -> Figures:
+    """Rows of ``model`` as it is and after RecPO; its warm-up took ``spent`` seconds."""
+    rows, _ = _both_modes(lab, model, f"{name}, warm-up only")
+    found = _after(lab, lab.recpo(model), name)
+    notes = {**(found.notes or {}), "warmup_seconds": spent}
+    return Figures(rows | found.rows, found.seconds, found.curves, notes)
 
 
 def _after(lab: Lab, trained: Trained, name: str) -> Figures:
