@@ -182,7 +182,7 @@ class RecPOTrainer:
         if self._on_step is not None:
             self._on_step(record)
         stop = False
-        if config.eval_steps and self.step % config.eval_steps == 0 and self.step < self.max_steps:
+        if self._evaluation_due() and self.step < self.max_steps:
             stop = self._validate()
         if config.save_steps and self.step % config.save_steps == 0:
             self._save()
@@ -271,7 +271,13 @@ class RecPOTrainer:
             return {}
         if self.table.roll_due():
             self.table.roll(self.step)
-        return self._refresh_table() if self.table.refresh_due(self.step) else {}
+        # before the step is logged and saved, so that a resumed run's log is the same
+        evaluates = self._evaluation_due() or self.step >= self.max_steps
+        return self._refresh_table() if evaluates or self.table.refresh_due(self.step) else {}
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_steps
+        return bool(every) and self.step % every == 0
 
     def _refresh_table(self) -> dict[str, float]:
         """Encode the whole catalog; says what the age of its rows had added to the rewards."""
@@ -309,9 +315,8 @@ class RecPOTrainer:
 
     def _validate(self) -> bool:
         """Evaluate, keep the best checkpoint; True = patience is over."""
-        bias = {} if self.table.refreshed_at == self.step else self._refresh_table()
         metrics = self.evaluate("valid")
-        self.run_log.write({"step": self.step, **metrics, **bias, **self.validation.groups()})
+        self.run_log.write({"step": self.step, **metrics, **self.validation.groups()})
         self.validated_at = self.step
         if metrics[BEST_METRIC] > self.best.get(BEST_METRIC, -math.inf):
             self.best, self.bad_evaluations = metrics, 0

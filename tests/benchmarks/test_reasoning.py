@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from dataclasses import replace
@@ -45,6 +46,20 @@ TINY = Sizes(
     test_examples=12,
 )
 ARGUMENTS = [f"--{name}={value}" for name, value in vars(TINY).items()]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """The command sets threads, log level and progress bars of its process: put them back."""
+    from transformers.utils import logging as transformers_logging
+
+    logger, threads = logging.getLogger("r2ec_fast"), torch.get_num_threads()
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+    if bars:
+        transformers_logging.enable_progress_bar()
 
 
 # ---- what is changed in the loss -----------------------------------------------------------------
