@@ -34,7 +34,7 @@ class Measured(RecPOTrainer):
 
     def _train_step(self, step: int) -> dict[str, float]:
         record = super()._train_step(step)
-        experience, fresh = self._latest
+        experience, fresh = self.refresh.latest
         rows, ages = self.model.item_table.clone(), self.table.written_at.copy()
         refreshed_at = self.table.refreshed_at
         bias = staleness_bias(

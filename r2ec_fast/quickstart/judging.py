@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,26 +41,18 @@ class JudgedEngine:
         *,
         user_keys: Sequence[int],
         num_generations: int,
-        max_completion_length: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
         step: int = 0,
         greedy: bool = False,
-        states: bool = False,
+        **settings: Any,
     ) -> Rollouts:
         """See `r2ec_fast.rollout.base.RolloutEngine`; ``user_keys`` are training examples."""
         rollouts = self.engine.generate(
             prompts,
             user_keys=user_keys,
             num_generations=num_generations,
-            max_completion_length=max_completion_length,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
             step=step,
             greedy=greedy,
-            states=states,
+            **settings,
         )
         if not greedy:
             self._judge(rollouts, np.repeat(user_keys, num_generations), step)

@@ -47,3 +47,29 @@ def staleness_bias(
     own = float((before - after).double().sum()), before.numel()
     sums, counts = zip(*distributed.gather_objects(own), strict=True)
     return sum(sums) / max(sum(counts), 1)
+
+
+class MeasuredRefresh:
+    """Encodes the whole catalog, and says what the age of its rows had added to the rewards."""
+
+    def __init__(self, update: PolicyUpdate, table: CatalogTable) -> None:
+        self.update, self.table = update, table
+        # the last step's reasonings, and the rows it wrote before it scored them
+        self.latest: tuple[Experience, list[int]] | None = None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Encode with the weights after ``step`` steps; ``reward/staleness_bias`` where a step of
+        this process has rewards that could be biased."""
+        if self.latest is None or self.table.config.refresh_steps == 1:  # no row is ever old
+            self.table.refresh(step)
+            return {}
+        experience, fresh = self.latest
+        bias = staleness_bias(
+            experience,
+            step,
+            update=self.update,
+            table=self.table,
+            fresh=fresh,
+            refresh=lambda: self.table.refresh(step),
+        )
+        return {"reward/staleness_bias": bias}

@@ -45,7 +45,7 @@ from r2ec_fast.train.logger import RunLog
 from r2ec_fast.train.metrics import StepMeter, completion_stats, reasoning_samples
 from r2ec_fast.train.optimizer import make_optimizer, make_schedule, resume_schedule
 from r2ec_fast.train.run_directory import RunDirectory
-from r2ec_fast.train.staleness import staleness_bias
+from r2ec_fast.train.staleness import MeasuredRefresh
 from r2ec_fast.train.step_examples import StepExamples
 from r2ec_fast.train.supervised import SupervisedUpdate, reasonings_of
 from r2ec_fast.train.validation import Validation
@@ -105,13 +105,12 @@ class RecPOTrainer:
         self.table = CatalogTable(
             model, self.builder, config, len(data.data.catalog), self.update.budget
         )
+        self.refresh = MeasuredRefresh(self.update, self.table)
         self.validation = Validation(
             model, self.assembler, data, config, self.engine, self.update.budget
         )
         self.run_log = RunLog(config, self.accelerator)
         self.step, self.validated_at = 0, -1
-        # the last step's reasonings, and the rows it wrote before it scored them
-        self._latest: tuple[Experience, list[int]] | None = None
         self.best: dict[str, float] = {}
         self.bad_evaluations = 0
         self._stop_signal = self.stopped = False
@@ -208,7 +207,7 @@ class RecPOTrainer:
         for _ in range(self.config.num_iterations):
             record |= self.update.recpo(experiences, rows)
             record |= self._optimizer_step()
-        self._latest = experiences[0], list(rows) if self.config.fresh_targets else []
+        self.refresh.latest = experiences[0], list(rows) if self.config.fresh_targets else []
         every = self.config.log_completions_steps
         if every and step % every == 0:
             titles = self.data.data.catalog.titles
@@ -273,27 +272,11 @@ class RecPOTrainer:
             self.table.roll(self.step)
         # before the step is logged and saved, so that a resumed run's log is the same
         evaluates = self._evaluation_due() or self.step >= self.max_steps
-        return self._refresh_table() if evaluates or self.table.refresh_due(self.step) else {}
+        return self.refresh(self.step) if evaluates or self.table.refresh_due(self.step) else {}
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval_steps
         return bool(every) and self.step % every == 0
-
-    def _refresh_table(self) -> dict[str, float]:
-        """Encode the whole catalog; says what the age of its rows had added to the rewards."""
-        if self._latest is None or self.config.refresh_steps == 1:  # no step sees an old row
-            self.table.refresh(self.step)
-            return {}
-        experience, fresh = self._latest
-        bias = staleness_bias(
-            experience,
-            self.step,
-            update=self.update,
-            table=self.table,
-            fresh=fresh,
-            refresh=lambda: self.table.refresh(self.step),
-        )
-        return {"reward/staleness_bias": bias}
 
     # ---- evaluation -----------------------------------------------------------------------------
 

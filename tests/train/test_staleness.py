@@ -37,7 +37,7 @@ def test_it_is_the_reward_of_an_old_table_less_that_of_a_fresh_one(tmp_path, fre
     trainer = toy_trainer(tmp_path, "recpo", **changes)
     trainer.train()
     model, table, update = trainer.model, trainer.table, trainer.update
-    experience, fresh = trainer._latest
+    experience, fresh = trainer.refresh.latest
     whole = model.encode_rows(trainer.builder.items_ids(range(len(table.written_at)))).float()
     old = -whole  # every item is where its opposite should be
     model.set_items(old)
@@ -50,7 +50,7 @@ def test_it_is_the_reward_of_an_old_table_less_that_of_a_fresh_one(tmp_path, fre
     found[fresh] = whole[fresh]
     expected = mean_reward(found) - mean_reward(whole)
     model.set_items(old)
-    measured = trainer._refresh_table()["reward/staleness_bias"]
+    measured = trainer.refresh(trainer.step)["reward/staleness_bias"]
     assert measured == pytest.approx(expected, abs=1e-6) and abs(expected) > 1e-3
     torch.testing.assert_close(model.index.items, whole)
     assert (table.written_at == trainer.step).all()
