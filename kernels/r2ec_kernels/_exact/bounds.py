@@ -90,11 +90,8 @@ def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) 
     scaled = (exact * scale[:, None]).float()
     scaled = torch.where(dense[:, None], 0.0, scaled)
     norm = torch.where(dense, 0.0, norm * scale * _SAFETY).float()
-    # dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and
-    # its reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
-    terms = 1.5 * d + 12 if similarity == "cosine" else d + 10
     product = _product_unit(queries.device)
-    unit = _SAFETY * (terms * UNIT + product)
+    unit = float32_unit(d, similarity) + _SAFETY * product
     rounding = _SAFETY * ((4 if similarity == "l2" else 2) * 2 * UNIT + product)
     # Products below float32's normal range may be flushed to zero (cosine: then multiplied by
     # 1/|x| <= HUGE), and the canonical score rounds to a multiple of 2^-149.
@@ -113,6 +110,16 @@ def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) 
         similarity=similarity,
         temperature=temperature,
     )
+
+
+def float32_unit(d: int, similarity: str) -> float:
+    """Relative error of a float32 product over d columns, canonical rounding included.
+
+    dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and its
+    reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
+    """
+    terms = 1.5 * d + 12 if similarity == "cosine" else d + 10
+    return _SAFETY * terms * UNIT
 
 
 def _product_unit(device: torch.device) -> float:

@@ -104,11 +104,8 @@ def normalize_exclude(
         zero = torch.zeros(batch + 1, dtype=torch.int64, device=device)
         return torch.empty(0, dtype=torch.int64, device=device), zero
     check = values.device.type == "cpu" or checks_enabled()
-    if check and values.numel() and (values.min() < -1 or values.max() >= num_items):
-        low, high = int(values.min()), int(values.max())
-        raise ValueError(
-            f"exclude: expected ids in -1..{num_items - 1}, got values in {low}..{high}"
-        )
+    if check:
+        check_ids(values, num_items)
     values = values.to(device=device, dtype=torch.int64)
     if offsets is None:
         kept = values >= 0
@@ -117,7 +114,7 @@ def normalize_exclude(
     else:
         offsets = offsets.to(device=device, dtype=torch.int64)
         if check:
-            _check_offsets(offsets, values.numel())
+            check_offsets(offsets, values.numel())
         kept = values >= 0
         running = torch.zeros(values.numel() + 1, dtype=torch.int64, device=device)
         torch.cumsum(kept, 0, out=running[1:])
@@ -128,7 +125,17 @@ def normalize_exclude(
     return values, start
 
 
-def _check_offsets(offsets: torch.Tensor, num_values: int) -> None:
+def check_ids(values: torch.Tensor, num_items: int) -> None:
+    """Raise ValueError unless all ids lie in -1..num_items-1; waits for the values' device."""
+    if values.numel() and (values.min() < -1 or values.max() >= num_items):
+        low, high = int(values.min()), int(values.max())
+        raise ValueError(
+            f"exclude: expected ids in -1..{num_items - 1}, got values in {low}..{high}"
+        )
+
+
+def check_offsets(offsets: torch.Tensor, num_values: int) -> None:
+    """Raise ValueError unless ``offsets`` rise from 0 to ``num_values``; waits for their device."""
     bounds = int(offsets[0]), int(offsets[-1])
     if bounds != (0, num_values) or bool((offsets.diff() < 0).any()):
         raise ValueError(

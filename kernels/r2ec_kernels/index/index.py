@@ -72,7 +72,7 @@ class ItemIndex:
         check_scoring(similarity, temperature)
         one_of("scan", scan, SCANS)
         self.similarity, self.temperature, self.scan = similarity, float(temperature), scan
-        self._last_search: SearchStats | None = None
+        self._last_search: Callable[[], SearchStats] | None = None
         self._storage = Storage(similarity, copy_kinds(scan, items.device))
         self._lock = SharedLock(self._storage.repair)
         rows = _finite("items", items.detach())
@@ -119,8 +119,9 @@ class ItemIndex:
 
     @property
     def last_search(self) -> SearchStats | None:
-        """Statistics of the search that finished last in any thread; None before the first."""
-        return self._last_search
+        """Statistics of the search that finished last in any thread; None before the first. On a GPU
+        they stay there until they are asked for."""
+        return None if self._last_search is None else self._last_search()
 
     def search(self, queries: torch.Tensor, k: int, *, exclude: Exclude = None) -> TopK:
         """The k best live items for each query: ``item_topk`` over the stored rows.
@@ -140,16 +141,19 @@ class ItemIndex:
 
     def _search(
         self, queries: torch.Tensor, k: int, exclude: TensorExclude
-    ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
-        query = prepare_queries(queries, self.similarity, self.temperature)
-        excluded = self._excluded(exclude, queries)
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
         name = _dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
         if name == "triton":
-            return self._search_triton(query, k, excluded)
+            from .triton import search_storage
+
+            kind = self._scans.device_kind()
+            return search_storage(self._storage, kind, queries, k, self.temperature, exclude)
+        query = prepare_queries(queries, self.similarity, self.temperature)
+        excluded = self._excluded(exclude, queries)
         product, scans = self._scans.of_search(query)
         scores, ids, stats = certified_topk(self._view(), scans, query, k, excluded)
         self._scans.observe(product, stats)
-        return scores, ids, stats
+        return scores, ids, lambda: stats
 
     def target_stats(
         self,
@@ -334,23 +338,6 @@ class ItemIndex:
 
     def _view(self) -> Table:
         return Table(self._storage.live("rows"), self._storage.live("ids"))
-
-    def _search_triton(
-        self, query: Queries, k: int, excluded: ExcludedPairs
-    ) -> tuple[torch.Tensor, torch.Tensor, SearchStats]:
-        from ..topk.impl import triton as triton_impl
-        from ..topk.impl.triton_kernels import scan_rows
-        from .triton import scan_codes
-
-        view = self._view()
-        kind = self._scans.device_kind()
-        scanned = None
-        if kind and len(view):
-            scanned = scan_codes(query, self._storage.copy(kind), self._storage.mean)
-        elif len(view):
-            scanned = scan_rows(query, view.rows, self._storage.live("norm"))
-        name = f"triton {kind or 'none'}"
-        return triton_impl.certified_topk(scanned, query, view, k, excluded, name)
 
 
 def _restored(kind: type[ItemIndex], *arguments: Any) -> ItemIndex:

@@ -119,6 +119,8 @@ class Limits(NamedTuple):
         typical_residual: float32 [], the root of their mean square.
         bounded: whether all rows are.
         scaled: whether some row's scale is not 1.
+        of_scan: float32 [3], residual, size and norm, the norm infinite unless all rows are bounded:
+            what a scan on a GPU reads.
     """
 
     residual: torch.Tensor
@@ -127,17 +129,34 @@ class Limits(NamedTuple):
     typical_residual: torch.Tensor
     bounded: bool
     scaled: bool
+    of_scan: torch.Tensor
 
     @classmethod
     def of(cls, copy: ScanCopy[Any]) -> "Limits":
         residual, size, norm = (
             torch.where(copy.bounded, field, 0.0) for field in (copy.residual, copy.size, copy.norm)
         )
+        largest = residual.max(), size.max(), norm.max()
+        bounded = bool(copy.bounded.all())
+        shown = largest[2] if bounded else torch.full_like(largest[2], torch.inf)
         return cls(
-            residual=residual.max(),
-            size=size.max(),
-            norm=norm.max(),
+            residual=largest[0],
+            size=largest[1],
+            norm=largest[2],
             typical_residual=residual.square().mean().sqrt(),
-            bounded=bool(copy.bounded.all()),
+            bounded=bounded,
             scaled=bool(copy.scale.ne(1).any()),
+            of_scan=torch.stack([*largest[:2], shown]),
         )
+
+    @classmethod
+    def of_rows(cls, rows: torch.Tensor, norms: torch.Tensor, similarity: str) -> "Limits":
+        """Of rows that are scanned themselves; norms: float32 [n]."""
+        high = norms.max()
+        bounded = high <= HUGE
+        if similarity == "cosine":
+            small = norms < 1 / HUGE
+            bounded &= ~((rows[small] != 0).any())
+        zero = torch.zeros_like(high)
+        shown = torch.where(bounded, high, torch.inf)
+        return cls(zero, high, high, zero, bool(bounded), False, torch.stack([zero, high, shown]))

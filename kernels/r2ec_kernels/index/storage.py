@@ -288,11 +288,14 @@ class Storage:
         )
 
     def limits(self, kind: str) -> Limits:
-        """Of the live rows of a copy; kept until the next change."""
+        """Of the live rows of a copy, or ("none") of the rows; kept until the next change."""
         known = self._state.limits
         if kind not in known:
-            copy = self.fine_copy() if kind == fine.KIND else self.copy(kind)
-            known[kind] = Limits.of(copy)
+            if kind == "none":
+                rows, norms = self.live("rows"), self.live("norm")
+                known[kind] = Limits.of_rows(rows, norms, self.similarity)
+            else:
+                known[kind] = Limits.of(self.fine_copy() if kind == fine.KIND else self.copy(kind))
         return known[kind]
 
     def _allocate(

@@ -1,29 +1,78 @@
-"""The Triton scan of an index's low-precision copy."""
+"""Searches of an index by the Triton kernels: of its rows, or of a low-precision copy of them."""
+
+from collections.abc import Callable
 
 import torch
 
-from .._exact.bounds import Queries
-from ..topk.impl.triton_kernels import PACK_UNIT, Scanned, product_unit
-from .quantize import ScanCopy, padded
+from .._exact.excluded import TensorExclude
+from .._exact.table import Table
+from .._scan.triton_queries import prepare_on_device
+from ..topk.impl.common import SearchStats
+from ..topk.impl.triton import exclusions, search
+from ..topk.impl.triton_candidates import Exclusions
+from ..topk.impl.triton_kernels import Scanned, operand_type
+from .quantize import DIM_MULTIPLE
+from .storage import Storage
 
 
-def scan_codes(query: Queries, copy: ScanCopy[torch.Tensor], mean: torch.Tensor) -> Scanned:
-    """What scans the live rows of a low-precision copy."""
-    codes = copy.codes[: len(copy.bounded)]
-    exact = query.exact()
-    if query.similarity == "l2":
-        exact = exact - mean
-    exact = padded(exact)
-    operand = exact.bfloat16()
-    norm = torch.linalg.vector_norm(exact, dim=1)
-    missed = torch.linalg.vector_norm(exact - operand.double(), dim=1)
-    residual, size, high = copy.residual.max(), copy.size.max(), copy.norm.max()
-    unit = product_unit(codes, exact.shape[1]) + query.unit
-    error = norm * residual + (missed + unit * (norm + missed)) * size
-    if query.similarity == "l2":
-        error = error + (2.0**-21 + PACK_UNIT) * (norm + size + residual) ** 2
-    error = 1.01 * error.float() + query.product_error(high * 1.001)
-    error = torch.where(copy.bounded.all(), error, float("inf"))
-    mul = copy.scale if codes.dtype == torch.int8 else None
-    sub = copy.half if query.similarity == "l2" else None
-    return Scanned(codes, operand, mul, sub, error)
+def search_storage(
+    storage: Storage,
+    kind: str | None,
+    queries: torch.Tensor,
+    k: int,
+    temperature: float,
+    exclude: TensorExclude,
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
+    """The k best live rows for each query: scores float32 [B, k], ids int64 [B, k], and what reads
+    the statistics.
+
+    kind: of the copy that is scanned; None: the rows themselves.
+    """
+    table = Table(storage.live("rows"), storage.live("ids"))
+    excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
+    if excluded is not None:
+        excluded = _at_rows(excluded, storage.place)
+    similarity = storage.similarity
+    if kind is None or not storage.size:
+        scanned = _scan_of_rows(storage)
+        query = prepare_on_device(queries, similarity, temperature, table.rows.dtype)
+    else:
+        scanned = _scan_of_codes(storage, kind)
+        query = prepare_on_device(
+            queries,
+            similarity,
+            temperature,
+            operand_type(scanned.codes),
+            mean=storage.mean if similarity == "l2" else None,
+            width=-(-storage.width // DIM_MULTIPLE) * DIM_MULTIPLE,
+        )
+    return search(scanned, query, table, k, excluded, f"triton {kind or 'none'}")
+
+
+def _at_rows(excluded: Exclusions, place: torch.Tensor) -> Exclusions:
+    """Exclusions by id as exclusions by row; -1 stays, and so does what was removed."""
+    if not place.numel():
+        return excluded
+    rows = place[excluded.rows.clamp_min(0)]
+    return Exclusions(torch.where(excluded.rows < 0, -1, rows), excluded.start)
+
+
+def _scan_of_rows(storage: Storage) -> Scanned:
+    similarity = storage.similarity
+    return Scanned(
+        storage.live("rows"),
+        by_norm="none" if similarity == "dot" else similarity,
+        norms=storage.live("norm"),
+        limits=storage.limits("none").of_scan if storage.size else None,
+    )
+
+
+def _scan_of_codes(storage: Storage, kind: str) -> Scanned:
+    copy = storage.copy(kind)
+    return Scanned(
+        copy.codes[: storage.size],
+        mul=copy.scale if kind == "int8" else None,
+        sub=copy.half if storage.similarity == "l2" else None,
+        coded=True,
+        limits=storage.limits(kind).of_scan,
+    )

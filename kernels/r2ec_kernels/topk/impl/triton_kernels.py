@@ -6,15 +6,17 @@ For queries Q [M, d] (M = B) and the rows X [N, d] of a copy of the table it com
 
 and keeps, for every query and every group of ``GROUP`` consecutive rows, the largest and the second
 largest s, each packed with its row's place in the group into an int32 (the low bits of the score
-give way). Nothing of size [M, N] is stored, and there are no atomics.
+give way). Nothing of size [M, N] is stored, and there are no atomics. Where the rows themselves are
+scanned, mul and sub follow from their norms, which are given or taken from the same tiles.
 
 Grid: ceil(M / BLOCK_M) * ceil(N / BLOCK_N) programs in one dimension, queries fastest: programs
 that run together share a tile of items, which memory delivers once.
 Tile: items are the long side. The product is written items x queries, [BLOCK_N, BLOCK_M] in steps
 of BLOCK_K columns, because the hardware's tile wants at least 64 rows on its left side and a batch
 may have 16 queries or fewer.
-Reads N d + M d elements from memory (the items again from cache for every tile of queries) and 4
-to 8 bytes a row for mul and sub; writes 8 M N / GROUP bytes. FLOPs: 2 M N d.
+Reads N d + M d elements from memory (the items again from cache for every tile of queries) and up
+to 8 bytes a row for norms, mul and sub; writes 8 M N / GROUP bytes. FLOPs: 2 M N d, and N d for
+norms.
 Numerics: accumulated in float32 (float32 operands as three bfloat16 products); ``product_unit``
 bounds the error, of tensor-core sums that may truncate and of the packing. Excluded pairs come
 sorted by program, so each program visits its own and they cost no kept score.
@@ -22,18 +24,19 @@ sorted by program, so each program visits its own and they cost no kept score.
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..._exact.bounds import Queries
 from ..._numbers import HUGE
 from .launch import Launch, candidates, choose
 
 GROUPS = (32, 128)  # rows of a group
 LOWEST = tl.constexpr(-(2**31))
+_HUGE = tl.constexpr(HUGE)
 PACK_UNIT = 2.0**-15  # group index in the low bits of a score: at most 7 bits of 24
 _TENSOR_CORE_UNIT = 2.0**-22  # a term of a tensor-core sum, which may be truncated, not rounded
 _SPLIT_UNIT = 2.0**-15  # float32 operands as sums of two bfloat16
@@ -45,6 +48,8 @@ def _group_best_kernel(
     q_ptr,
     mul_ptr,
     sub_ptr,
+    norm_ptr,
+    tile_norm_ptr,
     pair_row_ptr,
     pair_of_ptr,
     pair_start_ptr,
@@ -62,14 +67,18 @@ def _group_best_kernel(
     EVEN_K: tl.constexpr,
     HAS_MUL: tl.constexpr,
     HAS_SUB: tl.constexpr,
+    BY_NORM: tl.constexpr,
+    TAKE_NORM: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A tile of items against a tile of queries.
 
-    first, second: int32 [ceil(N / GROUP), M]. The program's excluded pairs are those numbered
-    pair_start[program] .. pair_start[program + 1] - 1.
+    first, second: int32 [M, ceil(N / GROUP)]. The program's excluded pairs are those numbered
+    pair_start[program] .. pair_start[program + 1] - 1. BY_NORM: what a norm does to a score, "none",
+    "cosine" or "l2". TAKE_NORM: take the norms here, and write the largest of the tile to
+    tile_norm[i_n], infinity where one has no bound.
     """
     i_m = tl.program_id(0) % tl.cdiv(num_queries, BLOCK_M)
     i_n = tl.program_id(0) // tl.cdiv(num_queries, BLOCK_M)
@@ -81,6 +90,7 @@ def _group_best_kernel(
     p_x = x_ptr + o_n.to(tl.int64)[:, None] * stride_x + o_k[None, :]
     p_q = q_ptr + o_m.to(tl.int64)[None, :] * stride_q + o_k[:, None]
     b_s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    b_square = tl.zeros([BLOCK_N], dtype=tl.float32)
     for k in range(0, d, BLOCK_K):
         # [BLOCK_N, BLOCK_K] items, [BLOCK_K, BLOCK_M] queries
         if EVEN_K:
@@ -95,7 +105,30 @@ def _group_best_kernel(
         else:
             b_x = b_x.to(b_q.dtype)
         b_s = tl.dot(b_x, b_q, b_s, input_precision=PRECISION)
+        if TAKE_NORM:
+            b_wide = b_x.to(tl.float32)
+            b_square += tl.sum(b_wide * b_wide, axis=1)
     # [BLOCK_N]
+    if TAKE_NORM:
+        b_norm = tl.sqrt(b_square)
+        b_bound = tl.where(b_norm <= _HUGE, b_norm, float("inf"))
+        if BY_NORM == "cosine":
+            # A zero row scores 0 by the product alone; one too small for float32 has no bound.
+            m_small = m_n & (b_norm < 1.0 / _HUGE)
+            if tl.sum(m_small.to(tl.int32), axis=0) > 0:
+                b_largest = tl.zeros([BLOCK_N], dtype=tl.float32)
+                for k in range(0, d, BLOCK_K):
+                    m_k = k + o_k < d
+                    b_x = tl.load(p_x + k, mask=m_n[:, None] & m_k[None, :], other=0)
+                    b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x.to(tl.float32)), axis=1))
+                b_bound = tl.where(m_small & (b_largest > 0), float("inf"), b_bound)
+        tl.store(tile_norm_ptr + i_n, tl.max(b_bound, axis=0))
+    elif BY_NORM != "none":
+        b_norm = tl.load(norm_ptr + o_n, mask=m_n, other=0)
+    if BY_NORM == "cosine":
+        b_s = b_s * tl.where(b_norm > 0, 1.0 / tl.where(b_norm > 0, b_norm, 1.0), 0.0)[:, None]
+    elif BY_NORM == "l2":
+        b_s = b_s - (0.5 * b_norm * b_norm)[:, None]
     if HAS_MUL:
         b_s = b_s * tl.load(mul_ptr + o_n, mask=m_n, other=0)[:, None]
     if HAS_SUB:
@@ -119,110 +152,165 @@ def _group_best_kernel(
     b_second = tl.max(tl.where(b_i == b_first[:, None, :], LOWEST, b_i), axis=1)
     o_g = i_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
     m_g = (o_g < tl.cdiv(num_items, GROUP))[:, None] & m_m[None, :]
-    o_out = o_g.to(tl.int64)[:, None] * num_queries + o_m[None, :]
+    o_out = o_m.to(tl.int64)[None, :] * tl.cdiv(num_items, GROUP) + o_g[:, None]
     tl.store(first_ptr + o_out, b_first, mask=m_g)
     tl.store(second_ptr + o_out, b_second, mask=m_g)
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What the kernel multiplies, and how far its scores may be off.
+    """What the kernel multiplies, and what its scores may be off by.
 
     Attributes:
-        codes: [N, >= d], float32, bfloat16, float16 or int8.
-        operand: [B, d], bfloat16 for int8 codes, else of the codes' type.
+        codes: [N, >= d], float32, bfloat16, float16 or int8: the rows, or what stands for them.
         mul, sub: float32 [N] or None: score = product * mul - sub.
-        error: float32 [B]; infinite or NaN where float32 cannot hold the numbers.
+        by_norm: what the rows' norms do to their scores: "none", "cosine" or "l2".
+        norms: float32 [N], of the rows; None where the kernel takes them, or none are wanted.
+        coded: whether the codes only stand for the rows, and have residuals.
+        limits: float32 [3]: the largest residual, size and norm of the rows (``index.quantize``), the
+            norm infinite where a row has no bound; None where the kernel takes the norms.
     """
 
     codes: torch.Tensor
-    operand: torch.Tensor
-    mul: torch.Tensor | None
-    sub: torch.Tensor | None
-    error: torch.Tensor
+    mul: torch.Tensor | None = None
+    sub: torch.Tensor | None = None
+    by_norm: str = "none"
+    norms: torch.Tensor | None = None
+    coded: bool = False
+    limits: torch.Tensor | None = None
+
+    @property
+    def takes_norms(self) -> bool:
+        return self.limits is None
+
+
+class GroupBest(NamedTuple):
+    """What the kernel leaves: int32 [B, groups], packed; float32 [3], see ``Scanned.limits``."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+    limits: torch.Tensor
 
 
 def product_unit(codes: torch.Tensor, d: int) -> float:
-    """Relative error, to |q| |x|, of the kernel's scores beyond what ``Queries.unit`` holds."""
+    """Relative error, to |q| |x|, of the kernel's scores beyond ``_exact.bounds.float32_unit``."""
     split = _SPLIT_UNIT if codes.dtype == torch.float32 else 0.0
     return (d + 32) * _TENSOR_CORE_UNIT + split + PACK_UNIT
 
 
-def scan_rows(query: Queries, rows: torch.Tensor, norms: torch.Tensor | None) -> Scanned:
-    """What scans the stored rows [N, d] themselves; ``norms`` float32 [N], None: taken here."""
-    if norms is None:
-        blocks = [torch.linalg.vector_norm(b.float(), dim=1) for b in rows.split(1 << 20)]
-        norms = torch.cat(blocks) if blocks else rows.new_empty(0, dtype=torch.float32)
-    high = norms.max() * 1.001 + rows.shape[1] ** 0.5 * 2.0**-62
-    operand = query.scaled.to(rows.dtype)
-    missed = torch.linalg.vector_norm(query.scaled.double() - operand.double(), dim=1).float()
-    unit = product_unit(rows, rows.shape[1])
-    size = high if query.similarity != "cosine" else torch.ones_like(high)
-    error = query.product_error(high) + 1.01 * (missed + unit * query.norm) * size
-    mul = sub = None
-    bounded = high <= HUGE
-    if query.similarity == "cosine":
-        # A zero row scores 0 by the product alone; one too small for float32 has no bound.
-        small = (norms < 1 / HUGE) & (rows != 0).any(1)
-        bounded = bounded & ~small.any()
-        mul = torch.where(norms > 0, norms.reciprocal(), 0.0)
-    elif query.similarity == "l2":
-        sub = 0.5 * norms * norms
-        error = error + unit * (query.norm + high) ** 2
-    error = torch.where(bounded, error, float("inf"))
-    return Scanned(rows, operand, mul, sub, error)
+def operand_type(codes: torch.Tensor) -> torch.dtype:
+    """The type of the queries that the kernel multiplies codes with."""
+    return torch.bfloat16 if codes.dtype == torch.int8 else codes.dtype
+
+
+def scan_rows(rows: torch.Tensor, similarity: str) -> Scanned:
+    """What scans the rows [N, d] themselves, whose norms are not known."""
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return Scanned(rows, by_norm="none" if similarity == "dot" else similarity)
 
 
 def group_best(
-    scanned: Scanned, group: int, pair_row: torch.Tensor, pair_of: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed first and second scores of every group: int32 [B, groups] each.
+    scanned: Scanned,
+    operand: torch.Tensor,
+    group: int,
+    pair_row: torch.Tensor | None,
+    pair_of: torch.Tensor | None,
+) -> GroupBest:
+    """Packed first and second scores of every group of rows, for each query of ``operand`` [B, d].
 
     ``pair_row``, ``pair_of``: int64 [E], excluded (row, query) pairs; row -1 for none.
     """
-    codes, operand = scanned.codes, scanned.operand
+    codes = scanned.codes
     batch, count = operand.shape[0], codes.shape[0]
     groups = triton.cdiv(count, group)
-    first = torch.empty(groups, batch, dtype=torch.int32, device=codes.device)
+    first = torch.empty(batch, groups, dtype=torch.int32, device=codes.device)
     second = torch.empty_like(first)
+    config = choose_launch(scanned, operand, group, first, second)
+    query_tiles = triton.cdiv(batch, config.block_m)
+    item_tiles = triton.cdiv(count, config.block_n)
+    tile_norms = None
+    if scanned.takes_norms:
+        tile_norms = torch.empty(item_tiles, dtype=torch.float32, device=codes.device)
+    pairs = _pairs_by_program(pair_row, pair_of, config, query_tiles, item_tiles)
+    _launch(scanned, operand, group, first, second, tile_norms, pairs, config)
+    limits = scanned.limits
+    if limits is None:
+        assert tile_norms is not None
+        limits = torch.nn.functional.pad(tile_norms.amax(0, keepdim=True), (2, 0))
+    return GroupBest(first, second, limits)
 
-    def launch(config: Launch) -> None:
-        item_tiles = triton.cdiv(count, config.block_n)
-        query_tiles = triton.cdiv(batch, config.block_m)
-        num_programs = item_tiles * query_tiles
-        program = pair_row // config.block_n * query_tiles + pair_of // config.block_m
-        program = torch.where(pair_row < 0, num_programs, program)
-        program, order = program.sort()
-        every = torch.arange(num_programs + 1, device=codes.device)
-        _group_best_kernel[(num_programs,)](
-            x_ptr=codes,
-            q_ptr=operand,
-            mul_ptr=scanned.mul,
-            sub_ptr=scanned.sub,
-            pair_row_ptr=pair_row[order],
-            pair_of_ptr=pair_of[order],
-            pair_start_ptr=torch.searchsorted(program, every),
-            first_ptr=first,
-            second_ptr=second,
-            num_items=count,
-            num_queries=batch,
-            d=operand.shape[1],
-            stride_x=codes.stride(0),
-            stride_q=operand.stride(0),
-            **constants(config, group, operand.shape[1], codes.dtype, scanned, pair_row.numel()),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+
+def choose_launch(
+    scanned: Scanned, operand: torch.Tensor, group: int, first: torch.Tensor, second: torch.Tensor
+) -> Launch:
+    """The configuration to launch with; measured under ``R2EC_AUTOTUNE=1``."""
+    codes = scanned.codes
 
     def seconds(config: Launch) -> float:
-        return triton.testing.do_bench(lambda: launch(config))
+        tiles = triton.cdiv(codes.shape[0], config.block_n)
+        norms = torch.empty(tiles, device=codes.device) if scanned.takes_norms else None
+        run = partial(_launch, scanned, operand, group, first, second, norms, None, config)
+        return triton.testing.do_bench(run)
 
-    launch(choose(batch, codes.element_size(), codes.device, seconds))
-    return first.T.contiguous(), second.T.contiguous()
+    return choose(operand.shape[0], codes.element_size(), codes.device, seconds)
+
+
+def _pairs_by_program(
+    row: torch.Tensor | None,
+    of: torch.Tensor | None,
+    config: Launch,
+    query_tiles: int,
+    item_tiles: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Excluded rows and queries in the order of the programs, and where each program's begin."""
+    if row is None or of is None or not row.numel():
+        return None
+    programs = item_tiles * query_tiles
+    program = row // config.block_n * query_tiles + of // config.block_m
+    program, order = program.masked_fill_(row < 0, programs).sort()
+    start = torch.searchsorted(program, torch.arange(programs + 1, device=row.device))
+    return row[order], of[order], start
+
+
+def _launch(
+    scanned: Scanned,
+    operand: torch.Tensor,
+    group: int,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    tile_norms: torch.Tensor | None,
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    config: Launch,
+) -> None:
+    codes, d = scanned.codes, operand.shape[1]
+    batch, count = operand.shape[0], codes.shape[0]
+    pair_row, pair_of, pair_start = pairs or (None, None, None)
+    programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
+    _group_best_kernel[(programs,)](
+        x_ptr=codes,
+        q_ptr=operand,
+        mul_ptr=scanned.mul,
+        sub_ptr=scanned.sub,
+        norm_ptr=scanned.norms,
+        tile_norm_ptr=tile_norms,
+        pair_row_ptr=pair_row,
+        pair_of_ptr=pair_of,
+        pair_start_ptr=pair_start,
+        first_ptr=first,
+        second_ptr=second,
+        num_items=count,
+        num_queries=batch,
+        d=d,
+        stride_x=codes.stride(0),
+        stride_q=operand.stride(0),
+        **constants(config, group, d, codes.dtype, scanned, pairs is not None),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def constants(
-    config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: int
+    config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: bool
 ) -> dict[str, object]:
     """The compile-time arguments of the kernel."""
     interpreted = triton.knobs.runtime.interpret
@@ -235,7 +323,9 @@ def constants(
         "EVEN_K": d % config.block_k == 0,
         "HAS_MUL": scanned.mul is not None,
         "HAS_SUB": scanned.sub is not None,
-        "HAS_PAIRS": pairs > 0,
+        "BY_NORM": scanned.by_norm,
+        "TAKE_NORM": scanned.takes_norms,
+        "HAS_PAIRS": pairs,
         "PRECISION": "bf16x3" if split else "ieee",
         "WIDEN": interpreted,
     }
@@ -244,13 +334,6 @@ def constants(
 def group_size(num_rows: int, k: int) -> int:
     """Rows of a group: about sqrt(2 N / k), of the sizes that the kernel has."""
     return GROUPS[num_rows >= 8192 * k]
-
-
-def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
-    """Scores of packed values, rounded down to the bits that are left; -inf for no row."""
-    bits = packed & -group
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits.view(torch.float32).masked_fill(packed == LOWEST.value, float("-inf"))
 
 
 def aot_configs() -> list[dict[str, Any]]:
@@ -264,6 +347,7 @@ def aot_configs() -> list[dict[str, Any]]:
     others = {"first_ptr": "*i32", "second_ptr": "*i32", "mul_ptr": "*fp32", "sub_ptr": "*fp32"}
     others |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
     others |= dict.fromkeys(("num_items", "num_queries", "d", "stride_x", "stride_q"), "i32")
+    others |= {"norm_ptr": "*fp32", "tile_norm_ptr": "*fp32"}
     found = []
     for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
         launches = [
@@ -273,29 +357,40 @@ def aot_configs() -> list[dict[str, Any]]:
         ]
         for config, group in itertools.product(launches, GROUPS):
             given = {"x_ptr": codes, "q_ptr": operand, **others}
-            arguments = _group_best_kernel.arg_names
-            found.append(
-                {
-                    "name": "topk.group_best",
-                    "kernel": _group_best_kernel,
-                    "signature": {name: given.get(name, "constexpr") for name in arguments},
-                    "constexprs": {
-                        "BLOCK_M": config.block_m,
-                        "BLOCK_N": config.block_n,
-                        "BLOCK_K": config.block_k,
-                        "GROUP": group,
-                        "EVEN_K": True,
-                        "HAS_MUL": True,
-                        "HAS_SUB": True,
-                        "HAS_PAIRS": True,
-                        "PRECISION": "bf16x3" if dtype == torch.float32 else "ieee",
-                        "WIDEN": False,
-                    },
-                    "num_warps": config.num_warps,
-                    "num_stages": config.num_stages,
-                    "uses_tensor_cores": True,
-                    "backend": backend,
-                    "aligned": ("stride_x", "stride_q", "d"),
+            for flags in _shipped_flags(dtype):
+                constants = {
+                    "BLOCK_M": config.block_m,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_K": config.block_k,
+                    "GROUP": group,
+                    "EVEN_K": True,
+                    **flags,
+                    "PRECISION": "bf16x3" if dtype == torch.float32 else "ieee",
+                    "WIDEN": False,
                 }
-            )
+                names = _group_best_kernel.arg_names
+                found.append(
+                    {
+                        "name": "topk.group_best",
+                        "kernel": _group_best_kernel,
+                        "signature": {
+                            n: "constexpr" if n in constants else given[n] for n in names
+                        },
+                        "constexprs": constants,
+                        "num_warps": config.num_warps,
+                        "num_stages": config.num_stages,
+                        "uses_tensor_cores": True,
+                        "backend": backend,
+                        "aligned": ("stride_x", "stride_q", "d"),
+                    }
+                )
     return found
+
+
+def _shipped_flags(dtype: torch.dtype) -> list[dict[str, object]]:
+    """What the kernel does to scores: of codes, and of rows with and without known norms."""
+    codes = {"HAS_MUL": True, "HAS_SUB": True, "BY_NORM": "none", "TAKE_NORM": False}
+    rows: dict[str, object] = {"HAS_MUL": False, "HAS_SUB": False, "BY_NORM": "cosine"}
+    if dtype == torch.int8:
+        return [codes | {"HAS_PAIRS": True}]
+    return [rows | {"TAKE_NORM": taken, "HAS_PAIRS": True} for taken in (False, True)]

@@ -1,0 +1,242 @@
+"""How many device operations, kernel launches and host waits one public call costs on the Triton path.
+
+    python benchmarks/launches.py [--ops search rank ...] [--batches 1 16 64 256] [--json FILE]
+
+Nothing is timed, and no GPU is needed: the calls run in Triton's interpreter, on small tables, under
+a dispatch mode that counts. Counted are
+
+- device operations: operators of torch that start work on a device, and launches of Triton kernels.
+  Views and allocations start none. An operator counts as one, though some (``topk``, ``sort``) start
+  several kernels;
+- of them, launches of the project's own kernels;
+- host waits: operations after which the host has to wait for the device, such as ``item``,
+  ``tolist``, ``nonzero`` and selections by a mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ.setdefault("R2EC_IMPL", "triton")
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import r2ec_kernels
+from r2ec_kernels import ItemIndex, ops
+
+NUM_ITEMS, DIM, K, HISTORY = 8192, 256, 100, 20
+BATCHES = (1, 16, 64, 256)
+GENERATIONS = 4  # reasonings of a group
+
+# what starts no work on a device: views, allocations, questions about a tensor
+_FREE = frozenset(
+    "alias as_strided chunk detach diagonal empty empty_like empty_strided expand lift_fresh new_empty "
+    "new_empty_strided permute reshape resize_ select slice split split_with_sizes squeeze t transpose "
+    "unbind unfold unsqueeze view view_as_real _reshape_alias _unsafe_view is_pinned set_ "
+    "sym_size sym_stride sym_numel".split()
+)
+_WAITS = frozenset(
+    "_local_scalar_dense nonzero masked_select equal is_nonzero unique_consecutive unique_dim "
+    "_unique _unique2 _assert_async".split()
+)
+
+_BODIES = {
+    "item_topk": ops._item_topk,
+    "target_stats": ops._target_stats,
+    "linear_logprob_forward": ops._logprob,
+    "linear_logprob_backward": ops._logprob_backward,
+    "catalog_lse": ops._catalog_lse,
+}
+
+
+@dataclass
+class Cost:
+    """What one call costs.
+
+    Attributes:
+        operations: device operations, kernel launches among them.
+        launches: of the project's Triton kernels, by name.
+        waits: host waits.
+        names: every device operation by name.
+    """
+
+    operations: int = 0
+    launches: Counter[str] = field(default_factory=Counter)
+    waits: int = 0
+    names: Counter[str] = field(default_factory=Counter)
+
+
+class _Counting(TorchDispatchMode):
+    """Counts into ``cost``; an operator of the project is looked into."""
+
+    def __init__(self, cost: Cost) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "r2ec_kernels":
+            with self:
+                return _BODIES[func.overloadpacket.__name__](*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name not in _FREE:
+            self.count(name)
+        if name in _WAITS or (name in ("index", "index_put", "index_put_") and _by_mask(args[1])):
+            self.cost.waits += 1
+        if name == "repeat_interleave" and kwargs.get("output_size") is None:
+            self.cost.waits += 1
+        return func(*args, **kwargs)
+
+    def count(self, name: str) -> None:
+        self.cost.operations += 1
+        self.cost.names[name] += 1
+
+
+def _by_mask(indices: list[torch.Tensor | None]) -> bool:
+    return any(at is not None and at.dtype in (torch.bool, torch.uint8) for at in indices)
+
+
+@contextmanager
+def counted() -> Iterator[Cost]:
+    """The cost of what runs inside, on the CPU as if it were a GPU."""
+    from triton.runtime import interpreter
+
+    cost = Cost()
+    mode = _Counting(cost)
+    launch, tolist = interpreter.GridExecutor.__call__, torch.Tensor.tolist
+
+    def launched(executor, *args, **kwargs):
+        name = executor.fn.__name__.strip("_")
+        mode.count(name)
+        cost.launches[name] += 1
+        with torch.utils._python_dispatch._disable_current_modes():
+            return launch(executor, *args, **kwargs)
+
+    def waited(tensor: torch.Tensor):
+        cost.waits += 1
+        with torch.utils._python_dispatch._disable_current_modes():
+            return tolist(tensor)
+
+    interpreter.GridExecutor.__call__, torch.Tensor.tolist = launched, waited
+    try:
+        with mode:
+            yield cost
+    finally:
+        interpreter.GridExecutor.__call__, torch.Tensor.tolist = launch, tolist
+
+
+def _vectors(count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, DIM, generator=generator)
+
+
+def _exclude(batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(NUM_ITEMS, (batch, HISTORY), generator=generator)
+
+
+def _targets(batch: int) -> torch.Tensor:
+    return torch.arange(batch) * 31 % NUM_ITEMS
+
+
+def search_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Searches by name: a batch size makes a call."""
+    items = _vectors(NUM_ITEMS, 0)
+
+    def plain(batch: int, **settings: object) -> Callable[[], object]:
+        queries = _vectors(batch, 1)
+        return lambda: r2ec_kernels.item_topk(queries, items, K, **settings)
+
+    def indexed(scan: str) -> Callable[[int], Callable[[], object]]:
+        index = ItemIndex(items, scan=scan)
+
+        def make(batch: int) -> Callable[[], object]:
+            queries, exclude = _vectors(batch, 1), _exclude(batch)
+            return lambda: index.search(queries, K, exclude=exclude)
+
+        return make
+
+    return {
+        "item_topk": plain,
+        "item_topk, exclude": lambda batch: plain(batch, exclude=_exclude(batch)),
+        **{f"ItemIndex({scan}).search, exclude": indexed(scan) for scan in ("none", "bf16", "int8")},
+    }
+
+
+def rank_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Ranks and probabilities of targets by name."""
+    items = _vectors(NUM_ITEMS, 0)
+    index = ItemIndex(items, scan="none")
+
+    def plain(batch: int) -> Callable[[], object]:
+        queries, targets, exclude = _vectors(batch, 1), _targets(batch), _exclude(batch)
+        return lambda: r2ec_kernels.target_stats(queries, items, targets, exclude=exclude)
+
+    def indexed(batch: int) -> Callable[[], object]:
+        queries, targets, exclude = _vectors(batch, 1), _targets(batch), _exclude(batch)
+        return lambda: index.target_stats(queries, targets, exclude=exclude, use_scan=False)
+
+    return {"target_stats": plain, "ItemIndex.target_stats": indexed}
+
+
+def reward_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Rewards and advantages by name; a batch is that many groups."""
+
+    def make(batch: int) -> Callable[[], object]:
+        rank = torch.arange(batch * GENERATIONS).view(batch, GENERATIONS) % 50 + 1
+        log_prob = -rank.float()
+        return lambda: r2ec_kernels.reward_and_advantage(rank, log_prob)
+
+    return {"reward_and_advantage": make}
+
+
+CALLS = {"search": search_calls, "rank": rank_calls, "reward": reward_calls}
+
+
+def measure(make: Callable[[int], Callable[[], object]], batch: int) -> Cost:
+    """The cost of a second call: the first may make what later ones keep."""
+    call = make(batch)
+    call()
+    with counted() as cost:
+        call()
+    return cost
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ops", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--json", type=Path, help="also write every operation's count here")
+    parser.add_argument("--names", action="store_true", help="print the operations by name")
+    options = parser.parse_args(arguments)
+    print(f"N = {NUM_ITEMS}, d = {DIM}, k = {K}; device operations (own kernels) + host waits")
+    print(f"{'call':36}" + "".join(f"{f'B = {batch}':>16}" for batch in options.batches))
+    rows = []
+    for name in options.ops:
+        for call, make in CALLS[name]().items():
+            cells = []
+            for batch in options.batches:
+                cost = measure(make, batch)
+                own = sum(cost.launches.values())
+                cells.append(f"{cost.operations} ({own}) + {cost.waits}")
+                rows.append({"call": call, "batch": batch, **asdict(cost)})
+                if options.names:
+                    print(call, batch, dict(cost.names), file=sys.stderr)
+            print(f"{call:36}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,435 @@
+"""The exact end of a search: canonical order keys of the listed rows, and the k best of them.
+
+``_rescore``    gives every row of a query's list (``triton_candidates``) its order key.
+``_search_all`` does so for all rows of the groups that reach the cut, for a query whose list
+                overflowed or whose scores no bound holds for. It is launched always and ends at once
+                where nothing is to be done, so that no result waits for a decision of the host.
+``_finish``     turns the k largest keys into scores and ids.
+
+Grids: queries x parts of the list; queries; queries. Reads d elements of every listed row, a warp or
+more a row; writes 8 bytes a place of a list. Memory: 8 bytes a place. Numerics: float64 in the
+canonical order (``_exact.triton_scores``), rounded once.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._checks import SIMILARITIES
+from ..._exact.table import Table
+from ..._exact.triton_scores import (
+    PADDING,
+    canonical_scores,
+    float64_of,
+    halving_places,
+    order_keys,
+    scores_and_ids,
+)
+from ..._scan.triton_queries import DeviceQueries
+from .triton_candidates import GIVEN_UP, Exclusions, Lists, unpack
+from .triton_kernels import GROUPS, GroupBest
+
+_TILE = 4096  # columns of the rows that a program scores at once
+_MAX_ROWS = 32  # of a tile: not more than the smallest group has
+_PROGRAMS = 1056  # of ``_rescore``, about: eight a multiprocessor
+_BLOCK_EXCLUDED = 64
+_BLOCK_KEYS = 1024
+_BLOCK_RESULTS = 256
+
+
+@triton.jit
+def _row_keys(
+    i_m,
+    b_row,
+    m_row,
+    b_q,
+    o_d,
+    m_d,
+    x_ptr,
+    ids_ptr,
+    exclude_ptr,
+    exclude_start_ptr,
+    stride_x,
+    temperature,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether some
+    score that counts is infinite: those are ties that the bounds do not see."""
+    if HAS_EXCLUDE:
+        last = tl.load(exclude_start_ptr + i_m + 1)
+        for first in range(tl.load(exclude_start_ptr + i_m), last, BLOCK_E):
+            o_e = first + tl.arange(0, BLOCK_E)
+            b_e = tl.load(exclude_ptr + o_e, mask=o_e < last, other=-1)
+            found = tl.sum((b_e[None, :] == b_row[:, None]).to(tl.int32), axis=1)
+            m_row = m_row & (found == 0)
+    p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]
+    b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    score = canonical_scores(
+        b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY
+    )
+    ids = b_row.to(tl.int64)
+    if HAS_IDS:
+        ids = tl.load(ids_ptr + ids, mask=m_row, other=0)
+    keys = tl.where(m_row, order_keys(score, ids), PADDING)
+    infinite = m_row & (tl.abs(score) == float("inf"))
+    return keys, tl.sum(infinite.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def _rescore_kernel(
+    q_ptr,
+    x_ptr,
+    ids_ptr,
+    exclude_ptr,
+    exclude_start_ptr,
+    rows_ptr,
+    groups_ptr,
+    count_ptr,
+    cut_ptr,
+    keys_ptr,
+    num_items,
+    d,
+    stride_q,
+    stride_x,
+    capacity,
+    temperature,
+    ALL: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A part of a query's list, or (ALL) of all rows. keys: int64 [M, capacity], PADDING behind.
+
+    A query whose list is too long is left to ``_search_all``; so is one with an infinite score, whose
+    cut then counts for nothing.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    temperature = float64_of(temperature)
+    o_d, m_d = halving_places(d, WIDTH, LEVELS)
+    b_q = tl.load(q_ptr + i_m * stride_q + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_q = tl.reshape(b_q.to(tl.float64), [1, WIDTH])
+    if ALL:
+        num_single, total = num_items, num_items
+    else:
+        num_single = tl.load(count_ptr + 2 * i_m)
+        total = num_single + tl.load(count_ptr + 2 * i_m + 1) * GROUP
+        if (num_single > capacity) | (total > capacity):
+            total = 0
+    for start in range(tl.program_id(1) * ROWS, capacity, tl.num_programs(1) * ROWS):
+        o_c = start + tl.arange(0, ROWS)
+        b_keys = tl.full([ROWS], PADDING, tl.int64)
+        if start < total:
+            if ALL:
+                b_row = o_c
+            else:
+                o_w = tl.maximum(o_c - num_single, 0)
+                m_w = (o_c >= num_single) & (o_c < total)
+                b_group = tl.load(groups_ptr + i_m * capacity + o_w // GROUP, mask=m_w, other=0)
+                b_row = tl.load(rows_ptr + i_m * capacity + o_c, mask=o_c < num_single, other=0)
+                b_row = tl.where(m_w, b_group * GROUP + o_w % GROUP, b_row)
+            b_keys, infinite = _row_keys(
+                i_m,
+                b_row,
+                (o_c < total) & (b_row < num_items),
+                b_q,
+                o_d,
+                m_d,
+                x_ptr,
+                ids_ptr,
+                exclude_ptr,
+                exclude_start_ptr,
+                stride_x,
+                temperature,
+                ROWS,
+                WIDTH,
+                LEVELS,
+                SIMILARITY,
+                HAS_IDS,
+                HAS_EXCLUDE,
+                BLOCK_E,
+            )
+            if not ALL:
+                if infinite:
+                    tl.store(cut_ptr + i_m, -float("inf"))
+                    tl.atomic_max(count_ptr + 2 * i_m, GIVEN_UP)
+        tl.store(keys_ptr + i_m * capacity + o_c, b_keys, mask=o_c < capacity)
+
+
+@triton.jit
+def _kth_key(keys_ptr, fill, k, BLOCK_C: tl.constexpr):
+    """The k-th largest of ``fill`` >= k distinct order keys, bit by bit."""
+    found = tl.full([], -(2**63), tl.int64)
+    for i_bit in range(64):
+        # the sign first: 0 is the least key without it
+        trial = tl.where(i_bit == 0, 0, found | (tl.full([], 1, tl.int64) << (63 - i_bit)))
+        count = 0
+        for start in range(0, fill, BLOCK_C):
+            o_c = start + tl.arange(0, BLOCK_C)
+            b_keys = tl.load(keys_ptr + o_c, mask=o_c < fill, other=-(2**63))
+            count += tl.sum(((b_keys >= trial) & (o_c < fill)).to(tl.int32), axis=0)
+        found = tl.where(count >= k, trial, found)
+    return found
+
+
+@triton.jit
+def _keep_from(keys_ptr, fill, least, BLOCK_C: tl.constexpr):
+    """Move the keys that are at least ``least`` to the front; returns how many there are."""
+    kept = 0
+    for start in range(0, fill, BLOCK_C):
+        o_c = start + tl.arange(0, BLOCK_C)
+        b_keys = tl.load(keys_ptr + o_c, mask=o_c < fill, other=-(2**63))
+        m_keep = (b_keys >= least) & (o_c < fill)
+        o_out = kept + tl.cumsum(m_keep.to(tl.int32), 0) - 1
+        tl.debug_barrier()  # all of the block is read before any of it is overwritten
+        tl.store(keys_ptr + o_out, b_keys, mask=m_keep)
+        kept += tl.sum(m_keep.to(tl.int32), axis=0)
+        tl.debug_barrier()
+    return kept
+
+
+@triton.jit
+def _search_all_kernel(
+    q_ptr,
+    x_ptr,
+    ids_ptr,
+    exclude_ptr,
+    exclude_start_ptr,
+    first_ptr,
+    count_ptr,
+    cut_ptr,
+    keys_ptr,
+    num_items,
+    num_groups,
+    d,
+    stride_q,
+    stride_x,
+    capacity,
+    k,
+    temperature,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One query, where its list overflowed: all rows of the groups that reach its cut.
+
+    keys [M, capacity] collects the order keys above the k-th best so far; when it is full, all but
+    the k best go.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    num_single = tl.load(count_ptr + 2 * i_m)
+    total = num_single + tl.load(count_ptr + 2 * i_m + 1) * GROUP
+    if (num_single > capacity) | (total > capacity):
+        temperature = float64_of(temperature)
+        o_d, m_d = halving_places(d, WIDTH, LEVELS)
+        b_q = tl.load(q_ptr + i_m * stride_q + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_q = tl.reshape(b_q.to(tl.float64), [1, WIDTH])
+        cut = tl.load(cut_ptr + i_m)
+        p_keys = keys_ptr + i_m * capacity
+        least = tl.full([], -(2**63), tl.int64)
+        fill = 0
+        for i_g in range(0, num_groups):
+            best = unpack(tl.load(first_ptr + i_m * num_groups + i_g), GROUP)
+            if (cut == -float("inf")) | (best >= cut):
+                for start in range(0, GROUP, ROWS):
+                    b_row = i_g * GROUP + start + tl.arange(0, ROWS)
+                    b_keys, _ = _row_keys(
+                        i_m,
+                        b_row,
+                        b_row < num_items,
+                        b_q,
+                        o_d,
+                        m_d,
+                        x_ptr,
+                        ids_ptr,
+                        exclude_ptr,
+                        exclude_start_ptr,
+                        stride_x,
+                        temperature,
+                        ROWS,
+                        WIDTH,
+                        LEVELS,
+                        SIMILARITY,
+                        HAS_IDS,
+                        HAS_EXCLUDE,
+                        BLOCK_E,
+                    )
+                    num_better = tl.sum((b_keys > least).to(tl.int32), axis=0)
+                    if fill + num_better > capacity:
+                        tl.debug_barrier()  # what the program stored is there
+                        least = _kth_key(p_keys, fill, k, BLOCK_C)
+                        fill = _keep_from(p_keys, fill, least, BLOCK_C)
+                    m_better = b_keys > least
+                    o_out = fill + tl.cumsum(m_better.to(tl.int32), 0) - 1
+                    tl.store(p_keys + o_out, b_keys, mask=m_better)
+                    fill += tl.sum(m_better.to(tl.int32), axis=0)
+        for start in range(0, capacity, BLOCK_C):
+            o_c = start + tl.arange(0, BLOCK_C)
+            b_none = tl.full([BLOCK_C], PADDING, tl.int64)
+            tl.store(p_keys + o_c, b_none, mask=(o_c >= fill) & (o_c < capacity))
+
+
+@triton.jit
+def _finish_kernel(
+    keys_ptr,
+    scores_ptr,
+    ids_ptr,
+    width,
+    k,
+    BLOCK_K: tl.constexpr,
+):
+    """Order keys [M, width] as scores and ids [M, k]; (-inf, -1) for no item."""
+    i_m = tl.program_id(0).to(tl.int64)
+    for start in range(0, k, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        b_keys = tl.load(keys_ptr + i_m * width + o_k, mask=o_k < width, other=-(2**63))
+        b_scores, b_ids = scores_and_ids(b_keys)
+        tl.store(scores_ptr + i_m * k + o_k, b_scores, mask=o_k < k)
+        tl.store(ids_ptr + i_m * k + o_k, b_ids, mask=o_k < k)
+
+
+def _tile(d: int) -> dict[str, int]:
+    """The compile-time sizes of a tile of rows of d columns."""
+    width = triton.next_power_of_2(max(1, d))
+    rows = min(_MAX_ROWS, max(1, _TILE // width))
+    return {"ROWS": rows, "WIDTH": width, "LEVELS": width.bit_length() - 1}
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= _TILE else 8 if width <= 2 * _TILE else 16
+
+
+def _rows_of(query: DeviceQueries, table: Table, excluded: Exclusions | None) -> dict[str, Any]:
+    """The arguments that kernels share which score rows."""
+    rows, d = table.rows, query.original.shape[1]
+    return {
+        "q_ptr": query.original,
+        "x_ptr": rows,
+        "ids_ptr": table.ids,
+        "exclude_ptr": None if excluded is None else excluded.rows,
+        "exclude_start_ptr": None if excluded is None else excluded.start,
+        "num_items": rows.shape[0],
+        "d": d,
+        "stride_q": query.original.stride(0),
+        "stride_x": rows.stride(0),
+        "temperature": query.temperature_bits,
+        **_tile(d),
+        "SIMILARITY": query.similarity,
+        "HAS_IDS": table.ids is not None,
+        "HAS_EXCLUDE": excluded is not None,
+        "BLOCK_E": _BLOCK_EXCLUDED,
+        "num_warps": _warps(_tile(d)["WIDTH"]),
+        "enable_fp_fusion": False,  # a squared difference is rounded before it is added
+    }
+
+
+def listed_keys(
+    query: DeviceQueries,
+    table: Table,
+    lists: Lists,
+    found: GroupBest,
+    group: int,
+    k: int,
+    excluded: Exclusions | None,
+) -> torch.Tensor:
+    """Order keys int64 [B, capacity] of the listed rows; the k best of all rows are among them."""
+    batch, capacity = len(query), lists.capacity
+    given = _rows_of(query, table, excluded)
+    keys = torch.empty(batch, capacity, dtype=torch.int64, device=table.rows.device)
+    parts = min(triton.cdiv(capacity, given["ROWS"]), max(1, _PROGRAMS // batch))
+    shared = {"count_ptr": lists.count, "cut_ptr": lists.cut, "keys_ptr": keys}
+    shared |= {"capacity": capacity, "GROUP": group}
+    _rescore_kernel[(batch, parts)](
+        rows_ptr=lists.rows, groups_ptr=lists.groups, ALL=False, **shared, **given
+    )
+    _search_all_kernel[(batch,)](
+        first_ptr=found.first,
+        num_groups=found.first.shape[1],
+        k=k,
+        BLOCK_C=_BLOCK_KEYS,
+        **shared,
+        **given,
+    )
+    return keys
+
+
+def every_key(
+    query: DeviceQueries, table: Table, excluded: Exclusions | None
+) -> torch.Tensor:
+    """Order keys int64 [B, N] of all rows, for tables that are small beside k."""
+    batch, count = len(query), len(table)
+    given = _rows_of(query, table, excluded)
+    keys = torch.empty(batch, count, dtype=torch.int64, device=table.rows.device)
+    parts = min(triton.cdiv(count, given["ROWS"]), max(1, _PROGRAMS // batch))
+    nothing = dict.fromkeys(("rows_ptr", "groups_ptr", "count_ptr", "cut_ptr"))
+    _rescore_kernel[(batch, parts)](
+        keys_ptr=keys, capacity=count, GROUP=GROUPS[0], ALL=True, **nothing, **given
+    )
+    return keys
+
+
+def best_of(keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores float32 and ids int64 [B, k] of the largest keys, padded with (-inf, -1)."""
+    batch, width = keys.shape[0], min(k, keys.shape[1])
+    best = keys.topk(width, dim=1).values
+    scores = torch.empty(batch, k, dtype=torch.float32, device=keys.device)
+    ids = torch.empty(batch, k, dtype=torch.int64, device=keys.device)
+    block = min(_BLOCK_RESULTS, triton.next_power_of_2(k))
+    _finish_kernel[(batch,)](best, scores, ids, width, k, BLOCK_K=block, num_warps=1)
+    return scores, ids
+
+
+def aot_configs() -> list[dict[str, Any]]:
+    """The kernels' configurations, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
+    kinds = {"keys_ptr": "*i64", "ids_ptr": "*i64", "temperature": "i64", "scores_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("exclude_ptr", "exclude_start_ptr"), "*i64")
+    kinds |= dict.fromkeys(("rows_ptr", "groups_ptr", "count_ptr", "first_ptr"), "*i32")
+    kinds |= {"cut_ptr": "*fp32"}
+    flags = {"HAS_IDS": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
+
+    def case(kernel: Any, constants: dict[str, Any], warps: int, **given: str) -> dict[str, Any]:
+        types = kinds | given
+        return {
+            "name": f"topk.{kernel.fn.__name__.strip('_').removesuffix('_kernel')}",
+            "kernel": kernel,
+            "signature": {
+                n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names
+            },
+            "constexprs": constants,
+            "num_warps": warps,
+            "num_stages": 3,
+            "uses_tensor_cores": False,
+        }
+
+    found = [case(_finish_kernel, {"BLOCK_K": _BLOCK_RESULTS}, 1)]
+    for (query, rows), similarity, d in itertools.product(
+        (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")), SIMILARITIES, (128, 1000, 4096)
+    ):
+        tile = _tile(d) | {"SIMILARITY": similarity, **flags}
+        given = {"q_ptr": f"*{query}", "x_ptr": f"*{rows}"}
+        warps = _warps(tile["WIDTH"])
+        for every in (False, True):
+            constants = tile | {"ALL": every, "GROUP": GROUPS[0]}
+            found.append(case(_rescore_kernel, constants, warps, **given))
+        constants = tile | {"GROUP": GROUPS[0], "BLOCK_C": _BLOCK_KEYS}
+        found.append(case(_search_all_kernel, constants, warps, **given))
+    return found
