@@ -37,6 +37,17 @@ LOWEST = tl.constexpr(-(2**31))
 PACK_UNIT = 2.0**-15  # group index in the low bits of a score: at most 7 bits of 24
 _TENSOR_CORE_UNIT = 2.0**-22  # a term of a tensor-core sum, which may be truncated, not rounded
 _SPLIT_UNIT = 2.0**-15  # float32 operands as sums of two bfloat16
+# Of ``aot --budget``, on sm_90: columns of the table that shares are predicted for; instructions of
+# the loop by (bytes of a number, BLOCK_M), and of the epilogue, its shuffles and its accesses to
+# shared memory by (BLOCK_M, GROUP). What the code holds, 3 to 5% above: tightened as it improves.
+_AOT_WIDTH = 1024
+_LOOP_BUDGET = {(1, 16): 410, (1, 64): 820, (1, 128): 248}
+_LOOP_BUDGET |= {(2, 16): 110, (2, 32): 114, (2, 64): 124, (2, 128): 96}
+_LOOP_BUDGET |= {(4, 16): 323, (4, 64): 545, (4, 128): 432}
+_EPILOGUE_BUDGET = {(16, 32): (830, 52, 50), (16, 128): (735, 29, 31)}
+_EPILOGUE_BUDGET |= {(32, 32): (860, 104, 92), (32, 128): (670, 54, 50)}
+_EPILOGUE_BUDGET |= {(64, 32): (1700, 208, 175), (64, 128): (1290, 108, 92)}
+_EPILOGUE_BUDGET |= {(128, 32): (1640, 208, 171), (128, 128): (1565, 225, 169)}
 
 
 @triton.jit
@@ -267,11 +278,11 @@ def aot_configs() -> list[dict[str, Any]]:
     found = []
     for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
         launches = [
-            config
+            (batch, config)
             for batch in (16, 64, 1024)
             for config in candidates(batch, dtype.itemsize, backend)
         ]
-        for config, group in itertools.product(launches, GROUPS):
+        for (batch, config), group in itertools.product(launches, GROUPS):
             given = {"x_ptr": codes, "q_ptr": operand, **others}
             arguments = _group_best_kernel.arg_names
             found.append(
@@ -296,6 +307,38 @@ def aot_configs() -> list[dict[str, Any]]:
                     "uses_tensor_cores": True,
                     "backend": backend,
                     "aligned": ("stride_x", "stride_q", "d"),
+                    "work": _work(config, group, batch, dtype.itemsize),
+                    "budget": _budget(config, group, dtype.itemsize),
                 }
             )
     return found
+
+
+def _work(config: Launch, group: int, batch: int, itemsize: int) -> dict[str, Any]:
+    """What a tile of ``aot_configs`` needs, for rows of ``_AOT_WIDTH`` columns."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    sharing = triton.cdiv(batch, block_m)  # tiles of queries; all but one find the items in cache
+    return {
+        "sizes": f"B={batch} d={_AOT_WIDTH}",
+        "steps": _AOT_WIDTH // block_k,
+        "bytes": block_n * block_k * itemsize / sharing,
+        "flops": 2 * block_m * block_n * block_k,
+        "scores": block_m * block_n,
+        # mul and sub of an item, first and second of a group
+        "tile_bytes": 8 * block_n / sharing + 8 * block_m * block_n / group,
+    }
+
+
+def _budget(config: Launch, group: int, itemsize: int) -> dict[str, Any]:
+    """What the code of a configuration must hold; nothing for one that has no numbers yet."""
+    if (itemsize, config.block_m) not in _LOOP_BUDGET:
+        return {}
+    epilogue, shuffles, shared = _EPILOGUE_BUDGET[config.block_m, group]
+    return {
+        "loop": _LOOP_BUDGET[itemsize, config.block_m],
+        "epilogue_per_1024_scores": epilogue * 1024 / (config.block_m * config.block_n),
+        "epilogue_shuffles": shuffles,
+        "epilogue_shared": shared,
+        "load_bits": 64 if itemsize == 1 else 128,
+        "wgmma": True,
+    }
