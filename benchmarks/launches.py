@@ -1,13 +1,13 @@
-"""How many device operations, kernel launches and host waits one public call costs on the Triton path.
+"""How many device operations and host waits one public call costs on the Triton path.
 
     python benchmarks/launches.py [--ops search rank ...] [--batches 1 16 64 256] [--json FILE]
 
-Nothing is timed, and no GPU is needed: the calls run in Triton's interpreter, on small tables, under
-a dispatch mode that counts. Counted are
+Nothing is timed, and no GPU is needed: the calls run in Triton's interpreter, on small tables,
+under a dispatch mode that counts. Counted are
 
-- device operations: operators of torch that start work on a device, and launches of Triton kernels.
-  Views and allocations start none. An operator counts as one, though some (``topk``, ``sort``) start
-  several kernels;
+- device operations: operators of torch that start work on a device, and launches of Triton
+  kernels. Views and allocations start none. An operator counts as one, though some (``topk``,
+  ``sort``) start several kernels;
 - of them, launches of the project's own kernels;
 - host waits: operations after which the host has to wait for the device, such as ``item``,
   ``tolist``, ``nonzero`` and selections by a mask.
@@ -36,20 +36,24 @@ from r2ec_kernels import ItemIndex, ops
 
 NUM_ITEMS, DIM, K, HISTORY = 8192, 256, 100, 20
 BATCHES = (1, 16, 64, 256)
+SCANS = ("none", "bf16", "int8")
 GENERATIONS = 4  # reasonings of a group
 
 # what starts no work on a device: views, allocations, questions about a tensor
 _FREE = frozenset(
-    "alias as_strided chunk detach diagonal empty empty_like empty_strided expand lift_fresh new_empty "
-    "new_empty_strided permute reshape resize_ select slice split split_with_sizes squeeze t transpose "
-    "unbind unfold unsqueeze view view_as_real _reshape_alias _unsafe_view is_pinned set_ "
-    "sym_size sym_stride sym_numel".split()
+    (
+        "alias as_strided chunk detach diagonal expand lift_fresh permute reshape select slice split "
+        "split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as_real "
+        "_reshape_alias _unsafe_view empty empty_like empty_strided new_empty new_empty_strided "
+        "resize_ set_ is_pinned sym_size sym_stride sym_numel"
+    ).split()  # noqa: SIM905
 )
 _WAITS = frozenset(
-    "_local_scalar_dense nonzero masked_select equal is_nonzero unique_consecutive unique_dim "
-    "_unique _unique2 _assert_async".split()
+    (
+        "_local_scalar_dense nonzero masked_select equal is_nonzero _unique _unique2 "
+        "unique_consecutive unique_dim _assert_async"
+    ).split()  # noqa: SIM905
 )
-
 _BODIES = {
     "item_topk": ops._item_topk,
     "target_stats": ops._target_stats,
@@ -169,7 +173,9 @@ def search_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
     return {
         "item_topk": plain,
         "item_topk, exclude": lambda batch: plain(batch, exclude=_exclude(batch)),
-        **{f"ItemIndex({scan}).search, exclude": indexed(scan) for scan in ("none", "bf16", "int8")},
+        **{
+            f"ItemIndex({scan}).search, exclude": indexed(scan) for scan in ("none", "bf16", "int8")
+        },
     }
 
 

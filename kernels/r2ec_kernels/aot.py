@@ -3,25 +3,34 @@
 Prints one row a target, kernel and configuration: registers, spilled bytes, shared memory,
 tensor-core instructions, and the programs a multiprocessor holds. Exit status 1 on a spill, on
 shared memory or registers beyond the chip, or where a kernel that should use tensor cores does not.
+
+With ``--budget`` a row counts the machine code instead, and predicts the share of the card's floor
+that it can reach (``budget``); a configuration that breaks its budget fails too.
 """
 
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from . import budget, sass
 
 # Op packages whose ``impl.triton`` module has ``aot_configs()``, a list of dictionaries:
 #   name: "op.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
 #   constexprs: compile-time values; num_warps; num_stages;
 #   uses_tensor_cores: whether it must contain tensor-core instructions;
 #   aligned (optional): names of integer arguments that are multiples of 16;
-#   backend (optional): "cuda" or "hip", where it ships; both if absent.
+#   backend (optional): "cuda" or "hip", where it ships; both if absent;
+#   work (optional): what a tile needs, the keyword arguments of ``budget.Work``;
+#   budget (optional): what its code must hold on sm_90, keys of ``budget.LIMITS``.
 OPS = ("topk", "rank", "advantage", "logprob")
 
 
@@ -57,6 +66,7 @@ class Result:
     shared: int = 0
     mma: int = 0
     programs: int = 0
+    cubin: bytes | None = None  # of NVIDIA's targets
     problems: list[str] = field(default_factory=list)
 
 
@@ -94,7 +104,8 @@ def compile_for(chip: Chip, case: dict[str, Any]) -> Result:
     result.shared = built.metadata.shared
     text = built.asm["ptx"] if chip.backend == "cuda" else built.asm["amdgcn"]
     result.mma = len(re.findall(chip.mma, text))
-    usage = _cubin_usage(built.asm["cubin"]) if chip.backend == "cuda" else _amd_usage(text)
+    result.cubin = built.asm.get("cubin")
+    usage = _amd_usage(text) if result.cubin is None else _cubin_usage(result.cubin)
     result.registers, result.spills = usage
     threads = warps * chip.warp
     limits = [chip.threads // threads, chip.registers // max(1, result.registers * threads)]
@@ -148,37 +159,113 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print the table, return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m r2ec_kernels.aot", description=__doc__)
-    parser.add_argument("--target", choices=[chip.name for chip in CHIPS], action="append")
-    parser.add_argument("--op", help="only ops whose name contains this")
-    chosen = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    """Compile, print the tables, return the exit status."""
     every = configurations()
-    if chosen.op and not any(chosen.op in case["name"] for case in every):
-        names = ", ".join(sorted({case["name"] for case in every}))
-        parser.error(f"--op: no configuration contains {chosen.op!r}; there are {names}")
-    rows = [("target", "op", "configuration", "regs", "spill", "shared", "mma", "progs", "verdict")]
+    chosen, chips = _parse(arguments, every)
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    records: list[dict[str, Any]] = []
     failed = False
-    for chip in CHIPS:
-        if chosen.target and chip.name not in chosen.target:
-            continue
+    for chip in chips:
         for case in every:
             if case.get("backend", chip.backend) != chip.backend:
                 continue
             if chosen.op and chosen.op not in case["name"]:
                 continue
             result = compile_for(chip, case)
+            if chosen.budget:
+                head, numbers = _budget(chip, case, result, records)
+            else:
+                head, numbers = ("regs", "spill", "shared", "mma", "progs"), _usage(result)
             failed |= bool(result.problems)
-            numbers = (result.registers, result.spills, result.shared, result.mma, result.programs)
+            rows = tables.setdefault(
+                chip.name if chosen.budget else "",
+                [("target", "op", "configuration", *head, "verdict")],
+            )
             verdict = "; ".join(result.problems) or "ok"
-            rows.append((chip.name, case["name"], describe(case), *map(str, numbers), verdict))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write(line.rstrip() + "\n")
+            rows.append((chip.name, case["name"], describe(case), *numbers, verdict))
+    for rows in tables.values():
+        sys.stdout.write(_aligned(rows))
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps(records, indent=1) + "\n")
     return int(failed)
+
+
+def _parse(
+    arguments: list[str] | None, every: list[dict[str, Any]]
+) -> tuple[argparse.Namespace, list[Chip]]:
+    """The command line, and the targets it asks for."""
+    parser = argparse.ArgumentParser(prog="python -m r2ec_kernels.aot", description=__doc__)
+    parser.add_argument("--target", choices=[chip.name for chip in CHIPS], action="append")
+    parser.add_argument("--op", help="only ops whose name contains this")
+    parser.add_argument(
+        "--budget",
+        action="store_true",
+        help="count the instructions of NVIDIA targets and hold them against the budgets",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --budget: write every figure there")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    if chosen.op and not any(chosen.op in case["name"] for case in every):
+        names = ", ".join(sorted({case["name"] for case in every}))
+        parser.error(f"--op: no configuration contains {chosen.op!r}; there are {names}")
+    chips = [chip for chip in CHIPS if not chosen.target or chip.name in chosen.target]
+    if chosen.json and not chosen.budget:
+        parser.error("--json needs --budget")
+    if chosen.budget:
+        for chip in chips:
+            if chip.backend != "cuda":
+                sys.stderr.write(f"{chip.name}: left out, the budget is for NVIDIA targets only\n")
+        chips = [chip for chip in chips if chip.backend == "cuda"]
+        if not chips:
+            parser.error("--budget reads NVIDIA machine code; it has no other target")
+        try:
+            sass.nvdisasm()
+        except FileNotFoundError as error:
+            parser.error(f"--budget: {error}")
+    return chosen, chips
+
+
+def _usage(result: Result) -> tuple[str, ...]:
+    numbers = (result.registers, result.spills, result.shared, result.mma, result.programs)
+    return tuple(map(str, numbers))
+
+
+def _budget(
+    chip: Chip, case: dict[str, Any], result: Result, records: list[dict[str, Any]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Header and cells of a row of the budget's table; adds what is broken to the problems."""
+    report = None
+    if result.cubin is not None:
+        try:
+            report = budget.measure(chip.name, case, result.cubin, result.registers)
+            result.problems += [f"over budget: {text}" for text in report.broken]
+        except (ValueError, RuntimeError) as error:
+            result.problems.append(f"not judged: {error}")
+    record: dict[str, Any] = {
+        "target": chip.name,
+        "op": case["name"],
+        "configuration": describe(case),
+    }
+    record |= {"num_warps": case["num_warps"], "budget": case.get("budget", {})}
+    record |= {"registers": result.registers, "spills": result.spills, "programs": result.programs}
+    if report is not None:
+        record |= asdict(report)
+    records.append(record | {"problems": result.problems})
+    numbers = (str(result.registers), str(result.spills))
+    return (
+        ("regs", "spill", *budget.header(chip.name)),
+        (*numbers, *budget.cells(chip.name, report)),
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

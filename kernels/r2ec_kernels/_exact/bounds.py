@@ -115,8 +115,8 @@ def prepare_queries(queries: torch.Tensor, similarity: str, temperature: float) 
 def float32_unit(d: int, similarity: str) -> float:
     """Relative error of a float32 product over d columns, canonical rounding included.
 
-    dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and its
-    reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
+    dot: (d + 2) u for the product, 2 u for two canonical roundings; cosine: the float32 norm and
+    its reciprocal add d/2 + 4; l2: the squared norm adds 2, its own sum the rest.
     """
     terms = 1.5 * d + 12 if similarity == "cosine" else d + 10
     return _SAFETY * terms * UNIT

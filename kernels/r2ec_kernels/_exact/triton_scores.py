@@ -35,17 +35,18 @@ def float64_of(bits):
 def halving_places(d, WIDTH: tl.constexpr, LEVELS: tl.constexpr):
     """For the places 0 .. WIDTH - 1 of a tile: which of d columns each holds, and whether any.
 
-    WIDTH = 2^LEVELS is the least power of two that is at least d. Bit ``LEVELS - l`` of a place says
-    which half it is in at the l-th halving, which leaves ceil(d / 2^l) columns.
+    WIDTH = 2^LEVELS is the least power of two that is at least d. Bit ``LEVELS - l`` of a place
+    says which half it is in at the l-th halving, which leaves ceil(d / 2^l) columns.
     """
     o_w = tl.arange(0, WIDTH)
     column = tl.zeros([WIDTH], tl.int32)
     m_w = column == 0
     for bit in tl.static_range(LEVELS):
-        after: tl.constexpr = LEVELS - bit
-        before: tl.constexpr = LEVELS - bit - 1
-        column += ((o_w >> bit) & 1) * ((d + ((1 << after) - 1)) >> after)
-        m_w = m_w & (column < ((d + ((1 << before) - 1)) >> before))
+        # columns after the halving that this bit tells apart, and before it
+        after = (d + ((1 << (LEVELS - bit)) - 1)) >> (LEVELS - bit)
+        before = (d + ((1 << (LEVELS - bit - 1)) - 1)) >> (LEVELS - bit - 1)
+        column += ((o_w >> bit) & 1) * after
+        m_w = m_w & (column < before)
     return column, m_w
 
 

@@ -77,10 +77,7 @@ def _prepare_kernel(
     # The canonical score rounds to a multiple of 2^-149, and products may be flushed to zero.
     flushed = d * (2.0**-126)
     rounded = temperature * (2.0**-74) * (2.0**-74)
-    if SIMILARITY == "cosine":
-        flushed = flushed * (2.0 * _HUGE)
-    else:
-        flushed = flushed * 4.0
+    flushed = flushed * (2.0 * _HUGE if SIMILARITY == "cosine" else 4.0)
     rounded = rounded * (4.0 * _HUGE if SIMILARITY == "l2" else 2.0)
     floor = flushed + rounded * tl.where(scale > 1.0, scale, 1.0)
     p_out = bounds_ptr + i_m
@@ -170,23 +167,27 @@ def prepare_on_device(
 def aot_configs() -> list[dict[str, Any]]:
     """The kernel's configurations, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     found = []
-    for given, operand in (("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32")):
-        for similarity, mean in (("dot", False), ("cosine", False), ("l2", True)):
-            kinds = {"q_ptr": f"*{given}", "mean_ptr": "*fp64", "operand_ptr": f"*{operand}"}
-            kinds |= {"bounds_ptr": "*fp32", "temperature": "i64"}
-            constants = {"SIMILARITY": similarity, "HAS_MEAN": mean, "BLOCK_D": _BLOCK_D}
-            names = _prepare_kernel.arg_names
-            found.append(
-                {
-                    "name": "scan.prepare",
-                    "kernel": _prepare_kernel,
-                    "signature": {
-                        n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names
-                    },
-                    "constexprs": constants,
-                    "num_warps": 4,
-                    "num_stages": 1,
-                    "uses_tensor_cores": False,
-                }
-            )
+    for given, operand, similarity, mean in (
+        ("fp32", "bf16", "l2", True),
+        ("fp32", "fp32", "cosine", False),
+        ("bf16", "bf16", "cosine", False),
+        ("fp16", "fp16", "dot", False),
+    ):
+        kinds = {"q_ptr": f"*{given}", "mean_ptr": "*fp64", "operand_ptr": f"*{operand}"}
+        kinds |= {"bounds_ptr": "*fp32", "temperature": "i64"}
+        constants = {"SIMILARITY": similarity, "HAS_MEAN": mean, "BLOCK_D": _BLOCK_D}
+        names = _prepare_kernel.arg_names
+        found.append(
+            {
+                "name": "scan.prepare",
+                "kernel": _prepare_kernel,
+                "signature": {
+                    n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names
+                },
+                "constexprs": constants,
+                "num_warps": 4,
+                "num_stages": 1,
+                "uses_tensor_cores": False,
+            }
+        )
     return found

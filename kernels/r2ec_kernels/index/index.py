@@ -10,7 +10,7 @@ import torch
 
 from .. import _dispatch
 from .._checks import Ids, as_ids, check_scoring, check_shape, check_vectors, one_of
-from .._exact.bounds import Queries, prepare_queries
+from .._exact.bounds import prepare_queries
 from .._exact.excluded import (
     Exclude,
     ExcludedPairs,
@@ -119,8 +119,8 @@ class ItemIndex:
 
     @property
     def last_search(self) -> SearchStats | None:
-        """Statistics of the search that finished last in any thread; None before the first. On a GPU
-        they stay there until they are asked for."""
+        """Statistics of the search that finished last in any thread; None before the first. On a
+        GPU they stay there until they are asked for."""
         return None if self._last_search is None else self._last_search()
 
     def search(self, queries: torch.Tensor, k: int, *, exclude: Exclude = None) -> TopK:

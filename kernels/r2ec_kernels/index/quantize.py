@@ -119,8 +119,8 @@ class Limits(NamedTuple):
         typical_residual: float32 [], the root of their mean square.
         bounded: whether all rows are.
         scaled: whether some row's scale is not 1.
-        of_scan: float32 [3], residual, size and norm, the norm infinite unless all rows are bounded:
-            what a scan on a GPU reads.
+        of_scan: float32 [3], residual, size and norm, the norm infinite unless all rows are
+            bounded: what a scan on a GPU reads.
     """
 
     residual: torch.Tensor

@@ -18,7 +18,7 @@ from ..._dispatch import checks_enabled
 from ..._exact.excluded import TensorExclude, check_ids, check_offsets, split_exclude
 from ..._exact.table import Table
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
-from . import triton_candidates, triton_kernels, triton_rescore
+from . import triton_candidates, triton_rescore
 from .common import SearchStats
 from .triton_candidates import Exclusions
 from .triton_kernels import Scanned, group_best, group_size, operand_type, scan_rows
@@ -50,15 +50,15 @@ def search(
     """
     batch, count = len(query), len(table)
     width = min(k, count)
-    scores = torch.full((batch, k), float("-inf"), device=table.rows.device)
-    ids = torch.full((batch, k), -1, dtype=torch.int64, device=table.rows.device)
     if batch == 0 or width == 0:
+        scores = torch.full((batch, k), float("-inf"), device=table.rows.device)
+        ids = torch.full((batch, k), -1, dtype=torch.int64, device=table.rows.device)
         return scores, ids, lambda: SearchStats("dense", batch, 0.0, 0, 0)
     every = count < _DENSE_SHARE * width
     group = group_size(count, width)
     capacity = count if every else triton_candidates.capacity_of(count, width, group, batch)
     step = min(batch, max(1, _LIST_BYTES // (_PLACE_BYTES * capacity)))
-    counts = []
+    counts, best = [], []
     for start in range(0, batch, step):
         part = query if step == batch else query.part(start, min(batch, start + step))
         own = excluded if excluded is None or step == batch else excluded.part(start, start + step)
@@ -70,18 +70,14 @@ def search(
             lists = triton_candidates.reach(found, scanned, part, width, group, capacity)
             counts.append(lists.count)
             keys = triton_rescore.listed_keys(part, table, lists, found, group, width, own)
-        if step == batch:
-            scores, ids = triton_rescore.best_of(keys, k)
-        else:
-            scores[start : start + step], ids[start : start + step] = triton_rescore.best_of(keys, k)
+        best.append(triton_rescore.best_of(keys, k))
+    scores, ids = best[0] if len(best) == 1 else map(torch.cat, zip(*best, strict=True))
     if every:
         return scores, ids, lambda: SearchStats("dense", batch, 0.0, 0, batch)
     return scores, ids, lambda: _stats(name, torch.cat(counts), width, group, capacity)
 
 
-def _stats(
-    name: str, counts: torch.Tensor, k: int, group: int, capacity: int
-) -> SearchStats:
+def _stats(name: str, counts: torch.Tensor, k: int, group: int, capacity: int) -> SearchStats:
     """What the lists of a batch say. counts: int32 [B, 2], single rows and whole groups."""
     single, whole = counts.long().unbind(1)
     listed = single + whole * group
@@ -119,7 +115,7 @@ def exclusions(
     values, offsets = split_exclude(exclude)
     if values is None or not values.numel():
         return None
-    if checks_enabled() or values.device != device or device.type == "cpu":
+    if checks_enabled() or values.device != device:
         check_ids(values, num_ids)
         if offsets is not None:
             check_offsets(offsets, values.numel())
@@ -133,10 +129,11 @@ def exclusions(
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     from ..._scan import triton_queries
+    from . import triton_shipped
 
     return [
         *triton_queries.aot_configs(),
-        *triton_kernels.aot_configs(),
+        *triton_shipped.aot_configs(),
         *triton_candidates.aot_configs(),
         *triton_rescore.aot_configs(),
     ]

@@ -1,11 +1,11 @@
-"""Which rows may be among the k best: what the scan's two best scores of every group say, in one kernel.
+"""Which rows may be among the k best, by the scan's two best scores of every group: one kernel.
 
 With e the error bound of the scan and cut = (k-th largest group maximum) - 2 e, no row whose score
-is below the cut can be among the k best. A group whose maximum reaches it gives one row to a query's
-list; one whose second score reaches it too may hide more, and is listed whole.
+is below the cut can be among the k best. A group whose maximum reaches it gives one row to a
+query's list; one whose second score reaches it too may hide more, and is listed whole.
 
-Grid: queries x parts of the groups. Tile: [BLOCK_G] groups. Reads 8 bytes a group, writes 4 for each
-one listed. Places in a list are handed out by atomic counters: the order differs from run to run,
+Grid: queries x parts of the groups. Tile: [BLOCK_G] groups. Reads 8 bytes a group, writes 4 for
+each one listed. Places in a list are handed out by atomic counters: the order differs from run to run,
 and nothing depends on it. Numerics: float32 bounds, rounded up.
 """
 
@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._checks import SIMILARITIES
 from ..._scan.triton_queries import DeviceQueries
 from .triton_kernels import GROUPS, LOWEST, PACK_UNIT, GroupBest, Scanned, product_unit
 
@@ -155,8 +154,7 @@ class Exclusions:
         """Row and query of each pair, int64 [E]; row -1 for none, and for other parts' queries."""
         at = torch.arange(self.rows.numel(), device=self.rows.device)
         of = torch.searchsorted(self.start, at, right=True) - 1
-        other = (of < 0) | (of >= self.start.numel() - 1)
-        return self.rows.masked_fill(other, -1), of
+        return torch.where((of < 0) | (of >= self.start.numel() - 1), -1, self.rows), of
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Lists:
 
 
 def capacity_of(count: int, k: int, group: int, batch: int) -> int:
-    """Places of a query's list: a few rows a result, and whole groups, more of them for few queries."""
+    """Places of a query's list: a few rows a result, and whole groups, more for few queries."""
     wholes = min(256, max(32, 4096 // max(1, batch)))
     return min(count, 8 * k + 512 + wholes * group)
 
@@ -221,7 +219,8 @@ def aot_configs() -> list[dict[str, Any]]:
     kinds |= dict.fromkeys(("bounds_ptr", "limits_ptr", "cut_ptr"), "*fp32")
     kinds |= dict.fromkeys(("unit", "scan_unit", "root_d"), "fp32")
     found = []
-    for similarity, coded, group in itertools.product(SIMILARITIES, (False, True), GROUPS):
+    shipped = (("dot", False), ("l2", False), ("cosine", True), ("l2", True))
+    for (similarity, coded), group in itertools.product(shipped, GROUPS):
         constants = {"SIMILARITY": similarity, "CODES": coded, "GROUP": group}
         constants["BLOCK_G"] = _BLOCK_GROUPS
         names = _reach_kernel.arg_names

@@ -22,17 +22,16 @@ bounds the error, of tensor-core sums that may truncate and of the packing. Excl
 sorted by program, so each program visits its own and they cost no kept score.
 """
 
-import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..._numbers import HUGE
-from .launch import Launch, candidates, choose
+from .launch import Launch, choose
 
 GROUPS = (32, 128)  # rows of a group
 LOWEST = tl.constexpr(-(2**31))
@@ -43,7 +42,7 @@ _SPLIT_UNIT = 2.0**-15  # float32 operands as sums of two bfloat16
 
 
 @triton.jit
-def _group_best_kernel(
+def group_best_kernel(
     x_ptr,
     q_ptr,
     mul_ptr,
@@ -76,8 +75,8 @@ def _group_best_kernel(
     """A tile of items against a tile of queries.
 
     first, second: int32 [M, ceil(N / GROUP)]. The program's excluded pairs are those numbered
-    pair_start[program] .. pair_start[program + 1] - 1. BY_NORM: what a norm does to a score, "none",
-    "cosine" or "l2". TAKE_NORM: take the norms here, and write the largest of the tile to
+    pair_start[program] .. pair_start[program + 1] - 1. BY_NORM: what a norm does to a score,
+    "none", "cosine" or "l2". TAKE_NORM: take the norms here, and write the largest of the tile to
     tile_norm[i_n], infinity where one has no bound.
     """
     i_m = tl.program_id(0) % tl.cdiv(num_queries, BLOCK_M)
@@ -167,8 +166,8 @@ class Scanned:
         by_norm: what the rows' norms do to their scores: "none", "cosine" or "l2".
         norms: float32 [N], of the rows; None where the kernel takes them, or none are wanted.
         coded: whether the codes only stand for the rows, and have residuals.
-        limits: float32 [3]: the largest residual, size and norm of the rows (``index.quantize``), the
-            norm infinite where a row has no bound; None where the kernel takes the norms.
+        limits: float32 [3]: the largest residual, size and norm of the rows (``index.quantize``),
+            the norm infinite where a row has no bound; None where the kernel takes the norms.
     """
 
     codes: torch.Tensor
@@ -252,7 +251,9 @@ def choose_launch(
         run = partial(_launch, scanned, operand, group, first, second, norms, None, config)
         return triton.testing.do_bench(run)
 
-    return choose(operand.shape[0], codes.element_size(), codes.device, seconds)
+    return choose(
+        operand.shape[0], codes.element_size(), codes.device, seconds, scanned.takes_norms
+    )
 
 
 def _pairs_by_program(
@@ -286,7 +287,7 @@ def _launch(
     batch, count = operand.shape[0], codes.shape[0]
     pair_row, pair_of, pair_start = pairs or (None, None, None)
     programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
-    _group_best_kernel[(programs,)](
+    group_best_kernel[(programs,)](
         x_ptr=codes,
         q_ptr=operand,
         mul_ptr=scanned.mul,
@@ -334,63 +335,3 @@ def constants(
 def group_size(num_rows: int, k: int) -> int:
     """Rows of a group: about sqrt(2 N / k), of the sizes that the kernel has."""
     return GROUPS[num_rows >= 8192 * k]
-
-
-def aot_configs() -> list[dict[str, Any]]:
-    """Every configuration that ``launch`` ships, in the form that ``r2ec_kernels.aot`` reads."""
-    types = {
-        torch.int8: ("*i8", "*bf16"),
-        torch.bfloat16: ("*bf16", "*bf16"),
-        torch.float16: ("*fp16", "*fp16"),
-        torch.float32: ("*fp32", "*fp32"),
-    }
-    others = {"first_ptr": "*i32", "second_ptr": "*i32", "mul_ptr": "*fp32", "sub_ptr": "*fp32"}
-    others |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
-    others |= dict.fromkeys(("num_items", "num_queries", "d", "stride_x", "stride_q"), "i32")
-    others |= {"norm_ptr": "*fp32", "tile_norm_ptr": "*fp32"}
-    found = []
-    for (dtype, (codes, operand)), backend in itertools.product(types.items(), ("cuda", "hip")):
-        launches = [
-            config
-            for batch in (16, 64, 1024)
-            for config in candidates(batch, dtype.itemsize, backend)
-        ]
-        for config, group in itertools.product(launches, GROUPS):
-            given = {"x_ptr": codes, "q_ptr": operand, **others}
-            for flags in _shipped_flags(dtype):
-                constants = {
-                    "BLOCK_M": config.block_m,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_K": config.block_k,
-                    "GROUP": group,
-                    "EVEN_K": True,
-                    **flags,
-                    "PRECISION": "bf16x3" if dtype == torch.float32 else "ieee",
-                    "WIDEN": False,
-                }
-                names = _group_best_kernel.arg_names
-                found.append(
-                    {
-                        "name": "topk.group_best",
-                        "kernel": _group_best_kernel,
-                        "signature": {
-                            n: "constexpr" if n in constants else given[n] for n in names
-                        },
-                        "constexprs": constants,
-                        "num_warps": config.num_warps,
-                        "num_stages": config.num_stages,
-                        "uses_tensor_cores": True,
-                        "backend": backend,
-                        "aligned": ("stride_x", "stride_q", "d"),
-                    }
-                )
-    return found
-
-
-def _shipped_flags(dtype: torch.dtype) -> list[dict[str, object]]:
-    """What the kernel does to scores: of codes, and of rows with and without known norms."""
-    codes = {"HAS_MUL": True, "HAS_SUB": True, "BY_NORM": "none", "TAKE_NORM": False}
-    rows: dict[str, object] = {"HAS_MUL": False, "HAS_SUB": False, "BY_NORM": "cosine"}
-    if dtype == torch.int8:
-        return [codes | {"HAS_PAIRS": True}]
-    return [rows | {"TAKE_NORM": taken, "HAS_PAIRS": True} for taken in (False, True)]

@@ -11,14 +11,12 @@ more a row; writes 8 bytes a place of a list. Memory: 8 bytes a place. Numerics:
 canonical order (``_exact.triton_scores``), rounded once.
 """
 
-import itertools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..._checks import SIMILARITIES
 from ..._exact.table import Table
 from ..._exact.triton_scores import (
     PADDING,
@@ -73,9 +71,7 @@ def _row_keys(
             m_row = m_row & (found == 0)
     p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]
     b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-    score = canonical_scores(
-        b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY
-    )
+    score = canonical_scores(b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY)
     ids = b_row.to(tl.int64)
     if HAS_IDS:
         ids = tl.load(ids_ptr + ids, mask=m_row, other=0)
@@ -238,8 +234,8 @@ def _search_all_kernel(
     i_m = tl.program_id(0).to(tl.int64)
     num_single = tl.load(count_ptr + 2 * i_m)
     total = num_single + tl.load(count_ptr + 2 * i_m + 1) * GROUP
+    temperature = float64_of(temperature)
     if (num_single > capacity) | (total > capacity):
-        temperature = float64_of(temperature)
         o_d, m_d = halving_places(d, WIDTH, LEVELS)
         b_q = tl.load(q_ptr + i_m * stride_q + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_q = tl.reshape(b_q.to(tl.float64), [1, WIDTH])
@@ -307,10 +303,10 @@ def _finish_kernel(
         tl.store(ids_ptr + i_m * k + o_k, b_ids, mask=o_k < k)
 
 
-def _tile(d: int) -> dict[str, int]:
-    """The compile-time sizes of a tile of rows of d columns."""
+def _tile(d: int, columns: int = _TILE) -> dict[str, int]:
+    """The compile-time sizes of a tile of rows of d columns, of about ``columns`` in all."""
     width = triton.next_power_of_2(max(1, d))
-    rows = min(_MAX_ROWS, max(1, _TILE // width))
+    rows = min(_MAX_ROWS, max(1, columns // width))
     return {"ROWS": rows, "WIDTH": width, "LEVELS": width.bit_length() - 1}
 
 
@@ -367,14 +363,12 @@ def listed_keys(
         k=k,
         BLOCK_C=_BLOCK_KEYS,
         **shared,
-        **given,
+        **(given | _tile(query.original.shape[1], _TILE // 2)),  # it has more to remember
     )
     return keys
 
 
-def every_key(
-    query: DeviceQueries, table: Table, excluded: Exclusions | None
-) -> torch.Tensor:
+def every_key(query: DeviceQueries, table: Table, excluded: Exclusions | None) -> torch.Tensor:
     """Order keys int64 [B, N] of all rows, for tables that are small beside k."""
     batch, count = len(query), len(table)
     given = _rows_of(query, table, excluded)
@@ -421,15 +415,20 @@ def aot_configs() -> list[dict[str, Any]]:
         }
 
     found = [case(_finish_kernel, {"BLOCK_K": _BLOCK_RESULTS}, 1)]
-    for (query, rows), similarity, d in itertools.product(
-        (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")), SIMILARITIES, (128, 1000, 4096)
+    # The type of the numbers changes their load alone, so not every pair is compiled.
+    for kind, similarity, d in (
+        *(("bf16", "cosine", d) for d in (128, 1000, 4096)),
+        ("fp32", "l2", 1000),
+        ("fp16", "dot", 1000),
     ):
-        tile = _tile(d) | {"SIMILARITY": similarity, **flags}
-        given = {"q_ptr": f"*{query}", "x_ptr": f"*{rows}"}
-        warps = _warps(tile["WIDTH"])
-        for every in (False, True):
-            constants = tile | {"ALL": every, "GROUP": GROUPS[0]}
-            found.append(case(_rescore_kernel, constants, warps, **given))
-        constants = tile | {"GROUP": GROUPS[0], "BLOCK_C": _BLOCK_KEYS}
-        found.append(case(_search_all_kernel, constants, warps, **given))
+        for kernel, every in (
+            (_rescore_kernel, False),
+            (_rescore_kernel, True),
+            (_search_all_kernel, None),
+        ):
+            tile = _tile(d) if every is not None else _tile(d, _TILE // 2)
+            constants = tile | {"SIMILARITY": similarity, "GROUP": GROUPS[0], **flags}
+            constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}
+            given = {"q_ptr": f"*{kind}", "x_ptr": f"*{kind}"}
+            found.append(case(kernel, constants, _warps(tile["WIDTH"]), **given))
     return found
