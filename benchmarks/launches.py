@@ -41,18 +41,19 @@ GENERATIONS = 4  # reasonings of a group
 
 # what starts no work on a device: views, allocations, questions about a tensor
 _FREE = frozenset(
-    (
-        "alias as_strided chunk detach diagonal expand lift_fresh permute reshape select slice split "
-        "split_with_sizes squeeze t transpose unbind unfold unsqueeze view view_as_real "
-        "_reshape_alias _unsafe_view empty empty_like empty_strided new_empty new_empty_strided "
-        "resize_ set_ is_pinned sym_size sym_stride sym_numel"
-    ).split()  # noqa: SIM905
+    {
+        *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "lift_fresh", "permute"),
+        *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
+        *("unbind", "unfold", "unsqueeze", "view", "_reshape_alias", "_unsafe_view", "empty"),
+        *("empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned"),
+        *("sym_size", "sym_stride", "sym_numel"),
+    }
 )
 _WAITS = frozenset(
-    (
-        "_local_scalar_dense nonzero masked_select equal is_nonzero _unique _unique2 "
-        "unique_consecutive unique_dim _assert_async"
-    ).split()  # noqa: SIM905
+    {
+        *("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique"),
+        *("_unique2", "unique_consecutive", "unique_dim"),
+    }
 )
 _BODIES = {
     "item_topk": ops._item_topk,

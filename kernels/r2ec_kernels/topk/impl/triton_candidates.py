@@ -5,8 +5,8 @@ is below the cut can be among the k best. A group whose maximum reaches it gives
 query's list; one whose second score reaches it too may hide more, and is listed whole.
 
 Grid: queries x parts of the groups. Tile: [BLOCK_G] groups. Reads 8 bytes a group, writes 4 for
-each one listed. Places in a list are handed out by atomic counters: the order differs from run to run,
-and nothing depends on it. Numerics: float32 bounds, rounded up.
+each one listed. Places in a list are handed out by atomic counters: the order differs from run to
+run, and nothing depends on it. Numerics: float32 bounds, rounded up.
 """
 
 import itertools

@@ -2,13 +2,13 @@
 
 ``_rescore``    gives every row of a query's list (``triton_candidates``) its order key.
 ``_search_all`` does so for all rows of the groups that reach the cut, for a query whose list
-                overflowed or whose scores no bound holds for. It is launched always and ends at once
-                where nothing is to be done, so that no result waits for a decision of the host.
+                overflowed or whose scores no bound holds for. It is launched always and ends at
+                once where nothing is to be done: no result waits for a decision of the host.
 ``_finish``     turns the k largest keys into scores and ids.
 
-Grids: queries x parts of the list; queries; queries. Reads d elements of every listed row, a warp or
-more a row; writes 8 bytes a place of a list. Memory: 8 bytes a place. Numerics: float64 in the
-canonical order (``_exact.triton_scores``), rounded once.
+Grids: queries x parts of the list; queries; queries. Reads d elements of every listed row, writes
+8 bytes a place of a list. Memory: 8 bytes a place. Numerics: float64 in the canonical order
+(``_exact.triton_scores``), rounded once.
 """
 
 from typing import Any
@@ -60,8 +60,8 @@ def _row_keys(
     HAS_EXCLUDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether some
-    score that counts is infinite: those are ties that the bounds do not see."""
+    """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether
+    some score that counts is infinite: those are ties that the bounds do not see."""
     if HAS_EXCLUDE:
         last = tl.load(exclude_start_ptr + i_m + 1)
         for first in range(tl.load(exclude_start_ptr + i_m), last, BLOCK_E):
@@ -110,8 +110,8 @@ def _rescore_kernel(
 ):
     """A part of a query's list, or (ALL) of all rows. keys: int64 [M, capacity], PADDING behind.
 
-    A query whose list is too long is left to ``_search_all``; so is one with an infinite score, whose
-    cut then counts for nothing.
+    A query whose list is too long is left to ``_search_all``; so is one with an infinite score,
+    whose cut then counts for nothing.
     """
     i_m = tl.program_id(0).to(tl.int64)
     temperature = float64_of(temperature)
@@ -158,7 +158,7 @@ def _rescore_kernel(
                 HAS_EXCLUDE,
                 BLOCK_E,
             )
-            if not ALL:
+            if not ALL:  # noqa: SIM102 - known when it is compiled
                 if infinite:
                     tl.store(cut_ptr + i_m, -float("inf"))
                     tl.atomic_max(count_ptr + 2 * i_m, GIVEN_UP)
@@ -352,8 +352,8 @@ def listed_keys(
     given = _rows_of(query, table, excluded)
     keys = torch.empty(batch, capacity, dtype=torch.int64, device=table.rows.device)
     parts = min(triton.cdiv(capacity, given["ROWS"]), max(1, _PROGRAMS // batch))
-    shared = {"count_ptr": lists.count, "cut_ptr": lists.cut, "keys_ptr": keys}
-    shared |= {"capacity": capacity, "GROUP": group}
+    shared: dict[str, Any] = {"capacity": capacity, "GROUP": group, "keys_ptr": keys}
+    shared |= {"count_ptr": lists.count, "cut_ptr": lists.cut}
     _rescore_kernel[(batch, parts)](
         rows_ptr=lists.rows, groups_ptr=lists.groups, ALL=False, **shared, **given
     )
@@ -421,11 +421,8 @@ def aot_configs() -> list[dict[str, Any]]:
         ("fp32", "l2", 1000),
         ("fp16", "dot", 1000),
     ):
-        for kernel, every in (
-            (_rescore_kernel, False),
-            (_rescore_kernel, True),
-            (_search_all_kernel, None),
-        ):
+        for every in (False, True, None):
+            kernel = _search_all_kernel if every is None else _rescore_kernel
             tile = _tile(d) if every is not None else _tile(d, _TILE // 2)
             constants = tile | {"SIMILARITY": similarity, "GROUP": GROUPS[0], **flags}
             constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}

@@ -1,4 +1,4 @@
-"""The configurations of the scan kernel that ship, with their work and their instruction budgets."""
+"""The configurations of the scan kernel that ship, with their work and instruction budgets."""
 
 import itertools
 from typing import Any
