@@ -45,7 +45,7 @@ class Suite:
         say: prints a line.
 
     Attributes:
-        spent: seconds by what they went into; "starts" counts workers.
+        starts: workers started. spent: seconds by what they went into.
     """
 
     def __init__(

@@ -166,6 +166,14 @@ class Head:
             results.append(-(log_p.exp() * log_p).sum(-1) * counted)
         return results
 
+    @property
+    def names(self) -> list[str]:
+        """What a step returns, in words."""
+        extras, trains = self.shape.extras, not self.shape.frozen
+        leaves = ["hidden"] + ["weight"] * trains + ["bias"] * (trains and extras)
+        gradients = [f"gradient of {leaf}" for leaf in leaves]
+        return ["log-probability", *["entropy"] * extras, *gradients]
+
     def run_triton(self) -> tuple[torch.Tensor, ...]:
         return self.step(self.triton, self.shape.tokens, self.shape.dtype)
 
@@ -181,12 +189,12 @@ class Head:
         usual, right = (self.step(self.plain, rows, kind) for kind in (shape.dtype, torch.float64))
         # the interpreter's exp2, and tanh by exp2, round once more than the device's
         times, worst = 3 if interpreted() else 2, 0.0
-        for ours, plain, exact in zip(found, usual, right, strict=True):
+        for what, ours, plain, exact in zip(self.names, found, usual, right, strict=True):
             ours = ours[: len(exact)]
             size = exact.abs().max()
             error, allowed = (ours - exact).abs().max(), (plain - exact).abs().max()
             limit = times * allowed + 2 * torch.finfo(ours.dtype).eps * size
             if not error <= limit:
-                raise Wrong(f"error {error:.2g}, allowed {limit:.2g}")
+                raise Wrong(f"{what}: error {error:.2g}, allowed {limit:.2g}")
             worst = max(worst, float(error / size))
         return worst

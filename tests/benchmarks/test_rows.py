@@ -1,5 +1,5 @@
 # ruff: noqa: E402  the benchmarks are scripts, found after their folder is on the path
-"""Rows: what they hold, and the file that they are kept in."""
+"""Rows: what they hold, what they refuse, and the file that they are kept in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from harness import Case, Entry, Settings, measure
+import kernel_checks
+from harness import Case, Entry, Settings, Wrong, measure
+from kernel_data import Head, HeadShape, require_equal
 from record import Record
 from rows import Row
 
@@ -58,3 +61,21 @@ def test_a_file_of_another_commit_or_another_kind_is_refused(tmp_path):
     path.write_text("a table\n")
     with pytest.raises(ValueError, match="not a file of rows"):
         Record(path, {"commit": "a"})
+
+
+def test_a_wrong_kernel_is_told_with_its_shape_or_its_output():
+    """Planted: another best item, and a log-probability off by a tenth."""
+    data = kernel_checks._Tables("cpu", True, torch.float32)
+
+    def run(queries, items, excluded, targets, last=0) -> tuple:
+        scores = (queries @ items.T).sort(1, descending=True)
+        return scores.values[:, last : last + 2], scores.indices[:, last : last + 2]
+
+    case = data.case(run, lambda *part: run(*part, last=len(part[0]) // 5), require_equal)
+    with pytest.raises(Wrong, match="^B=5 d=72: other items than float64 scores give"):
+        case.check(case.run())
+    head = Head("cpu", HeadShape(8, 50, 24, torch.float32))
+    found = head.run_plain()
+    assert head.check(found) < 1e-6
+    with pytest.raises(Wrong, match="^log-probability: error 0.1, allowed"):
+        head.check((found[0] + 0.1, found[1]))
