@@ -281,7 +281,8 @@ def _remark(case: Case, settings: Settings) -> str:
     """What the case says of its calls, or why it cannot; its time is right all the same."""
     settings.begin(case.method)
     try:
-        return case.remark()
+        with settings.spending("checks"):
+            return case.remark()
     except Exception as error:
         if settings.fatal(error):
             raise
