@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import percentile
 from machine import ROOT
+from rows import percentile
 from table import time_text
 from worker import Worker, WorkerDied
 

@@ -6,15 +6,15 @@ the others. A wrong result, a failure, a missing peer and a spent budget are row
 """
 
 import gc
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import sections
 import torch
 from machine import (
-    Machine,
     Timer,
     compute_dtype,
     graphed,
@@ -23,73 +23,21 @@ from machine import (
     torch_peak_mib,
     with_peak,
 )
+from rows import Machine, Row, compare, percentile
 
-NOISY = 0.10  # of the median (p20 to p80), of the machine's matmul rate
 SETTLED = 5.0  # seconds: the first run of a longer case counts as a repeat
 PROBE_EVERY = 2.0  # seconds between two looks at the machine's matmul rate
 SHARE = 1 / 3  # of the time left, that one call may be foreseen to take: rows after it want theirs
 AGAIN = 2.0  # seconds: the peak of a shorter case is that of a second run
+COMPILED = 15.0  # the same on a GPU, where a first run compiles its kernels
 
 
 class Wrong(Exception):
     """A method's result is not what it should be; the message says by how much."""
 
 
-class Unavailable(Exception):
+class Unavailable(RuntimeError):
     """A method that cannot run here; the message says why."""
-
-
-@dataclass
-class Row:
-    """What is known of one method at one shape. Times in ms; None = not measured.
-
-    ``status``: "ok", "WRONG", "failed", "not installed", "skipped" or "interpreted"; every other
-    than "ok" comes without a time. ``per_s``: ``unit`` a second. ``of_copy``, ``of_matmul``: share
-    of the machine's measured copy bandwidth and matmul rate. ``error``: of the result, relative.
-    ``ratio``: time of ``versus`` / time of this method. ``rate``: the machine's matmul rate while
-    the row ran, as a share of that in the header.
-    """
-
-    suite: str
-    op: str
-    shape: dict[str, int | float | str]
-    method: str
-    status: str = "ok"
-    note: str = ""
-    n: int = 0
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    p90_ms: float | None = None
-    p99_ms: float | None = None
-    per_s: float | None = None
-    unit: str = ""
-    gb_s: float | None = None
-    tflop_s: float | None = None
-    of_copy: float | None = None
-    of_matmul: float | None = None
-    peak_mib: float | None = None
-    error: float | None = None
-    versus: str = ""
-    ratio: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-    rate: float | None = None
-
-    @property
-    def key(self) -> str:
-        shape = " ".join(f"{name}={value}" for name, value in self.shape.items())
-        return f"{self.suite} | {self.op} | {shape} | {self.method}"
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the repeats, or the machine under them, moved by more than a tenth."""
-        if self.median_ms is None or self.n < 2:
-            return False
-        spread = self.p80_ms - self.p20_ms > NOISY * self.median_ms
-        return spread or (self.rate is not None and abs(self.rate - 1) > NOISY)
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 class Stages:
@@ -133,6 +81,8 @@ class Case:
     one call serves. ``own_memory``: everything is allocated through torch, so count that exactly.
     ``cost``: (name of a family, size) of calls whose time grows with the size, to foresee a call
     that will not fit the budget. ``prepare``: makes what a server makes once, before the first run.
+    ``remark``: what the row says of its calls, asked after the last one. ``timed`` False: the gate
+    is all there is.
     """
 
     method: str
@@ -146,11 +96,14 @@ class Case:
     own_memory: bool = False
     cost: tuple[str, float] | None = None
     prepare: Callable[[], object] = lambda: None
+    remark: Callable[[], str] = lambda: ""
+    timed: bool = True
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One operation at one shape. ``build`` makes its cases; ``versus``: the peer of the ratios."""
+    """One operation at one shape. ``build`` makes its cases; ``versus``: the peer of the ratios;
+    ``section``: where it stands in the first minutes on a GPU (``sections.py``)."""
 
     suite: str
     op: str
@@ -158,10 +111,11 @@ class Entry:
     methods: tuple[str, ...]
     build: Callable[[], Sequence[Case]]
     versus: str = ""
+    section: str = sections.REST
 
     @property
     def key(self) -> str:
-        return f"{self.suite} | {self.op} | " + " ".join(f"{k}={v}" for k, v in self.shape.items())
+        return self.row("").key.removesuffix(" | ")
 
     def row(self, method: str, **fields: object) -> Row:
         return Row(self.suite, self.op, self.shape, method, **fields)
@@ -170,17 +124,32 @@ class Entry:
 @dataclass(frozen=True)
 class Settings:
     """How long to measure. ``repeats`` 0: by time, about ``seconds`` a case. ``deadline``: of
-    `time.monotonic`. ``timed`` False: gates only, for interpreted kernels. ``costs``: seconds per
-    unit of size of each family of calls, as measured so far. ``say`` gets a line a case."""
+    `time.monotonic`. ``untimed``: gates only, and the status that such rows get ("interpreted").
+    ``costs``: seconds per unit of size of each family of calls, as measured so far. ``spent``:
+    seconds that went into inputs, checks (with first runs) and repeats. ``say`` gets a line a case,
+    ``begin`` a method before each of its runs; ``fatal``: errors to raise, not to make a row of.
+    """
 
     device: str = "cpu"
     repeats: int = 0
     seconds: float = 1.5
     deadline: float = float("inf")
     graph: bool = False
-    timed: bool = True
+    untimed: str = ""
     costs: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
     say: Callable[[str], object] = lambda line: None
+    begin: Callable[[str], object] = lambda method: None
+    fatal: Callable[[Exception], bool] = lambda error: False
+
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Adds what the block takes to ``spent``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - started
 
 
 def rotating(function: Callable[[object], object], inputs: Sequence[object]) -> Callable:
@@ -205,66 +174,119 @@ def open_entry(entry: Entry, settings: Settings) -> tuple[list[Case], list[Row],
     rows = {method: entry.row(method) for method in entry.methods}
     alive, first = [], []
     try:
-        cases = entry.build()
+        with settings.spending("inputs"):
+            cases = entry.build()
     except Exception as error:  # whatever happens to one entry, the table goes on
+        if settings.fatal(error):
+            raise
         for row in rows.values():
             row.status, row.note = _failure(error)
         return [], list(rows.values()), []
-    for case in cases:
-        if case.method not in rows:
-            continue
-        row = rows[case.method]
-        foreseen, left = _foresee(case, settings), settings.deadline - time.monotonic()
-        if left <= 0 or foreseen > left * SHARE:
-            need = f"up to {foreseen:.0f} s a call" if foreseen else "no time left"
-            row.status, row.note = "skipped", f"budget: {need}"
-            continue
-        try:
-            case.prepare()
-            result, seconds, row.peak_mib = with_peak(case.run, settings.device)
-            row.error = case.check(result)
-            del result
-            if case.own_memory and settings.device == "cpu" and settings.timed:
-                row.peak_mib = torch_peak_mib(case.run)
-            elif seconds < AGAIN and settings.timed:  # a first call may import its library
-                row.peak_mib = with_peak(case.run, settings.device)[2]
-            if settings.graph and settings.device == "cuda":
-                case.run = graphed(case.run)
-        except Exception as error:
-            row.status, row.note = _failure(error)
-            settings.say(f"{row.key}: {row.status} {row.note}")
-            _recover(settings.device)
-            continue
-        settings.say(f"{row.key}: checked, first run {seconds * 1e3:.1f} ms")
-        if case.cost:
-            settings.costs[case.cost[0]] = seconds / case.cost[1]
-        alive.append(case)
-        first.append(seconds)
+    with settings.spending("checks"):
+        for case in cases:
+            if case.method not in rows:
+                continue
+            seconds = _pass_gate(case, rows[case.method], settings)
+            if seconds is not None:
+                alive.append(case)
+                first.append(seconds)
     return alive, list(rows.values()), first
+
+
+def _pass_gate(case: Case, row: Row, settings: Settings) -> float | None:
+    """Seconds of a first run whose result is right; None, and why in ``row``, where it is not."""
+    foreseen, left = _foresee(case, settings), settings.deadline - time.monotonic()
+    if left <= 0 or foreseen > left * SHARE:
+        need = f"up to {foreseen:.0f} s a call" if foreseen else "no time left"
+        row.status, row.note = "skipped", f"budget: {need}"
+        return None
+    try:
+        settings.begin(case.method)
+        case.prepare()
+        result, seconds, row.peak_mib = with_peak(case.run, settings.device)
+        row.error = case.check(result)
+        del result
+        if case.timed and not settings.untimed:
+            seconds = _second_run(case, row, seconds, settings.device)
+        if settings.graph and settings.device == "cuda":
+            case.run = graphed(case.run)
+    except Exception as error:
+        if settings.fatal(error):
+            raise
+        row.status, row.note = _failure(error)
+        settings.say(f"{row.key}: {row.status} {row.note}")
+        _recover(settings.device)
+        return None
+    settings.say(f"{row.key}: checked, first run {seconds * 1e3:.1f} ms")
+    if case.cost:
+        settings.costs[case.cost[0]] = seconds / case.cost[1]
+    return seconds
+
+
+def _second_run(case: Case, row: Row, seconds: float, device: str) -> float:
+    """The peak of a run that imports and compiles nothing any more, and the faster run's seconds;
+    a long case on a CPU has its first run's."""
+    if case.own_memory and device == "cpu":
+        row.peak_mib = torch_peak_mib(case.run)
+    elif seconds < (COMPILED if device == "cuda" else AGAIN):
+        _, again, row.peak_mib = with_peak(case.run, device)
+        seconds = min(seconds, again)
+    return seconds
 
 
 def measure(entry: Entry, settings: Settings, machine: Machine | None = None) -> list[Row]:
     """One row a method of ``entry``."""
     cases, rows, first = open_entry(entry, settings)
     by_method = {row.method: row for row in rows}
-    if not settings.timed:
-        for case in cases:
-            row = by_method[case.method]
-            row.status, row.note, row.peak_mib = "interpreted", "checked, no timing", None
-        return rows
-    samples, rate = _interleave(cases, first, settings)
-    for case, times in zip(cases, samples, strict=True):
+    timed: list[tuple[Case, float]] = []
+    for case, seconds in zip(cases, first, strict=True):
+        if case.timed and not settings.untimed:
+            timed.append((case, seconds))
+            continue
         row = by_method[case.method]
+        row.status, row.peak_mib = settings.untimed or "ok", None
+        row.note = "; ".join(filter(None, ["checked, no timing", _remark(case, settings)]))
+    if timed:
+        _time(timed, by_method, settings, machine)
+    compare(rows, entry.versus)
+    cases.clear()
+    timed.clear()
+    _recover(settings.device)
+    return rows
+
+
+def _time(
+    timed: Sequence[tuple[Case, float]],
+    rows: Mapping[str, Row],
+    settings: Settings,
+    machine: Machine | None,
+) -> None:
+    """Run the cases in turns and write what came out into their rows. ``timed``: each case and the
+    seconds of its first run."""
+    cases, first = zip(*timed, strict=True)
+    with settings.spending("repeats"):
+        samples, rate = _interleave(cases, first, settings)
+    for case, times in zip(cases, samples, strict=True):
+        row = rows[case.method]
         if times:
             fill(row, case, times, machine)
+            row.note = _remark(case, settings)
             if machine is not None:
                 row.rate = rate / 1e12 / machine.matmul_tflop_s
         else:
             row.status, row.note = "skipped", "budget: no time left after the gate"
-    compare(rows, entry.versus)
-    cases.clear()
-    _recover(settings.device)
-    return rows
+
+
+def _remark(case: Case, settings: Settings) -> str:
+    """What the case says of its calls, or why it cannot; its time is right all the same."""
+    settings.begin(case.method)
+    try:
+        with settings.spending("checks"):
+            return case.remark()
+    except Exception as error:
+        if settings.fatal(error):
+            raise
+        return " ".join(_failure(error))
 
 
 def fill(row: Row, case: Case, times: Sequence[float], machine: Machine | None) -> None:
@@ -285,21 +307,6 @@ def fill(row: Row, case: Case, times: Sequence[float], machine: Machine | None) 
         row.of_matmul = row.tflop_s and row.tflop_s / machine.matmul_tflop_s
     if case.stages is not None:
         row.stages = case.stages.medians_ms()
-
-
-def percentile(times: Sequence[float], share: float) -> float:
-    """Nearest rank: the smallest time that at least ``share`` of the times do not exceed."""
-    ordered = sorted(times)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-def compare(rows: Sequence[Row], versus: str) -> None:
-    """Write how many times faster than ``versus`` each row is, where both have a time."""
-    base = next((row for row in rows if row.method == versus), None)
-    for row in rows:
-        row.versus = versus
-        if base is not None and base.median_ms and row.median_ms:
-            row.ratio = base.median_ms / row.median_ms
 
 
 def not_run(entry: Entry, why: str) -> list[Row]:
@@ -349,6 +356,7 @@ def _interleave(
         for case, count, seconds, taken in zip(cases, wanted, first, samples, strict=True):
             due = (turn + 1) * count // rounds
             if len(taken) < due and time.monotonic() + seconds < settings.deadline:
+                settings.begin(case.method)
                 taken.append(timer(case.run))
         if time.monotonic() - probed > PROBE_EVERY:
             rates.append(matmul_rate(settings.device, dtype))

@@ -11,6 +11,7 @@ inputs; FAISS and usearch allocate outside torch, so theirs are not known.
 
 import argparse
 import csv
+import functools
 import itertools
 import statistics
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import torch_peak_mib
+from machine import compute_dtype, torch_peak_mib
 
 from r2ec_kernels import ItemIndex, item_topk
 
@@ -101,6 +102,12 @@ def vectors(count: int, dim: int, seed: int, embeddings: torch.Tensor | None) ->
     if embeddings is not None:
         return embeddings[:count].contiguous()
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.lru_cache(maxsize=1)
+def table(device: str, count: int, dim: int) -> torch.Tensor:
+    """Random items [count, dim] in the type that the suites compute in on ``device``."""
+    return vectors(count, dim, 0, None).to(device, compute_dtype(device))
 
 
 def machine(items: torch.Tensor) -> tuple[float, float]:

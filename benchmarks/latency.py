@@ -6,10 +6,12 @@
     python benchmarks/latency.py --suite item_head,losses --op top-K
     python benchmarks/latency.py --suite packing --base HEAD~5    # two commits, in turns
     python benchmarks/latency.py --suite smoke                    # two minutes, ratios only
-    python benchmarks/latency.py --suite gpu --budget 600 --resume gpu.json
+    python benchmarks/latency.py --suite gpu --budget 330 --resume gpu.jsonl
+    python benchmarks/latency.py --suite gpu --rehearse           # the same on a CPU, no times
 
-Every result is checked before a time is printed. Without --model (or R2EC_TEST_MODEL) the language
-model has random weights in a published shape, and the rows say so.
+Every result is checked before a time is printed; a wrong or a failed row makes the exit status 1.
+Without --model (or R2EC_TEST_MODEL) the language model has random weights in a published shape, and
+the rows say so.
 docs/guides/benchmarks.md explains the table.
 """
 
@@ -25,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BUDGET = 560.0  # seconds of a whole run
 SECONDS = {"end_to_end": 12.0}  # of repeats a row; others 1.5
+GPU_SECONDS = 0.3  # of repeats a row in the first minutes on a GPU
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,13 +50,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="commit to compare this checkout with")
     parser.add_argument("--csv", type=Path, help="file for all fields of all rows")
     parser.add_argument("--plot", type=Path, help="folder for time and memory against N, B, V, G")
-    parser.add_argument("--resume", type=Path, default=Path("gpu-rows.json"), help="of --suite gpu")
+    parser.add_argument("--resume", type=Path, help="file of --suite gpu (default gpu-rows.jsonl)")
+    parser.add_argument("--rehearse", action="store_true", help="--suite gpu on a CPU, tiny")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.repeats < 0:
         parser.error(f"--repeats: expected at least 0, got {chosen.repeats}")
     if chosen.budget <= 0:
         parser.error(f"--budget: expected a positive number, got {chosen.budget}")
+    if chosen.rehearse and chosen.suite != "gpu":
+        parser.error("--rehearse: goes with --suite gpu")
     return chosen
 
 
@@ -61,38 +67,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     chosen = parse(arguments)
     _find_library()
+    if chosen.suite == "gpu" and not chosen.serve and not chosen.list:
+        import gpu_suite  # its worker needs torch, this process does not
+
+        return gpu_suite.command(chosen, _worker_arguments(chosen, ["gpu"]), started)
     import torch
     from machine import pick_device
-    from registry import Options, all_entries, suites
+    from options import Options
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = pick_device()
-    options = Options(device, chosen.model, chosen.titles, tiny=interpreted, dtype=chosen.dtype)
+    device = "cpu" if chosen.rehearse else pick_device()
+    options = Options(device, chosen.model, chosen.titles, tiny=_interpreted(), dtype=chosen.dtype)
     names = chosen.suite.split(",") if chosen.suite else _defaults(device)
-    if names == ["gpu"]:
-        if not chosen.serve and not chosen.list:
-            return _gpu(chosen, options, started)
-        from gpu_suite import entries as gpu_entries
-
-        entries = gpu_entries(options)
-    elif unknown := [name for name in names if name not in suites()]:
-        known = ", ".join([*suites(), "gpu"])
-        sys.exit(f"--suite: expected some of {known}, got {unknown[0]!r}")
-    else:
-        entries = all_entries(names, options)
-    entries = _filtered(entries, chosen)
+    entries = _filtered(
+        _gpu_entries(chosen, options) if names == ["gpu"] else _entries(names, options), chosen
+    )
     if chosen.list:
         for entry in entries:
             print(f"{entry.key}: {', '.join(entry.methods)}")
         return 0
     if chosen.serve:
-        return _serve(chosen, device, entries, timed=not interpreted)
+        return _serve(chosen, device, entries, started)
     if chosen.base:
         return _base(chosen, names, entries, started)
     return _run(chosen, options, names, entries, started)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _entries(names: Sequence[str], options) -> list:
+    from registry import all_entries, suites
+
+    if unknown := [name for name in names if name not in suites()]:
+        known = ", ".join([*suites(), "gpu"])
+        sys.exit(f"--suite: expected some of {known}, got {unknown[0]!r}")
+    return all_entries(names, options)
+
+
+def _gpu_entries(chosen, options) -> list:
+    """Those of a GPU, which another machine only lists; the rehearsal's are tiny."""
+    import gpu_rows
+
+    if chosen.rehearse:
+        return gpu_rows.entries(dataclasses.replace(options, tiny=True))
+    if not chosen.list and (options.device == "cpu" or _interpreted()):
+        sys.exit("no GPU to measure here; --rehearse runs the same rows on a CPU in toy sizes")
+    return gpu_rows.entries(dataclasses.replace(options, device="cuda", tiny=False))
 
 
 def _find_library() -> None:
@@ -125,19 +149,21 @@ def _defaults(device: str) -> list[str]:
     return ["end_to_end"] if device == "cpu" else ["end_to_end", "kernels", "item_head", "losses"]
 
 
-def _settings(chosen: argparse.Namespace, device: str, seconds: float, deadline: float, timed=True):
+def _settings(chosen: argparse.Namespace, device: str, seconds: float, deadline: float):
     from harness import Settings
 
     def say(line: str) -> None:
         print(f"  {line}", file=sys.stderr, flush=True)
 
-    return Settings(device, chosen.repeats, seconds, deadline, chosen.graph, timed, say=say)
+    untimed = "rehearsed" if chosen.rehearse else "interpreted" if _interpreted() else ""
+    return Settings(device, chosen.repeats, seconds, deadline, chosen.graph, untimed, say=say)
 
 
 def _run(chosen, options, names, entries, started: float) -> int:
     from harness import measure, not_run
     from machine import describe
     from registry import describe_end_to_end
+    from rows import say_bad
     from table import LEGEND, plot, render, write_csv
 
     machine = describe(options.device)
@@ -167,8 +193,9 @@ def _run(chosen, options, names, entries, started: float) -> int:
     if chosen.plot:
         for path in plot(rows, chosen.plot):
             print(f"wrote {path}")
+    bad = say_bad(rows)
     print(f"{time.monotonic() - started:.0f} s in all")
-    return int(any(row.status == "WRONG" for row in rows))
+    return int(bad)
 
 
 def _bars(rows) -> list[str]:
@@ -186,12 +213,17 @@ def _bars(rows) -> list[str]:
     return lines
 
 
-def _serve(chosen, device: str, entries, *, timed: bool) -> int:
+def _serve(chosen, device: str, entries, started: float) -> int:
     from machine import describe
     from worker import serve
 
-    settings = _settings(chosen, device, 1.5, float("inf"), timed)
-    serve({entry.key: entry for entry in entries}, settings, describe(device, rates=timed))
+    imported = time.monotonic()
+    settings = _settings(
+        chosen, device, GPU_SECONDS if chosen.suite == "gpu" else 1.5, float("inf")
+    )
+    machine = describe(device, rates=not settings.untimed)
+    spent = {"imports": imported - started, "device": time.monotonic() - imported}
+    serve(entries, settings, machine, spent)
     return 0
 
 
@@ -200,6 +232,8 @@ def _worker_arguments(chosen, names: Sequence[str]) -> list[str]:
     out += ["--method", chosen.method, "--repeats", str(chosen.repeats)] + (
         ["--graph"] if chosen.graph else []
     )
+    out += ["--rehearse"] if chosen.rehearse else []
+    out += ["--dtype", chosen.dtype] if chosen.dtype else []
     for name in ("model", "titles"):
         if getattr(chosen, name) is not None:
             out += [f"--{name}", str(getattr(chosen, name))]
@@ -209,6 +243,8 @@ def _worker_arguments(chosen, names: Sequence[str]) -> list[str]:
 def _base(chosen, names, entries, started: float) -> int:
     import commits
 
+    if _interpreted():
+        sys.exit("--base: compares times, and TRITON_INTERPRET=1 gives none")
     arguments = _worker_arguments(chosen, names)
     rows = []
     with (
@@ -227,27 +263,6 @@ def _base(chosen, names, entries, started: float) -> int:
     if chosen.csv:
         commits.write_json(chosen.csv, rows, chosen.base)
     return int(any(row.verdict == "slower" for row in rows))
-
-
-def _gpu(chosen, options, started: float) -> int:
-    import gpu_suite
-    from table import LEGEND, render
-
-    arguments = _worker_arguments(chosen, ["gpu"])
-    try:
-        rows = gpu_suite.run(
-            options,
-            arguments,
-            started=started,
-            budget=chosen.budget,
-            path=chosen.resume,
-            say=lambda line: print(line, flush=True),
-        )
-    except ValueError as error:
-        sys.exit(f"--resume: {error}")
-    print(LEGEND)
-    print(render(rows))
-    return int(any(row.status == "WRONG" for row in rows))
 
 
 if __name__ == "__main__":

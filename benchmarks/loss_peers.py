@@ -3,10 +3,12 @@
 ``losses.py`` and the registry time what is listed in ``PEERS``: (data, hidden, weight) -> loss.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from harness import Unavailable
 
 from r2ec_kernels import RecPOLossConfig, linear_logprob, recpo_loss
 
@@ -36,27 +38,28 @@ class Data:
     """Inputs of one shape."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # a head takes seconds on a CPU
         self.shape = shape
         tokens, vocab, width = shape.tokens, shape.vocab, shape.width
 
         def randn(*size: int) -> torch.Tensor:
-            return torch.randn(*size, generator=generator)
+            return torch.randn(*size, generator=generator, device=device)
 
         self.hidden = randn(tokens, width).to(device, dtype)
         self.weight = (randn(vocab, width) / width**0.5).to(device, dtype)
-        self.targets = torch.randint(0, vocab, (tokens,), generator=generator).to(device)
+        on = {"generator": generator, "device": device}
+        self.targets = torch.randint(0, vocab, (tokens,), **on)
         self.rows = GROUP * max(1, tokens // 128)
         per_row = -(-tokens // self.rows)
         self.trajectory = (torch.arange(tokens) // per_row).to(device)
-        rewards = torch.rand(self.rows // GROUP, GROUP, generator=generator).to(device)
+        rewards = torch.rand(self.rows // GROUP, GROUP, **on)
         self.rewards = tie(rewards, shape.zero_share)
         centred = self.rewards - self.rewards.mean(1, keepdim=True)
         advantage = (centred / (self.rewards.std(1, keepdim=True) + 1e-8)).flatten()
         self.advantage = advantage[self.trajectory]
-        self.old = (-2.0 - randn(tokens).abs()).to(device) - torch.log(torch.tensor(vocab / 8.0))
-        self.users = randn(self.rows, 64).to(device)
-        self.items = randn(self.rows // GROUP, 64).to(device)
+        self.old = -2.0 - randn(tokens).abs() - math.log(vocab / 8.0)
+        self.users = randn(self.rows, 64)
+        self.items = randn(self.rows // GROUP, 64)
 
     def loss(self, log_prob: torch.Tensor) -> torch.Tensor:
         """The clipped loss in plain torch, for peers that give log-probabilities."""
@@ -99,7 +102,7 @@ def materialised(data: Data, hidden: torch.Tensor, weight: torch.Tensor) -> torc
 
 def compiled(data: Data, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if hidden.device.type != "cuda":
-        raise RuntimeError("run on GPUs only: minutes of compilation per shape on a CPU")
+        raise Unavailable("run on GPUs only: minutes of compilation per shape on a CPU")
     return torch.compile(materialised)(data, hidden, weight)
 
 
@@ -116,10 +119,10 @@ def liger_grpo(data: Data, hidden: torch.Tensor, weight: torch.Tensor) -> torch.
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     if data.shape.softcap:
-        raise RuntimeError("has no soft-cap")
+        raise Unavailable("has no soft-cap")
     rows, per_row = data.rows, data.shape.tokens // data.rows
     if rows * per_row != data.shape.tokens:
-        raise RuntimeError("takes padded rows only: T is not a multiple of the rows")
+        raise Unavailable("takes padded rows only: T is not a multiple of the rows")
     loss = LigerFusedLinearGRPOLoss(
         beta=0.0,
         compiled=False,
@@ -164,6 +167,10 @@ PEERS: dict[str, Callable[[Data, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "Liger fused linear CE": liger_cross_entropy,
     "cut-cross-entropy": cut_cross_entropy,
 }
+# that compute one loss, each within seconds of its first call
+SAME_LOSS = (
+    "recpo_loss", "linear_logprob", "TRL chunked log-prob", "Liger GRPO", "materialised logits",
+)  # fmt: skip
 
 
 def exact(data: Data, rows: int) -> tuple[float, torch.Tensor]:

@@ -1,5 +1,7 @@
 """The machine a benchmark runs on: its name, what it reaches, its clock and its memory meter."""
 
+from __future__ import annotations
+
 import ctypes
 import gc
 import os
@@ -7,45 +9,18 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from rows import Machine
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What stands above every table. Rates are measured when it is made.
-
-    ``copy_gb_s``: bytes read plus bytes written by a large copy. ``matmul_tflop_s``: of a square
-    product in ``dtype``, the type the suites compute in here.
-    """
-
-    name: str
-    device: str
-    dtype: str
-    threads: int
-    versions: str
-    commit: str
-    source: str
-    clocks: str
-    copy_gb_s: float
-    matmul_tflop_s: float
-
-    def lines(self) -> list[str]:
-        """The header, for printing."""
-        return [
-            f"{self.name} ({self.device}, {self.threads} threads) | {self.versions}",
-            f"commit {self.commit} | copy {self.copy_gb_s:.1f} GB/s | "
-            f"{self.dtype} product {self.matmul_tflop_s:.3g} TFLOP/s | clocks {self.clocks}",
-        ]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def pick_device() -> str:
@@ -124,7 +99,7 @@ class Timer:
 
 
 def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """``run`` captured once as a CUDA graph; the result replays it.
+    """``run`` captured once as a CUDA graph; the result replays it and returns the captured output.
 
     Raises RuntimeError where the call cannot be captured (it waits for the GPU, for example).
     """
@@ -136,8 +111,13 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        out = run()
+
+    def replay() -> object:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def with_peak(run: Callable[[], object], device: str) -> tuple[object, float, float]:
@@ -168,12 +148,19 @@ def with_peak(run: Callable[[], object], device: str) -> tuple[object, float, fl
     return result, seconds, peak
 
 
-def torch_peak_mib(run: Callable[[], object]) -> float:
-    """MiB that torch allocated at most during one call on a CPU, above what it held before."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no line for every profile on the terminal
+def quiet_profile(device: str, **how: bool) -> profile:
+    """torch's profiler for a block, without its line on the terminal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device == "cuda" else []
+    return profile(activities=activities, **how)
+
+
+def torch_peak_mib(run: Callable[[], object]) -> float:
+    """MiB that torch allocated at most during one call on a CPU, above what it held before."""
+    with quiet_profile("cpu", profile_memory=True) as trace:
         run()
     held = most = 0
     for event in sorted(trace.profiler.kineto_results.events(), key=lambda e: e.start_ns()):

@@ -5,52 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import end_to_end
+import gpu_rows
 import item_head
-import kernel_rows
-import loss_peers
 import numpy as np
 import packing
-import rollout
 import torch
-from harness import Case, Entry, Wrong, relative_error, require
-from machine import compute_dtype, model_dtype
-from workload import make_workload, random_model, small_tokenizer
+from harness import Case, Entry, Wrong, require
+from options import Options
+from workload import make_workload
 
-from r2ec_kernels import ItemIndex, item_topk, target_stats
+from r2ec_kernels import ItemIndex, item_topk
 
 LIBRARIES = ("item_head", "losses", "packing", "rollout")
 K = 10
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says about the work. ``tiny``: sizes for a smoke test; ``dtype``: of
-    language models, "" for the device's (``machine.model_dtype``; float32 in a tiny size)."""
-
-    device: str = "cpu"
-    model: str | None = None
-    titles: Path | None = None
-    tiny: bool = False
-    dtype: str = ""
-
-    @property
-    def model_dtype(self) -> torch.dtype:
-        if self.dtype:
-            return getattr(torch, self.dtype)
-        return torch.float32 if self.tiny and self.device == "cpu" else model_dtype(self.device)
-
-    @property
-    def size(self) -> str:
-        """The published shape of a random model."""
-        return "toy" if self.tiny else {"cuda": "Qwen2.5-1.5B"}.get(self.device, "SmolLM2-135M")
-
-    @property
-    def label(self) -> str:
-        return f"{self.size} random weights" if self.model is None else Path(self.model).name
 
 
 def suites() -> dict[str, Callable[[Options], Iterator[Entry]]]:
@@ -58,12 +27,10 @@ def suites() -> dict[str, Callable[[Options], Iterator[Entry]]]:
     return {
         "end_to_end": end_to_end_entries,
         "item_head": item_head_entries,
-        "losses": loss_entries,
         "packing": packing_entries,
-        "rollout": rollout_entries,
         "scale": scale_entries,
-        "kernels": kernel_entries,
         "smoke": smoke_entries,
+        **gpu_rows.SUITES,
     }
 
 
@@ -74,11 +41,6 @@ def all_entries(names: Sequence[str], options: Options) -> list[Entry]:
         if name not in known:
             raise ValueError(f"suite: expected one of {', '.join(known)}, got {name!r}")
     return [entry for name in names for entry in known[name](options)]
-
-
-def kernel_entries(options: Options) -> Iterator[Entry]:
-    """Triton kernels; tiny where there is no GPU, for Triton's interpreter."""
-    yield from kernel_rows.entries(options.device, tiny=options.tiny or options.device != "cuda")
 
 
 def smoke_entries(options: Options) -> Iterator[Entry]:
@@ -134,15 +96,9 @@ def describe_end_to_end(options: Options) -> str:
 # ---- item head -----------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def _table(device: str, count: int, dim: int) -> torch.Tensor:
-    items = item_head.vectors(count, dim, 0, None)
-    return items.to(device, compute_dtype(device))
-
-
 @functools.lru_cache(maxsize=8)
 def _search(method: str, device: str, count: int, dim: int) -> item_head.Search:
-    return item_head.METHODS[method](_table(device, count, dim))
+    return item_head.METHODS[method](item_head.table(device, count, dim))
 
 
 def item_head_entries(options: Options) -> Iterator[Entry]:
@@ -163,7 +119,7 @@ def item_head_entries(options: Options) -> Iterator[Entry]:
 def _item_head_cases(
     methods: Sequence[str], device: str, count: int, dim: int, batch: int
 ) -> list[Case]:
-    items = _table(device, count, dim)
+    items = item_head.table(device, count, dim)
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(batch, dim, generator=generator).to(items)
     checked = queries[:16]
@@ -191,89 +147,6 @@ def _item_head_cases(
         check_it = functools.partial(check, name)
         made.append(Case(name, run, check_it, moved, flops, batch, "queries", own_memory=own))
     return made
-
-
-# ---- losses and target statistics ----------------------------------------------------------------
-
-
-def loss_entries(options: Options) -> Iterator[Entry]:
-    """The RecPO token loss over growing vocabularies; exact rank and log-probability."""
-    if options.tiny:
-        shapes = [loss_peers.Shape(64, vocab, 32) for vocab in (500, 1000, 2000)]
-        stats = [(2000, 32, 4)]
-    elif options.device == "cuda":
-        shapes = [loss_peers.Shape(4096, v, 1024) for v in (32_000, 49_152, 152_064, 256_000)]
-        stats = [(1_000_000, 256, batch) for batch in (1, 64, 1024)]
-    else:
-        shapes = [loss_peers.Shape(512, v, 576) for v in (32_000, 49_152, 152_064, 256_000)]
-        stats = [(100_000, 576, batch) for batch in (1, 16, 64, 256)]
-    methods = tuple(name for name in loss_peers.PEERS if "CE" not in name and "cross" not in name)
-    for shape in shapes:
-        size = {"T": shape.tokens, "V": shape.vocab, "d": shape.width}
-        build = functools.partial(_loss_cases, methods, options.device, shape)
-        versus = "TRL chunked log-prob"
-        yield Entry("losses", "token loss, frozen head", size, methods, build, versus=versus)
-    for count, dim, batch in stats:
-        size = {"N": count, "d": dim, "B": batch}
-        build = functools.partial(_stats_cases, options.device, count, dim, batch)
-        pair = ("target_stats", "materialised scores")
-        yield Entry("losses", "rank and log-prob", size, pair, build, versus=pair[1])
-
-
-def _loss_cases(methods: Sequence[str], device: str, shape: loss_peers.Shape) -> list[Case]:
-    data = loss_peers.Data(shape, device, compute_dtype(device))
-    rows = min(64, shape.tokens)
-    right_loss, right_hidden = loss_peers.exact(data, rows)
-    limit = 2e-2 if device == "cuda" else 1e-4
-    # two products of T x V x d; the head is read once in each
-    flops = 4.0 * shape.tokens * shape.vocab * shape.width
-    moved = 2.0 * data.weight.nbytes
-
-    def check(found: tuple[torch.Tensor, ...]) -> float:
-        loss_error = abs(float(found[0]) - right_loss) / abs(right_loss)
-        hidden_error = relative_error(found[1][:rows], right_hidden)
-        return require(max(loss_error, hidden_error), limit, "loss and gradient")
-
-    return [
-        Case(
-            name,
-            functools.partial(loss_peers.step, data, loss_peers.PEERS[name]),
-            check,
-            moved,
-            flops,
-            shape.tokens,
-            "tokens",
-        )
-        for name in methods
-    ]
-
-
-def _stats_cases(device: str, count: int, dim: int, batch: int) -> list[Case]:
-    items = _table(device, count, dim)
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(0, count, (batch,), generator=generator).to(device)
-    queries = torch.randn(batch, dim, generator=generator).to(items) + 0.1 * items[targets]
-    part = slice(0, 16)
-    right = target_stats(queries[part], items, targets[part], impl="reference")
-
-    def plain() -> tuple[torch.Tensor, torch.Tensor]:
-        scores = (queries @ items.T).float()
-        own = scores.gather(1, targets[:, None])
-        return 1 + (scores > own).sum(1), own[:, 0] - scores.logsumexp(1)
-
-    def check(found: tuple[torch.Tensor, torch.Tensor]) -> float:
-        if not torch.equal(found[0][part], right.rank):
-            raise Wrong("ranks differ from the reference implementation")
-        error = float((found[1][part] - right.log_prob).abs().max())
-        return require(error, 1e-3, "log-probability")
-
-    moved, flops = float(items.nbytes), 2.0 * batch * count * dim
-    numbers = (moved, flops, batch, "queries")
-    return [
-        Case("target_stats", lambda: target_stats(queries, items, targets), check, *numbers),
-        # a rank by rounded scores may be off by a near-tie
-        Case("materialised scores", plain, lambda _: None, *numbers),
-    ]
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -311,62 +184,6 @@ def _packing_cases(count: int) -> list[Case]:
         made.append(Case(name, run, check_it, work=float(offsets[-1]), unit="tokens"))
 
 
-# ---- rollout -------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def _language_model(options: Options):
-    dtype = options.model_dtype
-    if options.model is None:
-        texts = ["Analyze in depth and recommend the next product."]
-        return random_model(options.size, dtype).to(options.device).eval(), small_tokenizer(texts)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    return model.to(options.device).eval(), AutoTokenizer.from_pretrained(options.model)
-
-
-def rollout_entries(options: Options) -> Iterator[Entry]:
-    """G samples of one prompt beside ``generate(num_return_sequences=G)``."""
-    prompt, new = (40, 8) if options.tiny else (600, 32)
-    for samples in (2, 4, 8):
-        shape = {"P": prompt, "R": new, "G": samples}
-        methods = ("shared", "plain", "generate")
-        build = functools.partial(_rollout_cases, options, prompt, new, samples)
-        op = f"samples, {options.label}"
-        yield Entry("rollout", op, shape, methods, build, versus="generate")
-
-
-def _rollout_cases(options: Options, prompt: int, new: int, samples: int) -> list[Case]:
-    model, tokenizer = _language_model(options)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 500, (prompt,), generator=generator).tolist()
-    limit = 5e-2 if options.model_dtype == torch.bfloat16 else 1e-3
-
-    @torch.no_grad()
-    def check(out) -> float:
-        return require(rollout.log_prob_error(model, ids, out), limit, "log-probability")
-
-    made = [
-        Case(
-            name,
-            rollout.engine_run(model, tokenizer, ids, samples, new, name),
-            check,
-            work=float(samples * new),
-            unit="tokens",
-        )
-        for name in ("shared", "plain")
-    ]
-    run = rollout.generate_run(model, ids, samples, new)
-    length = prompt + new
-
-    def whole(out: torch.Tensor) -> None:
-        if out.shape != (samples, length):
-            raise Wrong(f"expected {samples} rows of {length} tokens, got {list(out.shape)}")
-
-    return [*made, Case("generate", run, whole, work=float(samples * new), unit="tokens")]
-
-
 # ---- catalog scale -------------------------------------------------------------------------------
 
 
@@ -387,11 +204,11 @@ def scale_entries(options: Options) -> Iterator[Entry]:
 
 @functools.lru_cache(maxsize=1)
 def _index(device: str, count: int, dim: int) -> ItemIndex:
-    return ItemIndex(_table(device, count, dim))
+    return ItemIndex(item_head.table(device, count, dim))
 
 
 def _scale_cases(device: str, count: int, dim: int, batch: int) -> list[Case]:
-    items = _table(device, count, dim)
+    items = item_head.table(device, count, dim)
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, count, (batch,), generator=generator).to(device)
     queries = torch.randn(batch, dim, generator=generator).to(items) + 0.1 * items[targets]

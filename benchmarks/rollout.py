@@ -56,8 +56,8 @@ def log_prob_error(model: PreTrainedModel, prompt: list[int], out: Rollouts) -> 
     for r in (0, len(out) - 1):
         part = slice(out.offsets[r], out.offsets[r + 1])
         row = torch.from_numpy(out.values[part])
-        ids = torch.cat([torch.tensor(prompt), row])[None]
-        logits = model(input_ids=ids, logits_to_keep=len(row) + 1).logits[0, :-1]
+        ids = torch.cat([torch.tensor(prompt), row])[None].to(model.device)
+        logits = model(input_ids=ids, logits_to_keep=len(row) + 1).logits[0, :-1].cpu()
         expected = (logits.double() / TEMPERATURE).log_softmax(-1)
         expected = expected.gather(-1, row[:, None]).squeeze(-1)
         error = (expected - torch.from_numpy(out.log_prob[part]).double()).abs()
@@ -87,7 +87,7 @@ def engine_run(
 def generate_run(
     model: PreTrainedModel, prompt: list[int], samples: int, new: int
 ) -> Callable[[], torch.Tensor]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     return lambda: model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from harness import NOISY, Row
+from rows import NOISY, Row
 
 LEGEND = (
     "ms: median [p20-p80]; n repeats (p90, p99 by nearest rank: with few repeats the slowest); "

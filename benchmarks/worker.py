@@ -1,49 +1,128 @@
 """A benchmark process that another one talks to, a line of JSON each way.
 
-`serve` answers: {"open": key} builds an entry and passes its gates; {"time": method} runs one case
-of the open entry once; {"measure": key} does all of it. A separate process can be given another
-checkout, Triton's interpreter, or a time limit, and may die without taking the table along.
+`serve` says which machine it is on and which entries it has, then answers: {"open": key} builds an
+entry and passes its gates; {"time": method} runs one case of the open entry once; {"measure": key}
+does all of it, for the named "methods" alone where there are some, and says before each run whose
+it is. A separate process can be given another checkout, Triton's interpreter, or a time limit, and
+may die without taking the table along: after an error that leaves a GPU unusable it does.
+
+The asking side needs no torch.
 """
 
+from __future__ import annotations
+
+import ctypes
+import dataclasses
 import json
 import os
+import re
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import harness
-from harness import Entry, Settings
-from machine import Machine, Timer
+from rows import Machine, Row
+
+if TYPE_CHECKING:
+    from harness import Entry, Settings
+
+FATAL = ("CUDA error", "HIP error", "AcceleratorError", "device-side assert", "illegal memory")
 
 
 class WorkerDied(Exception):
     """The process ended; the message holds the end of what it wrote to stderr."""
 
 
-def serve(entries: Mapping[str, Entry], settings: Settings, machine: Machine) -> None:
-    """Answer questions on stdin until it closes. Everything else that prints goes to stderr."""
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """An entry as its worker describes it."""
+
+    key: str
+    section: str
+    suite: str
+    op: str
+    shape: dict[str, int | float | str]
+    methods: tuple[str, ...]
+    versus: str
+
+    def row(self, method: str, status: str, note: str = "") -> Row:
+        return Row(self.suite, self.op, self.shape, method, status, note, versus=self.versus)
+
+
+def serve(
+    entries: Sequence[Entry], settings: Settings, machine: Machine, spent: Mapping[str, float]
+) -> None:
+    """Answer questions on stdin until it closes. Everything else that prints goes to stderr.
+
+    ``spent``: seconds that the start took, by what they went into.
+    """
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _send(answers, {"machine": machine.as_dict()})
-    timer, cases = Timer(settings.device), {}
+    by_key = {entry.key: entry for entry in entries}
+    offers = [_offer(entry) for entry in entries]
+    _send(answers, {"machine": machine.as_dict(), "entries": offers, "spent": dict(spent)})
+    session = _Session(settings, machine, answers)
     for line in sys.stdin:
         question = json.loads(line)
-        if "open" in question:
-            alive, rows, first = harness.open_entry(entries[question["open"]], settings)
-            cases = {case.method: case for case in alive}
-            seconds = {case.method: s for case, s in zip(alive, first, strict=True)}
-            _send(answers, {"rows": [row.as_dict() for row in rows], "seconds": seconds})
-        elif "time" in question:
-            _send(answers, {"seconds": timer(cases[question["time"]].run)})
+        if "time" in question:
+            _send(answers, session.time(question["time"]))
+        elif "open" in question:
+            _send(answers, session.open(by_key[question["open"]]))
         else:
-            cases = {}
-            within = harness.stopped_by(settings, question["within"])
-            rows = harness.measure(entries[question["measure"]], within, machine)
-            _send(answers, {"rows": [row.as_dict() for row in rows]})
+            entry = by_key[question["measure"]]
+            entry = dataclasses.replace(entry, methods=tuple(question["methods"]))
+            _send(answers, session.measure(entry, question["within"]))
+
+
+class _Session:
+    """What a serving process does and keeps between two questions."""
+
+    def __init__(self, settings: Settings, machine: Machine, answers: TextIO) -> None:
+        from machine import Timer
+
+        self.settings, self.machine, self.answers = settings, machine, answers
+        self.timer, self.cases = Timer(settings.device), {}
+
+    def open(self, entry: Entry) -> dict:
+        import harness
+
+        self.cases = {}
+        alive, rows, first = harness.open_entry(entry, self.settings)
+        self.cases = {case.method: case for case in alive}
+        seconds = {case.method: s for case, s in zip(alive, first, strict=True)}
+        return {"rows": [row.as_dict() for row in rows], "seconds": seconds}
+
+    def time(self, method: str) -> dict:
+        return {"seconds": self.timer(self.cases[method].run)}
+
+    def measure(self, entry: Entry, within: float) -> dict:
+        import harness
+
+        self.cases, spent = {}, {}
+        settings = dataclasses.replace(
+            harness.stopped_by(self.settings, within),
+            spent=spent,
+            begin=lambda method: _send(self.answers, {"begun": method}),
+            fatal=lambda error: any(word in f"{type(error).__name__} {error}" for word in FATAL),
+        )
+        rows = harness.measure(entry, settings, self.machine)
+        return {"rows": [row.as_dict() for row in rows], "spent": spent}
+
+
+def _offer(entry: Entry) -> dict[str, object]:
+    names = [field.name for field in dataclasses.fields(Offer)]
+    return {name: getattr(entry, name) for name in names}
+
+
+def _end_with_parent() -> None:
+    """A killed parent takes this process along, which would otherwise keep the GPU busy."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _send(stream: TextIO, answer: Mapping[str, object]) -> None:
@@ -58,6 +137,10 @@ class Worker:
         command: what to start.
         environment: variables added to this process's own.
         timeout: seconds until it must have said which machine it is on.
+
+    Attributes:
+        machine, offers, spent: what it said of itself.
+        begun: the method it last began to run, None before the first of a question.
 
     Raises:
         WorkerDied: it ended. TimeoutError: no answer in time; it was killed.
@@ -78,9 +161,15 @@ class Worker:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         self._pending = b""
-        self.machine = Machine(**self._answer(timeout)["machine"])
+        self.begun: str | None = None
+        said = self._answer(timeout)
+        self.machine, self.spent = Machine(**said["machine"]), said["spent"]
+        self.offers = [
+            Offer(**offer | {"methods": tuple(offer["methods"])}) for offer in said["entries"]
+        ]
 
     def ask(self, question: Mapping[str, object], timeout: float) -> dict:
+        self.begun = None
         try:
             self._process.stdin.write((json.dumps(question) + "\n").encode())
         except BrokenPipeError as error:
@@ -95,7 +184,7 @@ class Worker:
             stream.close()
         self._selector.close()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +192,13 @@ class Worker:
 
     def _answer(self, timeout: float) -> dict:
         deadline = time.monotonic() + timeout
+        while True:
+            said = json.loads(self._line(deadline, timeout))
+            if "begun" not in said:
+                return said
+            self.begun = said["begun"]
+
+    def _line(self, deadline: float, timeout: float) -> bytes:
         while b"\n" not in self._pending:
             if not self._selector.select(max(0.0, deadline - time.monotonic())):
                 self.stop()
@@ -114,9 +210,17 @@ class Worker:
                 raise WorkerDied(words)
             self._pending += read
         line, _, self._pending = self._pending.partition(b"\n")
-        return json.loads(line)
+        return line
 
     def _last_words(self) -> str:
+        """Why the process ended: the signal, else the last error that it printed."""
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            return "it closed its output"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
         self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return lines[-1][:300] if lines else "it said nothing"
+        lines = [line.strip() for line in self._errors if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return (errors or lines or ["it said nothing"])[-1][:300]

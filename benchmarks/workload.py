@@ -133,7 +133,7 @@ def make_workload(
     texts = titles.read_text(encoding="utf-8").splitlines() if titles else generate_titles(items)
     texts = list(dict.fromkeys(" ".join(text.split()) for text in texts if text.strip()))
     if model is None:
-        backbone, tokenizer = random_model(size, dtype), small_tokenizer(texts)
+        backbone, tokenizer = random_model(size, dtype, device=device), small_tokenizer(texts)
         label = f"{size} shape, random weights"
     else:
         backbone, tokenizer = _load(model, dtype)
@@ -173,14 +173,15 @@ def generate_titles(count: int) -> list[str]:
     raise AssertionError("unreachable")
 
 
-def random_model(size: str, dtype: torch.dtype, seed: int = 0):
-    """A causal language model of a published size with random weights."""
+def random_model(size: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu"):
+    """A causal language model of a published size with random weights, drawn on ``device``."""
     import transformers
 
     name, settings = SIZES[size]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**settings)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def small_tokenizer(texts: Sequence[str]):

@@ -1,15 +1,13 @@
 # ruff: noqa: E402  the benchmarks are scripts, found after their folder is on the path
-"""The benchmark command: two commits, the rented hour, what it needs and what it refuses."""
+"""The benchmark command: two commits, what it needs and what it refuses."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import commits
-import gpu_suite
-import harness
 import latency
 from commits import Compared
-from harness import Row
-from registry import Options, all_entries, suites
+from options import Options
+from registry import all_entries, suites
 
 
 def run_latency(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -107,7 +103,7 @@ def test_a_slow_commit_is_noticed_for_real(tmp_path):
     git("add", ".")
     git("commit", "-q", "-m", "as it is")
     fast = git("rev-parse", "HEAD")
-    path = repository / "kernels/r2ec_kernels/search/api.py"
+    path = repository / "kernels/r2ec_kernels/topk/api.py"
     text = path.read_text()
     marked = "    scores, indices = torch.ops.r2ec_kernels.item_topk("
     assert text.count(marked) == 1
@@ -128,129 +124,11 @@ def test_a_slow_commit_is_noticed_for_real(tmp_path):
     assert git("worktree", "list").count("\n") == 0  # both are gone
 
 
-# ---- the rented hour -----------------------------------------------------------------------------
-
-
-class FakeWorker:
-    """Answers for `limit` entries, then runs out of time."""
-
-    limit = 3
-    asked: list[str] = []
-
-    def __init__(self, command, environment, timeout) -> None:
-        assert environment == gpu_suite.INTERPRETED
-        self.machine = harness.Machine(
-            "m", "cpu", "float32", 1, "v", "c", "s", "", float("nan"), float("nan")
-        )
-
-    def ask(self, question: dict, timeout: float) -> dict:
-        if len(self.asked) >= self.limit:
-            raise TimeoutError
-        key = question["measure"]
-        self.asked.append(key)
-        row = Row("kernels", key, {}, "triton", "interpreted")
-        return {"rows": [row.as_dict()]}
-
-    def stop(self) -> None:
-        pass
-
-
-def run_gpu(path: Path, budget: float = 60.0) -> list[Row]:
-    return gpu_suite.run(
-        Options(), [], started=time.monotonic(), budget=budget, path=path, say=lambda line: None
-    )
-
-
-@pytest.mark.slow
-def test_the_gpu_suite_stops_and_goes_on_from_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "asked", [])
-    path = tmp_path / "rows.json"
-    assert len(run_gpu(path)) == 2 + 3  # build, tests, three rows
-    assert len(json.loads(path.read_text())["rows"]) == 5
-    monkeypatch.setattr(FakeWorker, "limit", 100)
-    rows = run_gpu(path)
-    keys = [entry.key for entry in gpu_suite.entries(Options())]
-    assert FakeWorker.asked == keys and len(rows) == 2 + len(keys)
-    assert list(tmp_path.iterdir()) == [path]
-    run_gpu(path)
-    assert FakeWorker.asked == keys  # nothing left to do
-
-
-def test_a_row_that_kills_its_process_is_a_row(tmp_path, monkeypatch):
-    class Dying(FakeWorker):
-        def ask(self, question: dict, timeout: float) -> dict:
-            if len(self.asked) == 1:
-                self.asked.append("")
-                raise gpu_suite.WorkerDied("segmentation fault")
-            return super().ask(question, timeout)
-
-    monkeypatch.setattr(gpu_suite, "Worker", Dying)
-    monkeypatch.setattr(Dying, "limit", 4)
-    monkeypatch.setattr(Dying, "asked", [])
-    rows = run_gpu(tmp_path / "rows.json")[2:]
-    assert [row.status for row in rows] == ["interpreted", "failed", "interpreted", "interpreted"]
-    assert "segmentation fault" in rows[1].note
-
-
-def test_rows_of_another_commit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "asked", [])
-    path = tmp_path / "rows.json"
-    run_gpu(path)
-    stored = json.loads(path.read_text())
-    stored["identity"]["commit"] = "0000000"
-    path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="commit '0000000'"):
-        run_gpu(path)
-
-
-def test_no_time_no_rows(tmp_path):
-    assert run_gpu(tmp_path / "rows.json", budget=0.1) == []
-
-
-@pytest.mark.slow
-def test_kernel_rows_launch_every_kernel_and_pass_in_the_interpreter():
-    script = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import kernel_rows, triton
-from harness import Settings, measure
-from r2ec_kernels.aot import configurations
-from triton.runtime.interpreter import InterpretedFunction
-
-launched = set()
-get = InterpretedFunction.__getitem__ if "__getitem__" in vars(InterpretedFunction) else None
-base = triton.runtime.jit.KernelInterface.__getitem__
-
-def noted(self, grid):
-    launched.add(self.fn.__name__)
-    return (get or base)(self, grid)
-
-InterpretedFunction.__getitem__ = noted
-for entry in kernel_rows.entries("cpu", tiny=True):
-    for row in measure(entry, Settings(timed=False)):
-        assert row.status == "interpreted", (row.key, row.status, row.note)
-shipped = {case["kernel"].fn.__name__ for case in configurations()}
-assert launched == shipped, (launched ^ shipped)
-print(len(launched))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "benchmarks")],
-        env={**os.environ, **gpu_suite.INTERPRETED},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 6
-
-
 # ---- the command ---------------------------------------------------------------------------------
 
 
 def test_list_names_every_suite_and_builds_nothing(capsys):
-    names = "end_to_end,item_head,losses,packing,rollout,scale,kernels"
+    names = "end_to_end,item_head,losses,packing,rollout,scale,kernels,checks,ceilings"
     assert latency.main(["--list", "--suite", names]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert {line.split(" | ")[0] for line in listed} == set(names.split(","))
@@ -268,6 +146,28 @@ def test_list_names_every_suite_and_builds_nothing(capsys):
 def test_unknown_names_are_errors(arguments, message):
     with pytest.raises(SystemExit, match=message):
         latency.main(arguments)
+
+
+def test_a_failed_row_is_named_at_the_end_and_in_the_exit_status(capsys):
+    """Without a GPU the Triton kernels fail; so they do not pass."""
+    arguments = ["--suite", "kernels", "--op", "reward", "--repeats", "1"]
+    assert latency.main(arguments) == 1
+    *_, named, last = capsys.readouterr().out.splitlines()
+    assert named.startswith("failed: kernels | reward_and_advantage float32 | B=7 G=8 | triton: ")
+    assert "s in all" in last
+
+
+def test_interpreted_kernels_have_no_time():
+    """Neither a time, nor a comparison of times."""
+    arguments = ["--suite", "kernels", "--op", "reward"]
+    done = run_latency(*arguments, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = [line for line in done.stdout.splitlines() if line.startswith("reward_and")]
+    assert len(table) == 2
+    assert all(line.endswith("interpreted: checked, no timing") for line in table)
+    assert " vs " not in "".join(table)
+    refused = run_latency(*arguments, "--base", "HEAD", TRITON_INTERPRET="1")
+    assert refused.returncode == 1 and "TRITON_INTERPRET" in refused.stderr
 
 
 def test_only_torch_triton_numpy_and_transformers_are_needed(tmp_path):
