@@ -254,19 +254,17 @@ class _ScanAlone:
         self.queries, self.items = queries, items
 
     def prepare(self) -> None:
-        from r2ec_kernels._exact.bounds import prepare_queries
+        from r2ec_kernels._scan.triton_queries import prepare_on_device
         from r2ec_kernels.topk.impl import triton_kernels as kernels
 
-        items = self.items
-        norms = torch.linalg.vector_norm(items, dim=1, dtype=torch.float32)
-        nothing = torch.empty(0, dtype=torch.int64, device=items.device)
-        group = kernels.group_size(len(items), K)
-        prepared = [prepare_queries(q, "dot", 1.0) for q in self.queries]
-        self.scale = prepared[0].scale[:QUERIES]  # of the first queries' scores
-        self.scans = [kernels.scan_rows(query, items, norms) for query in prepared]
-        self.unpack = functools.partial(kernels.unpack, group=group)
+        self.group = kernels.group_size(len(self.items), K)
+        scanned = kernels.scan_rows(self.items, "dot")
+        self.unit = kernels.product_unit(scanned.codes, self.items.shape[1])
+        dtype = kernels.operand_type(scanned.codes)
+        self.prepared = [prepare_on_device(q, "dot", 1.0, dtype) for q in self.queries]
         self.run = rotating(
-            lambda scan: kernels.group_best(scan, group, nothing, nothing), self.scans
+            lambda query: kernels.group_best(scanned, query.operand, self.group, None, None),
+            self.prepared,
         )
 
     def __call__(self) -> tuple:
@@ -274,7 +272,13 @@ class _ScanAlone:
 
     def check(self, found: tuple) -> None:
         """The best score of each query is within the kernel's own bound."""
-        best = exact_scores(self.queries[0][:QUERIES], self.items).amax(1) * self.scale
-        ours = self.unpack(found[0][:QUERIES]).amax(1)
-        if not bool(((ours - best).abs() <= self.scans[0].error[:QUERIES]).all()):
+        query, queries = self.prepared[0], self.queries[0][:QUERIES].double()
+        scale = torch.exp2(-torch.linalg.vector_norm(queries, dim=1).log2().floor())
+        best = exact_scores(self.queries[0][:QUERIES], self.items).amax(1) * scale
+        bits = found[0][:QUERIES].amax(1) & -self.group
+        ours = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
+        norm, _, missed, floor = query.bounds[:, :QUERIES]
+        high = 1.001 * torch.linalg.vector_norm(self.items, dim=1, dtype=torch.float32).max()
+        error = high * ((query.unit + 1.02 * self.unit) * norm + 1.02 * missed) + floor
+        if not bool(((ours - best).abs() <= error).all()):
             raise Wrong("the best score of a query is off by more than the kernel's bound")
