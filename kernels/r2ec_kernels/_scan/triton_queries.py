@@ -28,10 +28,29 @@ _BLOCK_D = 1024
 
 
 @triton.jit
+def fits_float32(norm, temperature):
+    """Whether float32 can hold what comes of a query of this norm; both float64."""
+    fits = (norm <= _HUGE) & ((norm >= 1.0 / _HUGE) | (norm == 0))
+    return fits & (temperature <= _HUGE) & (temperature >= 1.0 / _HUGE)
+
+
+@triton.jit
+def scale_of(norm, fits, SIMILARITY: tl.constexpr):
+    """2^-floor(log2 norm), by its exponent: float64; 1 for l2, and where nothing fits."""
+    scale = norm * 0.0 + 1.0
+    if SIMILARITY != "l2":
+        safe = tl.where(fits & (norm > 0), norm, 1.0)
+        exponent = (safe.to(tl.int64, bitcast=True) >> 52) - 1023
+        scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+    return tl.where(fits, scale, 1.0)
+
+
+@triton.jit
 def _prepare_kernel(
     q_ptr,
     mean_ptr,
     operand_ptr,
+    low_ptr,
     bounds_ptr,
     num_queries,
     d,
@@ -40,9 +59,10 @@ def _prepare_kernel(
     temperature,
     SIMILARITY: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    HAS_LOW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One query. operand: [M, width]; bounds: float32 [4, M], norm, held, missed and floor."""
+    """One query. operand, low: [M, width]; bounds: float32 [4, M], norm, held, missed and floor."""
     i_m = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_D]
@@ -53,14 +73,8 @@ def _prepare_kernel(
         b_square += b_q * b_q
     norm = tl.sqrt(tl.sum(b_square, axis=0))
     temperature = float64_of(temperature)
-    fits = (norm <= _HUGE) & ((norm >= 1.0 / _HUGE) | (norm == 0))
-    fits = fits & (temperature <= _HUGE) & (temperature >= 1.0 / _HUGE)
-    scale = norm * 0.0 + 1.0
-    if SIMILARITY != "l2":
-        # 2^-floor(log2 norm), by its exponent
-        safe = tl.where(fits & (norm > 0), norm, 1.0)
-        exponent = (safe.to(tl.int64, bitcast=True) >> 52) - 1023
-        scale = ((1023 - exponent) << 52).to(tl.float64, bitcast=True)
+    fits = fits_float32(norm, temperature)
+    scale = scale_of(norm, fits, SIMILARITY)
     b_held = tl.zeros([BLOCK_D], tl.float64)
     b_missed = tl.zeros([BLOCK_D], tl.float64)
     for first in range(0, width, BLOCK_D):
@@ -72,6 +86,10 @@ def _prepare_kernel(
         b_operand = b_exact.to(tl.float32).to(operand_ptr.dtype.element_ty)
         tl.store(operand_ptr + i_m * width + first + o_d, b_operand, mask=first + o_d < width)
         b_rest = b_exact - b_operand.to(tl.float32).to(tl.float64)
+        if HAS_LOW:
+            b_low = b_rest.to(tl.float32).to(operand_ptr.dtype.element_ty)
+            tl.store(low_ptr + i_m * width + first + o_d, b_low, mask=first + o_d < width)
+            b_rest -= b_low.to(tl.float32).to(tl.float64)
         b_held += b_exact * b_exact
         b_missed += b_rest * b_rest
     # The canonical score rounds to a multiple of 2^-149, and products may be flushed to zero.
@@ -94,6 +112,7 @@ class DeviceQueries:
     Attributes:
         original: [B, d], as given, columns side by side.
         operand: [B, width >= d], what the scan multiplies.
+        low: the same of what the operand misses, or None.
         bounds: float32 [4, B]: norm, held, missed, floor.
         similarity, temperature: of the search.
         unit: relative error of a float32 product of the rows, canonical rounding included.
@@ -101,6 +120,7 @@ class DeviceQueries:
 
     original: torch.Tensor
     operand: torch.Tensor
+    low: torch.Tensor | None
     bounds: torch.Tensor
     similarity: str
     temperature: float
@@ -119,6 +139,7 @@ class DeviceQueries:
         return DeviceQueries(
             self.original[start:stop],
             self.operand[start:stop],
+            None if self.low is None else self.low[start:stop],
             self.bounds[:, start:stop],
             self.similarity,
             self.temperature,
@@ -134,21 +155,25 @@ def prepare_on_device(
     *,
     mean: torch.Tensor | None = None,
     width: int | None = None,
+    low: bool = False,
 ) -> DeviceQueries:
     """Prepare a batch [B, d] for a scan that multiplies ``dtype``.
 
-    mean: float64 [d], subtracted from the scaled queries; width: columns of the operand (d).
+    mean: float64 [d], subtracted from the scaled queries; width: columns of the operand (d); low:
+    also what the operand misses.
     """
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
     batch, d = queries.shape
     width = d if width is None else width
     operand = torch.empty(batch, width, dtype=dtype, device=queries.device)
+    rest = torch.empty_like(operand) if low else None
     bounds = torch.empty(4, batch, dtype=torch.float32, device=queries.device)
     if batch:
         _prepare_kernel[(batch,)](
             q_ptr=queries,
             mean_ptr=mean,
             operand_ptr=operand,
+            low_ptr=rest,
             bounds_ptr=bounds,
             num_queries=batch,
             d=d,
@@ -157,11 +182,12 @@ def prepare_on_device(
             temperature=float64_bits(temperature),
             SIMILARITY=similarity,
             HAS_MEAN=mean is not None,
+            HAS_LOW=low,
             BLOCK_D=min(_BLOCK_D, triton.next_power_of_2(max(1, width))),
             num_warps=4,
         )
     unit = float32_unit(d, similarity)
-    return DeviceQueries(queries, operand, bounds, similarity, temperature, unit)
+    return DeviceQueries(queries, operand, rest, bounds, similarity, temperature, unit)
 
 
 def aot_configs() -> list[dict[str, Any]]:
@@ -174,8 +200,13 @@ def aot_configs() -> list[dict[str, Any]]:
         ("fp16", "fp16", "dot", False),
     ):
         kinds = {"q_ptr": f"*{given}", "mean_ptr": "*fp64", "operand_ptr": f"*{operand}"}
-        kinds |= {"bounds_ptr": "*fp32", "temperature": "i64"}
-        constants = {"SIMILARITY": similarity, "HAS_MEAN": mean, "BLOCK_D": _BLOCK_D}
+        kinds |= {"low_ptr": f"*{operand}", "bounds_ptr": "*fp32", "temperature": "i64"}
+        constants = {
+            "SIMILARITY": similarity,
+            "HAS_MEAN": mean,
+            "HAS_LOW": not mean,
+            "BLOCK_D": _BLOCK_D,
+        }
         names = _prepare_kernel.arg_names
         found.append(
             {

@@ -6,10 +6,10 @@ import torch
 
 from .._exact.excluded import TensorExclude
 from .._exact.table import Table
+from .._scan.triton_exclusions import at_places, exclusions
 from .._scan.triton_queries import prepare_on_device
 from ..topk.impl.common import SearchStats
-from ..topk.impl.triton import exclusions, search
-from ..topk.impl.triton_candidates import Exclusions
+from ..topk.impl.triton import search
 from ..topk.impl.triton_kernels import Scanned, operand_type
 from .quantize import DIM_MULTIPLE
 from .storage import Storage
@@ -30,8 +30,7 @@ def search_storage(
     """
     table = Table(storage.live("rows"), storage.live("ids"))
     excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
-    if excluded is not None:
-        excluded = _at_rows(excluded, storage.place)
+    excluded = at_places(excluded, storage.place)
     similarity = storage.similarity
     if kind is None or not storage.size:
         scanned = _scan_of_rows(storage)
@@ -47,14 +46,6 @@ def search_storage(
             width=-(-storage.width // DIM_MULTIPLE) * DIM_MULTIPLE,
         )
     return search(scanned, query, table, k, excluded, f"triton {kind or 'none'}")
-
-
-def _at_rows(excluded: Exclusions, place: torch.Tensor) -> Exclusions:
-    """Exclusions by id as exclusions by row; -1 stays, and so does what was removed."""
-    if not place.numel():
-        return excluded
-    rows = place[excluded.rows.clamp_min(0)]
-    return Exclusions(torch.where(excluded.rows < 0, -1, rows), excluded.start)
 
 
 def _scan_of_rows(storage: Storage) -> Scanned:

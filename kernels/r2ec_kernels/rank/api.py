@@ -96,7 +96,14 @@ def run_target_stats(
     """(rank int64 [B], log_prob float32 [B]) by the implementation that ``impl`` names: the
     body of the op ``r2ec_kernels::target_stats``."""
     name = resolve(impl, queries.device, "target_stats", _AVAILABLE)
-    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], queries.device)
+    batch, count = queries.shape[0], items.shape[0]
+    if name == "triton":
+        from .._scan.triton_exclusions import exclusions
+        from .impl import triton as triton_impl
+
+        excluded = exclusions(exclude, batch, count, queries.device)
+        return triton_impl.target_stats(queries, items, targets, similarity, temperature, excluded)
+    values, offsets = normalize_exclude(exclude, batch, count, queries.device)
     implementation = importlib.import_module(f".impl.{name}", __package__)
     return implementation.target_stats(
         queries, items, targets, similarity, temperature, values, offsets

@@ -1,161 +1,47 @@
-"""Rank and log-sum-exp of a target among all items, in one kernel.
+"""target_stats on the tensor cores: one scan, and what makes it exact, without a host decision.
 
-For queries Q [M, d] (M = B) and items X [N, d], with s = q_m . x_n (cosine: / |x_n|), o the
-target's own raw score and e(m, n) the error bound of s, it computes for every query
+    prepare   queries in the scan's type, and their bounds     (``_scan.triton_queries``)
+    origin    the targets' scores                              (``triton_exact``)
+    stats     ranks, near-ties and log-sum-exps of all rows    (``triton_scan``)
+    compare, merge, every, finish: the exact end               (``triton_exact``)
 
-    ahead = sum_n [s > o + e]                        items certainly ahead of the target
-    near-ties: the pairs (m, n) with |s - o| <= e    compared exactly afterwards (``count_ahead``)
-    m = max(0, max_n x),  l = sum_n 2^(x - m),       x = (s - o) * logit, in units of log 2
-
-over the items other than the excluded ones and the target, which the launcher adds itself.
-
-Grid: ceil(M / BLOCK_M) tiles of queries x splits of the items, queries fastest: neighbours share a
-split, so that the table is read once from memory, then from cache.
-Tile: the product is written items x queries, [BLOCK_N, BLOCK_M] in steps of BLOCK_D columns: the
-hardware's tile wants its long side on the left. It is the largest tile that no target's compiler
-spills; one product serves the norm, the rank and the sum.
-Reads N d + M d elements from memory; writes 12 bytes a query and split, and 16 a near-tie. FLOPs:
-2 M N d, N d for the norms, and about ten a score for m and l.
-Numerics: float32 products (CUDA: three products of TF32 parts, in the bound), one online softmax a
-split, merged by the launcher in float64. A row whose norm float32 cannot hold is unbounded: it is
-counted, and the caller takes the dense path. The order of near-ties is that of an atomic counter;
-only their set is used.
+Memory above the inputs: 12 bytes a query and split, and 8 a near-tie, of which there is room for
+``ROOM`` a query.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from ..._exact.bounds import Queries, prepare_queries
-from ..._exact.excluded import ExcludedPairs
-from ..._exact.scores import canonical_scores
 from ..._exact.table import Table
-from ..._numbers import HUGE, LOG2_E, UNIT
-from .common import Origin, count_ahead, dense_stats, overflows
+from ..._numbers import UNIT
+from ..._scan.triton_exclusions import Exclusions, pairs_by_program
+from ..._scan.triton_queries import DeviceQueries, prepare_on_device
+from . import triton_exact as exact
+from . import triton_scan
+from .triton_scan import Tile, scan_unit, stats_kernel, tile_for
 
-# of a tile
-BLOCK_ITEMS, BLOCK_QUERIES, BLOCK_WIDTH = 64, 16, 32
-WARPS, STAGES = 8, 2
-PROGRAMS = 528  # a few rounds of one on each multiprocessor
-CAPACITY = 1 << 16  # near-ties kept for an exact comparison; more take the dense path
-BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "CAPACITY")  # that tests may change
-# float32 as three products of 10-bit parts on tensor cores: what the parts miss, and sums that may
-# be truncated instead of rounded
-_SPLIT_UNIT, _TENSOR_CORE_UNIT = 2.0**-20, 2.0**-22
-_PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
-# of ``aot --budget``: what the code holds on sm_90, 3 to 5% above; tightened as it improves
-_BUDGET = {"loop": 420, "epilogue": 1270, "epilogue_shuffles": 43, "epilogue_shared": 170}
+PROGRAMS = 528  # of the scan, about: four a multiprocessor
+COMPARING = 1056  # programs that compare near-ties
+ROOM = 2048  # near-ties a query, on the average
+LEAST_ROOM = 1 << 16  # near-ties of a batch, at least
+BLOCK_ITEMS = BLOCK_QUERIES = None  # of a tile; None: those of ``triton_scan.TILES``
+BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "LEAST_ROOM")  # for tests
+_TILE = 4096  # columns of the rows that a program scores at once
+_MAX_ROWS = 32
+_EVERY_SPLITS = 64  # of all rows, for a query that needs them
+_BLOCK_EXCLUDED = 64
+_BLOCK_SPLITS = 128
 
 
-@triton.jit
-def _stats_kernel(
-    x_ptr,
-    q_ptr,
-    origin_ptr,
-    logit_ptr,
-    size_ptr,
-    floor_ptr,
-    pair_row_ptr,
-    pair_of_ptr,
-    pair_start_ptr,
-    ahead_ptr,
-    m_ptr,
-    l_ptr,
-    near_of_ptr,
-    near_row_ptr,
-    counter_ptr,
-    num_items,
-    num_queries,
-    d,
-    tiles_per_split,
-    capacity,
-    stride_x,
-    stride_q,
-    largest,
-    COSINE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A split of the items against a tile of queries.
+@dataclass(frozen=True)
+class Norms:
+    """The rows' norms float32 [N], and the largest [3] as a scan reads it (``index.quantize``)."""
 
-    ahead, m, l: [splits, M]. near_of, near_row: int64 [capacity]. counter: int32, [near-ties, tiles
-    with unbounded rows]. The excluded pairs of tile i are pair_start[i] .. pair_start[i + 1] - 1.
-    """
-    i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < num_queries
-    # [BLOCK_M]: the target's raw score, log 2 units of a unit of raw score, and the two parts of
-    # the error bound: size * |x| + floor
-    b_origin = tl.load(origin_ptr + o_m, mask=m_m, other=0.0)
-    b_logit = tl.load(logit_ptr + o_m, mask=m_m, other=0.0)
-    b_size = tl.load(size_ptr + o_m, mask=m_m, other=0.0)
-    b_floor = tl.load(floor_ptr + o_m, mask=m_m, other=0.0)
-    b_ahead = tl.zeros((BLOCK_M,), tl.int32)
-    b_m = tl.zeros((BLOCK_M,), tl.float32)
-    b_l = tl.zeros((BLOCK_M,), tl.float32)
-    num_tiles = tl.cdiv(num_items, BLOCK_N)
-    last = tl.minimum((i_split + 1) * tiles_per_split, num_tiles)
-    for i_n in range(i_split * tiles_per_split, last):
-        # 32-bit places in a tile whose base is 64-bit: pointers of a tile take half the registers
-        o_n = tl.arange(0, BLOCK_N)
-        m_n = o_n < num_items - i_n * BLOCK_N
-        p_tile = x_ptr + i_n * BLOCK_N * stride_x
-        b_s = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        b_square = tl.zeros((BLOCK_N,), tl.float32)
-        for first in range(0, d, BLOCK_D):
-            o_d = first + tl.arange(0, BLOCK_D)
-            m_d = o_d < d
-            # [BLOCK_N, BLOCK_D]
-            p_x = p_tile + (o_n[:, None] * stride_x + o_d[None, :])
-            b_x = tl.load(p_x, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-            # [BLOCK_D, BLOCK_M]
-            p_q = q_ptr + o_m[None, :] * stride_q + o_d[:, None]
-            b_q = tl.load(p_q, mask=m_m[None, :] & m_d[:, None], other=0.0)
-            b_s = tl.dot(b_x, b_q, b_s, input_precision=PRECISION)
-            b_square += tl.sum(b_x * b_x, axis=1)
-        b_norm = tl.sqrt(b_square)
-        m_unbounded = m_n & ~(b_norm <= largest)
-        if COSINE:
-            m_unbounded = m_unbounded | (m_n & (b_norm < 1.0 / largest))
-            b_s = b_s * tl.where(b_norm > 0, 1.0 / b_norm, 0.0)[:, None]
-            b_norm = tl.full((BLOCK_N,), 1.0, tl.float32)
-        if tl.sum(m_unbounded.to(tl.int32)) > 0:
-            tl.atomic_add(counter_ptr + 1, 1)
-        b_error = b_norm[:, None] * b_size[None, :] + b_floor[None, :]
-        m_alive = m_n[:, None] & m_m[None, :]
-        begin, end = tl.load(pair_start_ptr + i_n), tl.load(pair_start_ptr + i_n + 1)
-        for i_pair in range(begin, end):
-            row, of = tl.load(pair_row_ptr + i_pair), tl.load(pair_of_ptr + i_pair)
-            m_alive = m_alive & ~((o_n == row - i_n * BLOCK_N)[:, None] & (o_m == of)[None, :])
-        m_ahead = m_alive & (b_s > b_origin[None, :] + b_error)
-        b_ahead += tl.sum(m_ahead.to(tl.int32), axis=0)
-        b_near = tl.where(m_alive & ~m_ahead & (b_s >= b_origin[None, :] - b_error), 1, 0)
-        count = tl.sum(b_near)
-        if count > 0:
-            # [BLOCK_N, BLOCK_M]: query by query; the order of the places does not matter
-            b_count = tl.sum(b_near, axis=0)
-            b_before = tl.cumsum(b_count, 0) - b_count
-            o_near = tl.cumsum(b_near, 0) - 1 + b_before[None, :]
-            o_near = o_near + tl.atomic_add(counter_ptr, count)
-            m_near = (b_near > 0) & (o_near < capacity)
-            b_row = i_n * BLOCK_N + tl.broadcast_to(o_n[:, None], (BLOCK_N, BLOCK_M))
-            tl.store(near_row_ptr + o_near, b_row, mask=m_near)
-            b_of = tl.broadcast_to(o_m[None, :], (BLOCK_N, BLOCK_M)).to(tl.int64)
-            tl.store(near_of_ptr + o_near, b_of, mask=m_near)
-        b_s = tl.where(m_alive, (b_s - b_origin[None, :]) * b_logit[None, :], -float("inf"))
-        b_above = tl.maximum(b_m, tl.max(b_s, axis=0))
-        b_l = b_l * tl.exp2(b_m - b_above)
-        b_l += tl.sum(tl.exp2(b_s - b_above[None, :]), axis=0)
-        b_m = b_above
-    o_out = i_split * num_queries + o_m
-    tl.store(ahead_ptr + o_out, b_ahead, mask=m_m)
-    tl.store(m_ptr + o_out, b_m, mask=m_m)
-    tl.store(l_ptr + o_out, b_l, mask=m_m)
+    rows: torch.Tensor
+    limits: torch.Tensor
 
 
 def target_stats(
@@ -164,144 +50,286 @@ def target_stats(
     targets: torch.Tensor,
     similarity: str,
     temperature: float,
-    exclude_values: torch.Tensor,
-    exclude_offsets: torch.Tensor,
+    excluded: Exclusions | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) over a plain table."""
-    query = prepare_queries(queries, similarity, temperature)
-    excluded = ExcludedPairs.from_offsets(exclude_values, exclude_offsets).without(targets)
-    own = canonical_scores(queries, items[targets][:, None], similarity, temperature)[:, 0]
-    found = None
-    bounded = ~query.dense & torch.isfinite(own)
-    if targets.numel() and similarity != "l2" and bool(bounded.all()):
-        found = _scan(items, query, own, targets, excluded)
-    if found is None or bool(overflows(own, found[1]).any()):
-        found = dense_stats(Table(items), query, own, targets, excluded)
-    return found
-
-
-def _scan(
-    items: torch.Tensor,
-    query: Queries,
-    target: torch.Tensor,
-    targets: torch.Tensor,
-    excluded: ExcludedPairs,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The kernel's scan; None where it cannot be exact (unbounded rows, too many near-ties)."""
-    (count, d), batch, device = items.shape, targets.shape[0], items.device
-    on_cuda = device.type == "cuda" and torch.version.hip is None
-    precision = _PRECISION["cuda" if on_cuda else "hip"]
-    if precision == "tf32x3":
-        query = replace(query, unit=query.unit + _SPLIT_UNIT + d * _TENSOR_CORE_UNIT)
     items = items if items.stride(1) == 1 else items.contiguous()
-    origin = Origin.of(query, items[targets])
-    size = query.unit * query.norm * 1.001
-    # both canonical roundings, that of the origin and of origin + error, origin - error
-    floor = query.floor + origin.raw.abs().float() * 6 * UNIT + size * d**0.5 * 2.0**-62
-    pairs = excluded.adding(targets)
-    tiles = triton.cdiv(count, BLOCK_ITEMS)
-    edges = torch.arange(tiles + 1, device=device) * BLOCK_ITEMS
-    pair_start = torch.searchsorted(pairs.rows, edges)
-    query_tiles = triton.cdiv(batch, BLOCK_QUERIES)
-    splits = max(1, min(tiles, PROGRAMS // query_tiles))
-    per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, per_split)
-    ahead = torch.empty(splits, batch, dtype=torch.int32, device=device)
-    m, l = torch.empty(2, splits, batch, device=device)
-    near_ties = torch.empty(2, CAPACITY, dtype=torch.int64, device=device)
-    counter = torch.zeros(2, dtype=torch.int32, device=device)
-    _stats_kernel[(query_tiles, splits)](
-        x_ptr=items,
-        q_ptr=query.scaled,
-        origin_ptr=origin.rounded,
-        logit_ptr=origin.logit,
-        size_ptr=size,
-        floor_ptr=floor,
-        pair_row_ptr=pairs.rows,
-        pair_of_ptr=pairs.of,
-        pair_start_ptr=pair_start,
-        ahead_ptr=ahead,
-        m_ptr=m,
-        l_ptr=l,
-        near_of_ptr=near_ties[0],
-        near_row_ptr=near_ties[1],
-        counter_ptr=counter,
-        num_items=count,
-        num_queries=batch,
-        d=d,
-        tiles_per_split=per_split,
-        capacity=CAPACITY,
-        stride_x=items.stride(0),
-        stride_q=query.scaled.stride(0),
-        largest=HUGE,
-        COSINE=query.similarity == "cosine",
-        PRECISION=precision,
-        BLOCK_M=BLOCK_QUERIES,
-        BLOCK_N=BLOCK_ITEMS,
-        BLOCK_D=BLOCK_WIDTH,
-        num_warps=WARPS,
-        num_stages=STAGES,
+    return table_stats(queries, Table(items), targets, similarity, temperature, excluded, None)
+
+
+def table_stats(
+    queries: torch.Tensor,
+    table: Table,
+    targets: torch.Tensor,
+    similarity: str,
+    temperature: float,
+    excluded: Exclusions | None,
+    norms: Norms | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rank int64 [B], log_prob float32 [B]) of the rows ``targets`` int64 [B] of a table.
+
+    norms: of the rows; None: taken by the scan.
+    """
+    rows, batch = table.rows, queries.shape[0]
+    rank = torch.empty(batch, dtype=torch.int64, device=rows.device)
+    log_prob = torch.empty(batch, dtype=torch.float32, device=rows.device)
+    if not batch:
+        return rank, log_prob
+    query = prepare_on_device(
+        queries, similarity, temperature, rows.dtype, low=rows.dtype != torch.float32
     )
-    num_near_ties, unbounded = counter.tolist()
-    if unbounded or num_near_ties > CAPACITY:
-        return None
-    of, at = near_ties[:, :num_near_ties]
-    rank = 1 + ahead.sum(0) + count_ahead(Table(items), query, target, targets, of, at)
-    top = m.amax(0).double()
-    total = (l.double() * (m.double() - top).exp2()).sum(0)
-    total += (origin.moved - top).exp2()
-    return rank, ((origin.moved - top - total.log2()) / LOG2_E).float()
+    call = _Call(query, table, targets, excluded, norms)
+    call.find_origin()
+    if similarity != "l2":
+        call.scan()
+        call.merge(rank, log_prob)
+    call.search_every(rank, log_prob)
+    return rank, log_prob
+
+
+class _Call:
+    """One batch against one table, and what its kernels hand to each other."""
+
+    def __init__(
+        self,
+        query: DeviceQueries,
+        table: Table,
+        targets: torch.Tensor,
+        excluded: Exclusions | None,
+        norms: Norms | None,
+    ) -> None:
+        self.query, self.table, self.targets = query, table, targets
+        self.excluded, self.norms = excluded, norms
+        batch, device = len(query), table.rows.device
+        self.target, self.origin, self.logit = torch.empty(3, batch, device=device)
+        self.moved = torch.empty(batch, dtype=torch.float64, device=device)
+        # the near-ties that are ahead, one counter, and the states as pairs of int32
+        zeros = torch.zeros(batch + 1 + (batch + 2) // 2, dtype=torch.int64, device=device)
+        self.wins, self.counter = zeros[:batch], zeros[batch : batch + 1]
+        self.state = zeros[batch + 1 :].view(torch.int32)
+        width = triton.next_power_of_2(max(1, query.original.shape[1]))
+        self.width = {"WIDTH": width, "LEVELS": width.bit_length() - 1}
+        self.tile_rows = min(_MAX_ROWS, max(1, _TILE // width))
+        self.warps = 4 if width <= _TILE else 8 if width <= 2 * _TILE else 16
+
+    def _shared(self) -> dict[str, Any]:
+        """The arguments of the kernels that score rows canonically."""
+        query, rows = self.query, self.table.rows
+        return {
+            "q_ptr": query.original,
+            "x_ptr": rows,
+            "targets_ptr": self.targets,
+            "target_ptr": self.target,
+            "d": query.original.shape[1],
+            "stride_q": query.original.stride(0),
+            "stride_x": rows.stride(0),
+            "temperature": query.temperature_bits,
+            **self.width,
+            "SIMILARITY": query.similarity,
+            "num_warps": self.warps,
+            "enable_fp_fusion": False,  # a squared difference is rounded before it is added
+        }
+
+    def find_origin(self) -> None:
+        exact.origin_kernel[(len(self.query),)](
+            origin_ptr=self.origin,
+            logit_ptr=self.logit,
+            moved_ptr=self.moved,
+            state_ptr=self.state,
+            **self._shared(),
+        )
+
+    def scan(self) -> None:
+        query, rows = self.query, self.table.rows
+        (count, d), batch, device = rows.shape, len(query), rows.device
+        tile = self._tile()
+        row_tiles, query_tiles = triton.cdiv(count, tile.block_n), triton.cdiv(batch, tile.block_m)
+        pair_row, pair_of, pair_start = self._pairs(tile, query_tiles, row_tiles)
+        splits = max(1, min(row_tiles, PROGRAMS // query_tiles))
+        per_split = triton.cdiv(row_tiles, splits)
+        self.splits = triton.cdiv(row_tiles, per_split)
+        self.ahead = torch.empty(self.splits, batch, dtype=torch.int32, device=device)
+        self.m, self.l = torch.empty(2, self.splits, batch, device=device)
+        capacity = max(LEAST_ROOM, ROOM * batch)
+        near_of, near_row = torch.empty(2, capacity, dtype=torch.int32, device=device)
+        interpreted = triton.knobs.runtime.interpret
+        tf32 = rows.dtype == torch.float32 and not interpreted and not torch.version.hip
+        stats_kernel[(query_tiles, self.splits)](
+            x_ptr=rows,
+            q_ptr=query.operand,
+            low_ptr=query.low,
+            norm_ptr=None if self.norms is None else self.norms.rows,
+            bounds_ptr=query.bounds,
+            limits_ptr=None if self.norms is None else self.norms.limits,
+            origin_ptr=self.origin,
+            logit_ptr=self.logit,
+            pair_row_ptr=pair_row,
+            pair_of_ptr=pair_of,
+            pair_start_ptr=pair_start,
+            ahead_ptr=self.ahead,
+            m_ptr=self.m,
+            l_ptr=self.l,
+            near_of_ptr=near_of,
+            near_row_ptr=near_row,
+            counter_ptr=self.counter,
+            state_ptr=self.state,
+            num_items=count,
+            num_queries=batch,
+            d=d,
+            tiles_per_split=per_split,
+            capacity=capacity,
+            stride_x=rows.stride(0),
+            stride_q=query.operand.stride(0),
+            unit=scan_unit(query, rows, tile.block_d),
+            origin_unit=6 * UNIT,
+            COSINE=query.similarity == "cosine",
+            TAKE_NORM=self.norms is None,
+            HAS_LOW=query.low is not None,
+            PRECISION="tf32x3" if tf32 else "ieee",
+            WIDEN=interpreted,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        exact.compare_kernel[(COMPARING if not interpreted else 1,)](
+            ids_ptr=self.table.ids,
+            near_of_ptr=near_of,
+            near_row_ptr=near_row,
+            counter_ptr=self.counter,
+            wins_ptr=self.wins,
+            capacity=capacity,
+            ROWS=self.tile_rows,
+            HAS_IDS=self.table.ids is not None,
+            **self._shared(),
+        )
+
+    def merge(self, rank: torch.Tensor, log_prob: torch.Tensor) -> None:
+        batch = len(self.query)
+        exact.merge_kernel[(batch,)](
+            ahead_ptr=self.ahead,
+            m_ptr=self.m,
+            l_ptr=self.l,
+            wins_ptr=self.wins,
+            target_ptr=self.target,
+            moved_ptr=self.moved,
+            state_ptr=self.state,
+            rank_ptr=rank,
+            log_prob_ptr=log_prob,
+            num_queries=batch,
+            num_splits=self.splits,
+            BLOCK_S=_BLOCK_SPLITS,
+            num_warps=4,
+        )
+
+    def search_every(self, rank: torch.Tensor, log_prob: torch.Tensor) -> None:
+        batch, count, device = len(self.query), len(self.table), rank.device
+        splits = min(_EVERY_SPLITS, triton.cdiv(count, self.tile_rows))
+        counts = torch.empty(batch, splits, 4, dtype=torch.int64, device=device)
+        sums = torch.empty(batch, splits, 2, dtype=torch.float64, device=device)
+        excluded = self.excluded
+        exact.every_kernel[(batch, splits)](
+            ids_ptr=self.table.ids,
+            exclude_ptr=None if excluded is None else excluded.rows,
+            exclude_start_ptr=None if excluded is None else excluded.start,
+            state_ptr=self.state,
+            counts_ptr=counts,
+            sums_ptr=sums,
+            num_items=count,
+            rows_per_split=triton.cdiv(count, splits),
+            ROWS=self.tile_rows,
+            HAS_IDS=self.table.ids is not None,
+            HAS_EXCLUDE=excluded is not None,
+            BLOCK_E=_BLOCK_EXCLUDED,
+            **self._shared(),
+        )
+        exact.finish_kernel[(batch,)](
+            counts_ptr=counts,
+            sums_ptr=sums,
+            target_ptr=self.target,
+            state_ptr=self.state,
+            rank_ptr=rank,
+            log_prob_ptr=log_prob,
+            num_splits=splits,
+            BLOCK_S=triton.next_power_of_2(_EVERY_SPLITS),
+            num_warps=1,
+        )
+
+    def _tile(self) -> Tile:
+        tile = tile_for(len(self.query), self.table.rows)
+        return Tile(
+            BLOCK_QUERIES or tile.block_m,
+            BLOCK_ITEMS or tile.block_n,
+            tile.block_d,
+            tile.num_warps,
+            tile.num_stages,
+        )
+
+    def _pairs(
+        self, tile: Tile, query_tiles: int, row_tiles: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The excluded pairs and each query's own target, by the tiles of the scan."""
+        row, of = self.targets, torch.arange(len(self.query), device=self.targets.device)
+        if self.excluded is not None:
+            others, queries = self.excluded.pairs()
+            row, of = torch.cat([row, others]), torch.cat([of, queries])
+        else:
+            row = row.clone()
+        return pairs_by_program(
+            row,
+            of,
+            tile_rows=tile.block_n,
+            tile_queries=tile.block_m,
+            query_tiles=query_tiles,
+            row_tiles=row_tiles,
+        )
 
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    tile = {"BLOCK_N": BLOCK_ITEMS, "BLOCK_M": BLOCK_QUERIES, "BLOCK_D": BLOCK_WIDTH}
-    found = []
-    for table in ("fp32", "bf16", "fp16"):
-        for cosine in (False, True):
-            for backend, precision in _PRECISION.items():
-                constants = tile | {"COSINE": cosine, "PRECISION": precision}
-                case = _aot(_stats_kernel, table, constants, WARPS, STAGES)
-                case |= {"backend": backend, "uses_tensor_cores": backend == "cuda"}
-                bits = 32 if table == "fp32" else 16
-                case["budget"] = _BUDGET | {"load_bits": bits, "wgmma": True}
-                found.append(case | {"work": _work(bits // 8)})
+    return [*triton_scan.aot_configs(), *_exact_configs()]
+
+
+def _exact_configs() -> list[dict[str, Any]]:
+    kinds = {"temperature": "i64", "moved_ptr": "*fp64", "sums_ptr": "*fp64"}
+    for name in ("targets", "ids", "exclude", "exclude_start", "counts", "wins", "rank", "counter"):
+        kinds[f"{name}_ptr"] = "*i64"
+    for name in ("state", "ahead", "near_of", "near_row"):
+        kinds[f"{name}_ptr"] = "*i32"
+    flags = {"HAS_IDS": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
+    block = {"BLOCK_S": _BLOCK_SPLITS}
+    found = [_exact_case(kernel, kinds, block, 4) for kernel in (exact.merge_kernel,)]
+    block = {"BLOCK_S": triton.next_power_of_2(_EVERY_SPLITS)}
+    found.append(_exact_case(exact.finish_kernel, kinds, block, 1))
+    for kind, similarity, d in (
+        *(("bf16", "cosine", d) for d in (128, 1000, 4096)),
+        ("fp32", "l2", 1000),
+        ("fp16", "dot", 1000),
+    ):
+        width = triton.next_power_of_2(d)
+        sizes = {"WIDTH": width, "LEVELS": width.bit_length() - 1, "SIMILARITY": similarity}
+        types = kinds | dict.fromkeys(("q_ptr", "x_ptr"), f"*{kind}")
+        rows = {"ROWS": min(_MAX_ROWS, max(1, _TILE // width)), **flags}
+        for kernel in (exact.origin_kernel, exact.compare_kernel, exact.every_kernel):
+            named = {n: v for n, v in (sizes | rows).items() if n in kernel.arg_names}
+            found.append(_exact_case(kernel, types, named, 4))
     return found
 
 
-def _work(itemsize: int, d: int = 1024) -> dict[str, Any]:
-    """What a tile of one tile of queries needs; near-ties and excluded pairs are few."""
-    return {
-        "sizes": f"B={BLOCK_QUERIES} d={d}",
-        "steps": d // BLOCK_WIDTH,
-        "bytes": BLOCK_ITEMS * BLOCK_WIDTH * itemsize,
-        "flops": 2 * BLOCK_QUERIES * BLOCK_ITEMS * BLOCK_WIDTH,
-        "scores": BLOCK_QUERIES * BLOCK_ITEMS,
-    }
-
-
-def _aot(
-    kernel: Any, table: str, constexprs: dict[str, Any], warps: int, stages: int
+def _exact_case(
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], warps: int
 ) -> dict[str, Any]:
-    kinds = {
-        "x_ptr": f"*{table}",
-        "ahead_ptr": "*i32",
-        "counter_ptr": "*i32",
-        "largest": "fp32",
-    }
-    kinds |= dict.fromkeys(
-        ("pair_row_ptr", "pair_of_ptr", "pair_start_ptr", "near_of_ptr", "near_row_ptr"), "*i64"
-    )
     signature = {}
     for name in kernel.arg_names:
         kind = "*fp32" if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in constexprs else kinds.get(name, kind)
+        signature[name] = "constexpr" if name in constants else kinds.get(name, kind)
     return {
-        "name": f"rank.{kernel.fn.__name__.strip('_')}",
+        "name": f"rank.{kernel.fn.__name__.removesuffix('_kernel')}",
         "kernel": kernel,
         "signature": signature,
-        "constexprs": constexprs,
+        "constexprs": constants,
         "num_warps": warps,
-        "num_stages": stages,
+        "num_stages": 1,
         "uses_tensor_cores": False,
     }

@@ -14,16 +14,15 @@ from collections.abc import Callable
 
 import torch
 
-from ..._dispatch import checks_enabled
-from ..._exact.excluded import TensorExclude, check_ids, check_offsets, split_exclude
+from ..._exact.excluded import TensorExclude
 from ..._exact.table import Table
+from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
 from . import triton_candidates, triton_rescore
 from .common import SearchStats
-from .triton_candidates import Exclusions
 from .triton_kernels import Scanned, group_best, group_size, operand_type, scan_rows
 
-__all__ = ["aot_configs", "exclusions", "item_topk", "search"]
+__all__ = ["aot_configs", "item_topk", "search"]
 
 _DENSE_SHARE = 64  # k above rows / 64: all rows are rescored
 _LIST_BYTES = 1 << 29  # of the lists of a part of the batch
@@ -102,28 +101,6 @@ def item_topk(
     query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
     scores, ids, _ = search(scanned, query, Table(scanned.codes), k, excluded, "triton")
     return scores, ids
-
-
-def exclusions(
-    exclude: TensorExclude, batch: int, num_ids: int, device: torch.device
-) -> Exclusions | None:
-    """Excluded ids on ``device``, without waiting for it: -1 stays where it was given.
-
-    Ids that are given on another device, or under ``R2EC_CHECK=1``, are checked: ValueError unless
-    they lie in -1..num_ids-1 and offsets begin at 0, do not fall, and end with the values.
-    """
-    values, offsets = split_exclude(exclude)
-    if values is None or not values.numel():
-        return None
-    if checks_enabled() or values.device != device:
-        check_ids(values, num_ids)
-        if offsets is not None:
-            check_offsets(offsets, values.numel())
-    if offsets is None:
-        start = torch.arange(batch + 1, device=device) * values.shape[1]
-    else:
-        start = offsets.to(device=device, dtype=torch.int64)
-    return Exclusions(values.to(device=device, dtype=torch.int64).reshape(-1), start)
 
 
 def aot_configs() -> list[dict]:

@@ -136,28 +136,6 @@ def _reach_kernel(
 
 
 @dataclass(frozen=True)
-class Exclusions:
-    """Rows that are not returned: query b's are ``rows[start[b]:start[b + 1]]``; -1 for none.
-
-    Attributes:
-        rows: int64 [E]. start: int64 [B + 1].
-    """
-
-    rows: torch.Tensor
-    start: torch.Tensor
-
-    def part(self, first: int, last: int) -> "Exclusions":
-        """Those of the queries first .. last - 1; ``rows`` stays whole."""
-        return Exclusions(self.rows, self.start[first : last + 1])
-
-    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and query of each pair, int64 [E]; row -1 for none, and for other parts' queries."""
-        at = torch.arange(self.rows.numel(), device=self.rows.device)
-        of = torch.searchsorted(self.start, at, right=True) - 1
-        return torch.where((of < 0) | (of >= self.start.numel() - 1), -1, self.rows), of
-
-
-@dataclass(frozen=True)
 class Lists:
     """What ``_reach`` lists of each query: see the kernel."""
 

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from ..._numbers import HUGE
+from ..._scan.triton_exclusions import pairs_by_program
 from .launch import Launch, choose
 
 GROUPS = (32, 128)  # rows of a group
@@ -230,7 +231,16 @@ def group_best(
     tile_norms = None
     if scanned.takes_norms:
         tile_norms = torch.empty(item_tiles, dtype=torch.float32, device=codes.device)
-    pairs = _pairs_by_program(pair_row, pair_of, config, query_tiles, item_tiles)
+    pairs = None
+    if pair_row is not None and pair_of is not None:
+        pairs = pairs_by_program(
+            pair_row,
+            pair_of,
+            tile_rows=config.block_n,
+            tile_queries=config.block_m,
+            query_tiles=query_tiles,
+            row_tiles=item_tiles,
+        )
     _launch(scanned, operand, group, first, second, tile_norms, pairs, config)
     limits = scanned.limits
     if limits is None:
@@ -254,23 +264,6 @@ def choose_launch(
     return choose(
         operand.shape[0], codes.element_size(), codes.device, seconds, scanned.takes_norms
     )
-
-
-def _pairs_by_program(
-    row: torch.Tensor | None,
-    of: torch.Tensor | None,
-    config: Launch,
-    query_tiles: int,
-    item_tiles: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Excluded rows and queries in the order of the programs, and where each program's begin."""
-    if row is None or of is None or not row.numel():
-        return None
-    programs = item_tiles * query_tiles
-    program = row // config.block_n * query_tiles + of // config.block_m
-    program, order = program.masked_fill_(row < 0, programs).sort()
-    start = torch.searchsorted(program, torch.arange(programs + 1, device=row.device))
-    return row[order], of[order], start
 
 
 def _launch(

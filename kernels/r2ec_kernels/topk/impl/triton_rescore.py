@@ -26,8 +26,9 @@ from ..._exact.triton_scores import (
     order_keys,
     scores_and_ids,
 )
+from ..._scan.triton_exclusions import Exclusions, excluded_rows
 from ..._scan.triton_queries import DeviceQueries
-from .triton_candidates import GIVEN_UP, Exclusions, Lists, unpack
+from .triton_candidates import GIVEN_UP, Lists, unpack
 from .triton_kernels import GROUPS, GroupBest
 
 _TILE = 4096  # columns of the rows that a program scores at once
@@ -63,12 +64,7 @@ def _row_keys(
     """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether
     some score that counts is infinite: those are ties that the bounds do not see."""
     if HAS_EXCLUDE:
-        last = tl.load(exclude_start_ptr + i_m + 1)
-        for first in range(tl.load(exclude_start_ptr + i_m), last, BLOCK_E):
-            o_e = first + tl.arange(0, BLOCK_E)
-            b_e = tl.load(exclude_ptr + o_e, mask=o_e < last, other=-1)
-            found = tl.sum((b_e[None, :] == b_row[:, None]).to(tl.int32), axis=1)
-            m_row = m_row & (found == 0)
+        m_row = m_row & ~excluded_rows(b_row, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
     p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]
     b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     score = canonical_scores(b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY)

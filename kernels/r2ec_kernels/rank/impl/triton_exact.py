@@ -1,0 +1,291 @@
+"""What makes ranks exact and log-probabilities whole: four small kernels round the scan.
+
+``_origin``   the target's canonical score, and the raw score that the scan compares with.
+``_compare``  near-ties, by their canonical scores.
+``_merge``    ranks and log-probabilities of the splits together.
+``_every``    the same from canonical scores of all rows, for queries of which the scan could not be
+              certain: no room for their near-ties, numbers beyond float32, distances. It is launched
+              always and ends at once where nothing is to be done.
+``_finish``   puts its parts together, by the rules for numbers that are not finite (docs/kernels).
+
+Numerics: float64 in the canonical order (``_exact.triton_scores``); log-sum-exps relative to the
+target, so that large scores lose no digits.
+"""
+
+import triton
+import triton.language as tl
+
+from ..._exact.triton_scores import canonical_scores, float64_of, halving_places, halving_sum
+from ..._numbers import LOG2_E
+from ..._scan.triton_exclusions import excluded_rows
+from ..._scan.triton_queries import fits_float32, scale_of
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_LARGEST = tl.constexpr(0.99 * (2.0 - 2.0**-23) * 2.0**127)  # near float32's end
+
+
+@triton.jit
+def _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH: tl.constexpr):
+    b_q = tl.load(q_ptr + i_m * stride_q + o_d, mask=m_d, other=0.0).to(tl.float32)
+    return tl.reshape(b_q.to(tl.float64), [1, WIDTH])
+
+
+@triton.jit
+def origin_kernel(
+    q_ptr,
+    x_ptr,
+    targets_ptr,
+    target_ptr,
+    origin_ptr,
+    logit_ptr,
+    moved_ptr,
+    state_ptr,
+    d,
+    stride_q,
+    stride_x,
+    temperature,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+):
+    """One query and the row of its target.
+
+    target, origin, logit: float32 [M], canonical score, raw score, log 2 units of a unit of raw
+    score; moved: float64 [M], what the rounding of origin moves all other terms by. state: int32,
+    1 for a query that the scan cannot serve, else 0.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    temperature = float64_of(temperature)
+    o_d, m_d = halving_places(d, WIDTH, LEVELS)
+    b_q = _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH)
+    b_x = _query_at_places(x_ptr, tl.load(targets_ptr + i_m), stride_x, o_d, m_d, WIDTH)
+    b_target = canonical_scores(b_q, b_x, temperature, 1, WIDTH, LEVELS, SIMILARITY)
+    target = tl.sum(b_target, axis=0)  # of one
+    norm = tl.sqrt(tl.sum(halving_sum(b_q * b_q, 1, WIDTH, LEVELS), axis=0))
+    fits = fits_float32(norm, temperature)
+    scale = scale_of(norm, fits, SIMILARITY)
+    raw = tl.sum(halving_sum(b_q * b_x, 1, WIDTH, LEVELS), axis=0) * scale
+    length = scale
+    if SIMILARITY == "cosine":
+        size = tl.sqrt(tl.sum(halving_sum(b_x * b_x, 1, WIDTH, LEVELS), axis=0))
+        raw = raw / tl.where(size == 0, 1.0, size)
+        length = tl.where(norm == 0, 1.0, norm * scale)
+    logit = _LOG2_E / (length * temperature)
+    rounded = raw.to(tl.float32)
+    served = fits & (tl.abs(target) < float("inf"))
+    if SIMILARITY == "l2":  # a float32 square loses its digits where the query is near the item
+        served = served & (norm < 0)
+    tl.store(target_ptr + i_m, target)
+    tl.store(origin_ptr + i_m, tl.where(served, rounded, 0.0))
+    tl.store(logit_ptr + i_m, tl.where(served, logit, 0.0).to(tl.float32))
+    tl.store(moved_ptr + i_m, (raw - rounded.to(tl.float64)) * logit)
+    tl.store(state_ptr + i_m, tl.where(served, 0, 1))
+
+
+@triton.jit
+def compare_kernel(
+    q_ptr,
+    x_ptr,
+    ids_ptr,
+    targets_ptr,
+    target_ptr,
+    near_of_ptr,
+    near_row_ptr,
+    counter_ptr,
+    wins_ptr,
+    d,
+    stride_q,
+    stride_x,
+    capacity,
+    temperature,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+):
+    """A part of the near-ties. wins: int64 [M], those ahead of the target, from 0."""
+    temperature = float64_of(temperature)
+    o_d, m_d = halving_places(d, WIDTH, LEVELS)
+    last = tl.minimum(tl.load(counter_ptr), capacity)
+    for start in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
+        o_p = start + tl.arange(0, ROWS)
+        m_p = o_p < last
+        b_of = tl.load(near_of_ptr + o_p, mask=m_p, other=0).to(tl.int64)
+        b_row = tl.load(near_row_ptr + o_p, mask=m_p, other=0).to(tl.int64)
+        m_load = m_p[:, None] & m_d[None, :]
+        p_q = q_ptr + b_of[:, None] * stride_q + o_d[None, :]
+        p_x = x_ptr + b_row[:, None] * stride_x + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_load, other=0.0).to(tl.float32).to(tl.float64)
+        b_x = tl.load(p_x, mask=m_load, other=0.0).to(tl.float32).to(tl.float64)
+        score = canonical_scores(b_q, b_x, temperature, ROWS, WIDTH, LEVELS, SIMILARITY, ROWS)
+        b_target = tl.load(target_ptr + b_of, mask=m_p, other=0.0)
+        b_own = tl.load(targets_ptr + b_of, mask=m_p, other=0)
+        if HAS_IDS:
+            b_row = tl.load(ids_ptr + b_row, mask=m_p, other=0)
+            b_own = tl.load(ids_ptr + b_own, mask=m_p, other=0)
+        m_wins = m_p & ((score > b_target) | ((score == b_target) & (b_row < b_own)))
+        tl.atomic_add(wins_ptr + b_of, m_wins.to(tl.int64), mask=m_wins)
+
+
+@triton.jit
+def merge_kernel(
+    ahead_ptr,
+    m_ptr,
+    l_ptr,
+    wins_ptr,
+    target_ptr,
+    moved_ptr,
+    state_ptr,
+    rank_ptr,
+    log_prob_ptr,
+    num_queries,
+    num_splits,
+    BLOCK_S: tl.constexpr,
+):
+    """One query over the splits of the scan. rank: int64 [M]; log_prob: float32 [M]."""
+    i_m = tl.program_id(0).to(tl.int64)
+    moved = tl.load(moved_ptr + i_m)
+    top = tl.zeros([], tl.float64)
+    total = tl.exp2(moved)
+    rank = tl.load(wins_ptr + i_m) + 1
+    for first in range(0, num_splits, BLOCK_S):
+        o_s = first + tl.arange(0, BLOCK_S)
+        m_s = o_s < num_splits
+        p_s = o_s.to(tl.int64) * num_queries + i_m
+        rank += tl.sum(tl.load(ahead_ptr + p_s, mask=m_s, other=0).to(tl.int64), axis=0)
+        b_m = tl.load(m_ptr + p_s, mask=m_s, other=0.0).to(tl.float64)
+        b_l = tl.load(l_ptr + p_s, mask=m_s, other=0.0).to(tl.float64)
+        above = tl.maximum(top, tl.max(b_m, axis=0))
+        total = total * tl.exp2(top - above) + tl.sum(b_l * tl.exp2(b_m - above), axis=0)
+        top = above
+    log_prob = ((moved - top - tl.log2(total)) / _LOG2_E).to(tl.float32)
+    tl.store(rank_ptr + i_m, rank)
+    tl.store(log_prob_ptr + i_m, log_prob)
+    # Some canonical score may be infinite, which a scan does not see; NaN is not below either.
+    below = tl.load(target_ptr + i_m).to(tl.float64) - log_prob.to(tl.float64) < _LARGEST
+    state = tl.load(state_ptr + i_m) + tl.load(state_ptr + num_queries)
+    tl.store(state_ptr + i_m, tl.where((state == 0) & below, 0, 1))
+
+
+@triton.jit
+def every_kernel(
+    q_ptr,
+    x_ptr,
+    ids_ptr,
+    exclude_ptr,
+    exclude_start_ptr,
+    targets_ptr,
+    target_ptr,
+    state_ptr,
+    counts_ptr,
+    sums_ptr,
+    num_items,
+    rows_per_split,
+    d,
+    stride_q,
+    stride_x,
+    temperature,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A query against a split of the rows, where its state is not 0.
+
+    counts: int64 [M, splits, 4], rows ahead, at +inf, NaN, and competing; sums: float64 [M, splits,
+    2], the largest natural logit of finite scores relative to a finite target, and the sum.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    temperature = float64_of(temperature)
+    if tl.load(state_ptr + i_m) != 0:
+        o_d, m_d = halving_places(d, WIDTH, LEVELS)
+        b_q = _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH)
+        target, own = tl.load(target_ptr + i_m), tl.load(targets_ptr + i_m)
+        own_id = own
+        if HAS_IDS:
+            own_id = tl.load(ids_ptr + own)
+        base = tl.where(tl.abs(target) < float("inf"), target, 0.0).to(tl.float64)
+        b_ahead = tl.zeros([ROWS], tl.int64)
+        b_top, b_nan, b_in = b_ahead, b_ahead, b_ahead
+        m = tl.full([], -float("inf"), tl.float64)
+        l = tl.zeros([], tl.float64)
+        begin = tl.program_id(1).to(tl.int64) * rows_per_split
+        for start in range(begin, tl.minimum(begin + rows_per_split, num_items), ROWS):
+            b_row = start + tl.arange(0, ROWS)
+            m_row = b_row < tl.minimum(begin + rows_per_split, num_items)
+            if HAS_EXCLUDE:
+                m_out = excluded_rows(b_row, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
+                m_row = m_row & ((m_out == 0) | (b_row == own))
+            p_x = x_ptr + b_row[:, None] * stride_x + o_d[None, :]
+            b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            score = canonical_scores(
+                b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY
+            )
+            b_id = b_row
+            if HAS_IDS:
+                b_id = tl.load(ids_ptr + b_row, mask=m_row, other=0)
+            m_ahead = (score > target) | ((score == target) & (b_id < own_id))
+            b_ahead += (m_row & m_ahead).to(tl.int64)
+            b_top += (m_row & (score == float("inf"))).to(tl.int64)
+            b_nan += (m_row & (score != score)).to(tl.int64)
+            b_in += m_row.to(tl.int64)
+            m_finite = m_row & (tl.abs(score) < float("inf"))
+            b_logit = tl.where(m_finite, score.to(tl.float64) - base, -float("inf"))
+            above = tl.maximum(m, tl.max(b_logit, axis=0))
+            safe = tl.where(above == -float("inf"), 0.0, above)
+            l = l * tl.exp(m - safe) + tl.sum(tl.exp(b_logit - safe), axis=0)
+            m = above
+        at = i_m * tl.num_programs(1) + tl.program_id(1)
+        tl.store(counts_ptr + 4 * at, tl.sum(b_ahead, axis=0))
+        tl.store(counts_ptr + 4 * at + 1, tl.sum(b_top, axis=0))
+        tl.store(counts_ptr + 4 * at + 2, tl.sum(b_nan, axis=0))
+        tl.store(counts_ptr + 4 * at + 3, tl.sum(b_in, axis=0))
+        tl.store(sums_ptr + 2 * at, m)
+        tl.store(sums_ptr + 2 * at + 1, l)
+
+
+@triton.jit
+def finish_kernel(
+    counts_ptr,
+    sums_ptr,
+    target_ptr,
+    state_ptr,
+    rank_ptr,
+    log_prob_ptr,
+    num_splits,
+    BLOCK_S: tl.constexpr,
+):
+    """Rank and log-probability of a query that ``every_kernel`` answered.
+
+    A target that cannot be compared (NaN) takes the last place and has probability 0. Items at
+    +inf share the mass equally; where all scores are -inf, all of them do.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    if tl.load(state_ptr + i_m) != 0:
+        o_s = tl.arange(0, BLOCK_S)
+        m_s = o_s < num_splits
+        p_s = i_m * num_splits + o_s
+        ahead = tl.sum(tl.load(counts_ptr + 4 * p_s, mask=m_s, other=0), axis=0)
+        at_top = tl.sum(tl.load(counts_ptr + 4 * p_s + 1, mask=m_s, other=0), axis=0)
+        unordered = tl.sum(tl.load(counts_ptr + 4 * p_s + 2, mask=m_s, other=0), axis=0)
+        competing = tl.sum(tl.load(counts_ptr + 4 * p_s + 3, mask=m_s, other=0), axis=0)
+        b_m = tl.load(sums_ptr + 2 * p_s, mask=m_s, other=-float("inf"))
+        b_l = tl.load(sums_ptr + 2 * p_s + 1, mask=m_s, other=0.0)
+        top = tl.max(b_m, axis=0)
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        total = tl.sum(b_l * tl.exp(b_m - safe), axis=0)
+        lse = tl.where(total > 0, safe + tl.log(tl.where(total > 0, total, 1.0)), -float("inf"))
+        lse = tl.where(at_top > 0, float("inf"), lse)
+        target = tl.load(target_ptr + i_m)
+        sharing = tl.where(at_top > 0, at_top, competing - unordered)
+        share = 0.0 - tl.log(tl.where(sharing > 1, sharing, 1).to(tl.float64))
+        finite = (tl.abs(target) < float("inf")) & (tl.abs(lse) < float("inf"))
+        log_prob = tl.where(finite, 0.0 - lse, -float("inf"))
+        shares = (tl.abs(lse) == float("inf")) & (target.to(tl.float64) == lse)
+        log_prob = tl.where(shares, share, log_prob)
+        tl.store(log_prob_ptr + i_m, log_prob.to(tl.float32))
+        tl.store(rank_ptr + i_m, tl.where(target != target, competing, ahead + 1))

@@ -1,0 +1,51 @@
+"""benchmarks/launches.py: what a public call costs on the Triton path, and what it may cost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from _support.interpreter import interpreter_problem
+from _support.processes import environment
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "launches.py"
+MOST = 40  # device operations of a call
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    if problem := interpreter_problem():
+        pytest.skip(problem)
+    file = tmp_path_factory.mktemp("launches") / "rows.json"
+    command = [sys.executable, BENCHMARK, "--ops", "search", "reward", "--batches", "1", "24"]
+    subprocess.run([*command, "--json", file], env=environment(), check=True, capture_output=True)
+    return json.loads(file.read_text())
+
+
+def test_a_search_costs_the_same_for_any_batch_and_waits_for_nothing(rows):
+    calls = {row["call"] for row in rows}
+    assert {"item_topk", "item_topk, exclude", "ItemIndex(int8).search, exclude"} <= calls
+    for call in calls:
+        one, many = (row for row in rows if row["call"] == call)
+        assert one["operations"] == many["operations"] <= MOST, (call, one["names"], many["names"])
+        assert one["waits"] == many["waits"] == 0, call
+
+
+def test_it_counts_what_waits_for_the_host():
+    """The counter sees waits: else the test above could not fail."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; from launches import counted\n"
+        "with counted() as cost:\n"
+        "    x = torch.ones(4); x.sum().item(); x.tolist(); x[x > 0]; x.nonzero(); x.view(2, 2)\n"
+        "print(cost.waits, cost.operations)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(BENCHMARK.parent)],
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # ones, sum, item, comparison, selection, nonzero; tolist is a wait besides
+    assert run.stdout.split() == ["4", "6"]

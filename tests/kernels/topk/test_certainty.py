@@ -1,0 +1,127 @@
+"""How a search on a GPU becomes certain: what is listed, and what happens where a list overflows.
+
+At the sizes that matter the interpreter is too slow for the scan's products. There ``stand_in``
+makes what the scan kernel leaves, from the same codes and in the same packing, by torch; the other
+kernels run.
+"""
+
+import pytest
+import torch
+from _support.search_cases import KINDS, SIMILARITIES, assert_same, make, make_exclude
+
+from r2ec_kernels import ItemIndex, item_topk
+
+INTERPRETED_TYPES = ("float32",)
+SCANS = ("none", "bf16", "int8")
+
+
+@pytest.fixture(autouse=True)
+def on_the_triton_path(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setenv("R2EC_IMPL", "triton")
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_that_overflow(kind, similarity, device, monkeypatch):
+    """Every query's list overflows, and the room for its best keys does so again and again."""
+    from r2ec_kernels.topk.impl import triton_candidates
+
+    k = 3
+    monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: k + 33)
+    problem = make(kind, 3, 420, 20, 5)
+    queries, items = problem.queries.to(device), problem.items.to(device)
+    exclude = make_exclude(3, 420, 9, 5).to(device)
+    index = ItemIndex(items, similarity=similarity, temperature=0.1)
+    want = item_topk(
+        queries, items, k, similarity=similarity, temperature=0.1, exclude=exclude, impl="reference"
+    )
+    assert_same(index.search(queries, k, exclude=exclude), want)
+
+
+def test_a_full_list_is_searched_for_its_best(device, monkeypatch):
+    """Rows in ascending order of their scores: each pushes out one before it."""
+    from r2ec_kernels.topk.impl import triton_candidates
+
+    monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: 40)
+    items = torch.arange(1, 901, device=device, dtype=torch.float32)[:, None] / 900
+    queries = torch.tensor([[1.0], [-1.0], [1e-30], [float("nan")]], device=device)
+    found = item_topk(queries, items, 5, impl="triton")
+    assert_same(found, item_topk(queries, items, 5, impl="reference"))
+    assert found.indices[0].tolist() == [899, 898, 897, 896, 895]
+
+
+def stand_in(scanned, operand, group, pair_row, pair_of):
+    """``triton_kernels.group_best`` by torch."""
+    from r2ec_kernels.topk.impl.triton_kernels import LOWEST, GroupBest
+
+    codes = scanned.codes[:, : operand.shape[1]]
+    count = codes.shape[0]
+    scores = torch.empty(operand.shape[0], count)
+    for start in range(0, count, 8192):
+        part = slice(start, start + 8192)
+        scores[:, part] = operand.float() @ codes[part].float().T
+        if scanned.mul is not None:
+            scores[:, part] *= scanned.mul[part]
+        if scanned.sub is not None:
+            scores[:, part] -= scanned.sub[part]
+    norms = scanned.norms
+    if norms is None and scanned.takes_norms:
+        norms = torch.linalg.vector_norm(codes, dim=1, dtype=torch.float32)
+    if scanned.by_norm == "cosine":
+        scores /= norms
+    elif scanned.by_norm == "l2":
+        scores -= 0.5 * norms * norms
+    limits = scanned.limits
+    if limits is None:
+        limits = torch.stack([torch.zeros(()), torch.zeros(()), norms.max()])
+    bits = scores.view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = (bits & -group) | (torch.arange(count) % group).int()
+    bits = torch.nn.functional.pad(bits, (0, -count % group), value=LOWEST.value)
+    best = bits.view(operand.shape[0], -1, group).topk(2, dim=2).values
+    return GroupBest(best[..., 0].contiguous(), best[..., 1].contiguous(), limits)
+
+
+def tables(kind: str, count: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and rows: random, or around a mean that all share (cosine 0.96), as a language
+    model's states are."""
+    generator = torch.Generator().manual_seed(count + d)
+    rows = torch.randn(count + 6, d, generator=generator)
+    if kind == "shared mean":
+        rows += 4.9 * torch.randn(d, generator=generator)
+    return rows[:6].contiguous(), rows[6:].contiguous()
+
+
+def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
+    """Exact results follow from either; here both leave the same best rows of every group."""
+    if device != "cpu":
+        pytest.skip("the stand-in runs on a CPU")
+    from r2ec_kernels._scan.triton_queries import prepare_on_device
+    from r2ec_kernels.topk.impl.triton_kernels import group_best, scan_rows
+
+    queries, rows = tables("random", 300, 24)
+    scanned = scan_rows(rows, "l2")
+    operand = prepare_on_device(queries, "l2", 1.0, torch.float32).operand
+    ours = group_best(scanned, operand, 32, None, None)
+    theirs = stand_in(scanned, operand, 32, None, None)
+    assert torch.equal(ours.first & 31, theirs.first & 31)
+    assert torch.equal(ours.second & 31, theirs.second & 31)
+    assert torch.allclose(ours.limits[2], theirs.limits[2], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("kind", ["random", "shared mean"])
+@pytest.mark.parametrize(("count", "d", "k"), [(100_000, 128, 10), (200_000, 64, 100)])
+def test_no_query_is_searched_densely(count, d, k, kind, scan, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("the stand-in runs on a CPU")
+    from r2ec_kernels.topk.impl import triton
+
+    monkeypatch.setattr(triton, "group_best", stand_in)
+    queries, rows = tables(kind, count, d)
+    index = ItemIndex(rows, scan=scan)
+    found = index.search(queries, k)
+    assert index.last_search.dense_rows == 0, index.last_search
+    assert_same(found, item_topk(queries, rows, k, impl="torch"))
