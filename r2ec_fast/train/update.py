@@ -40,7 +40,7 @@ from r2ec_kernels import (
     RecPOLossConfig,
     linear_logprob,
     recpo_loss,
-    recpo_reward,
+    reward_and_advantage,
 )
 
 if TYPE_CHECKING:
@@ -289,13 +289,14 @@ class PolicyUpdate:
             targets.to(states.device),
             exclude=users.exclude.select(np.repeat(groups, generations)).tensors(),
         )
-        rewards = recpo_reward(
-            found.rank,
-            found.log_prob,
+        rank = found.rank.view(-1, generations)
+        rewarded = reward_and_advantage(
+            rank,
+            found.log_prob.view(-1, generations),
             softmax_weight=self.config.reward_softmax_weight,
             ndcg_k=self.config.reward_ndcg_k,
         )
-        return rewards.view(-1, generations), found.rank.view(-1, generations)
+        return rewarded.rewards, rank
 
     @torch.no_grad()
     def _reference_log_prob(self, batch: PackedBatch) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """RecPO's reward of a rank and a probability, and the advantages of a group of rewards."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,20 +48,7 @@ def recpo_reward(
     Returns:
         float32, the shape of ``rank`` (float64 for float64 log-probabilities).
     """
-    check_dense("rank", rank)
-    check_dense("log_prob", log_prob)
-    if rank.shape != log_prob.shape:
-        raise ValueError(
-            f"rank and log_prob: expected one shape, got {list(rank.shape)} and "
-            f"{list(log_prob.shape)}"
-        )
-    if rank.is_floating_point() or rank.dtype == torch.bool or not log_prob.is_floating_point():
-        raise TypeError(
-            f"rank and log_prob: expected integers and floats, got {rank.dtype}, {log_prob.dtype}"
-        )
-    if not 0 <= as_number("softmax_weight", softmax_weight) <= 1:
-        raise ValueError(f"softmax_weight: expected a number in 0..1, got {softmax_weight}")
-    ndcg_k = as_int("ndcg_k", ndcg_k, 1)
+    ndcg_k = _check_reward(rank, log_prob, softmax_weight, ndcg_k)
     reward = torch_impl.recpo_reward(rank, log_prob, softmax_weight, ndcg_k)
     return reward.to(torch.promote_types(log_prob.dtype, torch.float32))
 
@@ -90,13 +76,7 @@ def grouped_advantage(
     check_dense("rewards", rewards)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: expected floats, got {rewards.dtype}")
-    if rewards.dim() != 2 or rewards.shape[1] == 0:
-        raise ValueError(f"rewards: expected shape [B, G], G >= 1, got {list(rewards.shape)}")
-    if estimator not in ("grpo", "rloo"):
-        raise ValueError(f"estimator: expected 'grpo' or 'rloo', got {estimator!r}")
-    best = as_int("best", best, 0)
-    if not 1 <= best <= rewards.shape[1]:
-        raise ValueError(f"best: expected 1..{rewards.shape[1]} (the group), got {best}")
+    best = _check_groups("rewards", rewards, estimator, best)
     readable = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
     if (readable or checks_enabled()) and not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards: expected finite numbers, got NaN or infinity")
@@ -128,16 +108,45 @@ def reward_and_advantage(
         ``RewardedGroups(rewards [B, G], advantages [B, G], best bool [B, G])``.
     """
     check_dense("rank", rank)
-    check_dense("log_prob", log_prob)
-    reward = partial(recpo_reward, softmax_weight=softmax_weight, ndcg_k=ndcg_k)
     if resolve(impl, rank.device, "reward_and_advantage", _FUSED) == "torch":
-        rewards = reward(rank, log_prob)
+        rewards = recpo_reward(rank, log_prob, softmax_weight=softmax_weight, ndcg_k=ndcg_k)
         return RewardedGroups(rewards, *grouped_advantage(rewards, estimator=estimator, best=best))
-    # the checks of both, on nothing
-    reward(rank[:0], log_prob[: 0 if rank.shape == log_prob.shape else 1])
-    grouped_advantage(log_prob[:0], estimator=estimator, best=best)
+    ndcg_k = _check_reward(rank, log_prob, softmax_weight, ndcg_k)
+    best = _check_groups("rank", rank, estimator, best)
     from .impl import triton as triton_impl
 
     return RewardedGroups(
         *triton_impl.reward_and_advantage(rank, log_prob, softmax_weight, ndcg_k, estimator, best)
     )
+
+
+def _check_reward(
+    rank: torch.Tensor, log_prob: torch.Tensor, softmax_weight: float, ndcg_k: int
+) -> int:
+    """Raise unless these are the arguments of a reward; returns ``ndcg_k`` as an int."""
+    check_dense("rank", rank)
+    check_dense("log_prob", log_prob)
+    if rank.shape != log_prob.shape:
+        raise ValueError(
+            f"rank and log_prob: expected one shape, got {list(rank.shape)} and "
+            f"{list(log_prob.shape)}"
+        )
+    if rank.is_floating_point() or rank.dtype == torch.bool or not log_prob.is_floating_point():
+        raise TypeError(
+            f"rank and log_prob: expected integers and floats, got {rank.dtype}, {log_prob.dtype}"
+        )
+    if not 0 <= as_number("softmax_weight", softmax_weight) <= 1:
+        raise ValueError(f"softmax_weight: expected a number in 0..1, got {softmax_weight}")
+    return as_int("ndcg_k", ndcg_k, 1)
+
+
+def _check_groups(name: str, groups: torch.Tensor, estimator: str, best: int) -> int:
+    """Raise unless ``groups`` is [B, G] and the settings fit; returns ``best`` as an int."""
+    if groups.dim() != 2 or groups.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [B, G], G >= 1, got {list(groups.shape)}")
+    if estimator not in ("grpo", "rloo"):
+        raise ValueError(f"estimator: expected 'grpo' or 'rloo', got {estimator!r}")
+    best = as_int("best", best, 0)
+    if not 1 <= best <= groups.shape[1]:
+        raise ValueError(f"best: expected 1..{groups.shape[1]} (the group), got {best}")
+    return best

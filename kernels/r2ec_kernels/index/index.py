@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeVar
 
@@ -173,7 +174,8 @@ class ItemIndex:
         Args:
             queries: [B, d].
             targets: int64 [B], live ids, or an array or list of them; a target competes even where
-                it is excluded.
+                it is excluded. Ids that live on a GPU are checked only under ``R2EC_CHECK=1``; one
+                that is not in the index has rank -1 and log-probability NaN there.
             exclude: as for ``search``.
             use_scan: False always reads the rows themselves: a log-probability then does not depend
                 on the queries beside it by more than float32's rounding, which training wants.
@@ -182,6 +184,9 @@ class ItemIndex:
         wanted = as_ids("targets", targets)
         check_shape("targets", wanted, [queries.shape[0]])
         given = as_exclude(exclude, queries.shape[0])
+        name = _dispatch.resolve("auto", self.device, "ItemIndex.target_stats", _IMPLEMENTATIONS)
+        if name == "triton":
+            return self._lock.shared(partial(self._stats_on_device, queries, wanted, given))
         if use_scan and self._scans.wants_fine_copy():
             self._alone(self._storage.keep_fine)
 
@@ -193,6 +198,18 @@ class ItemIndex:
             return TargetStats(*certified_stats(self._view(), scans, query, rows, excluded))
 
         return self._lock.shared(stats)
+
+    def _stats_on_device(
+        self, queries: torch.Tensor, targets: torch.Tensor, exclude: TensorExclude
+    ) -> TargetStats:
+        """``target_stats`` by the Triton kernels, of the rows themselves."""
+        from .triton import stats_of_storage
+
+        if _dispatch.checks_enabled() or targets.device != self.device:
+            targets = self._live_ids("targets", targets)
+        return TargetStats(
+            *stats_of_storage(self._storage, queries, targets, self.temperature, exclude)
+        )
 
     def write(self, ids: Ids, rows: torch.Tensor) -> None:
         """Overwrite the rows [n, d] of live ids int64 [n] (or an array or list of them); of a

@@ -1,4 +1,4 @@
-"""Searches of an index by the Triton kernels: of its rows, or of a low-precision copy of them."""
+"""An index by the Triton kernels: searches of its rows or of a low-precision copy, and ranks."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,9 @@ import torch
 
 from .._exact.excluded import TensorExclude
 from .._exact.table import Table
-from .._scan.triton_exclusions import at_places, exclusions
+from .._scan.triton_exclusions import exclusions
 from .._scan.triton_queries import prepare_on_device
+from ..rank.impl.triton import Norms, table_stats
 from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
 from ..topk.impl.triton_kernels import Scanned, operand_type
@@ -30,7 +31,6 @@ def search_storage(
     """
     table = Table(storage.live("rows"), storage.live("ids"))
     excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
-    excluded = at_places(excluded, storage.place)
     similarity = storage.similarity
     if kind is None or not storage.size:
         scanned = _scan_of_rows(storage)
@@ -45,7 +45,8 @@ def search_storage(
             mean=storage.mean if similarity == "l2" else None,
             width=-(-storage.width // DIM_MULTIPLE) * DIM_MULTIPLE,
         )
-    return search(scanned, query, table, k, excluded, f"triton {kind or 'none'}")
+    name = f"triton {kind or 'none'}"
+    return search(scanned, query, table, k, excluded, name, storage.place)
 
 
 def _scan_of_rows(storage: Storage) -> Scanned:
@@ -67,3 +68,22 @@ def _scan_of_codes(storage: Storage, kind: str) -> Scanned:
         coded=True,
         limits=storage.limits(kind).of_scan,
     )
+
+
+def stats_of_storage(
+    storage: Storage,
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    exclude: TensorExclude,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank int64 [B] and log-probability float32 [B] of the ids ``targets`` int64 [B] among the
+    live rows. An id that is not in the index has rank -1 and NaN."""
+    excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
+    if not storage.size:
+        nothing = torch.full((queries.shape[0],), torch.nan, device=targets.device)
+        return targets.new_full(nothing.shape, -1), nothing
+    norms = Norms(storage.live("norm"), storage.limits("none").of_scan)
+    table = Table(storage.live("rows"), storage.live("ids"))
+    settings = storage.similarity, temperature
+    return table_stats(queries, table, targets, *settings, excluded, norms, storage.place)

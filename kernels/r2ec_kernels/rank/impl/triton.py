@@ -17,21 +17,22 @@ import triton
 
 from ..._exact.table import Table
 from ..._numbers import UNIT
-from ..._scan.triton_exclusions import Exclusions, pairs_by_program
+from ..._scan.triton_exclusions import Exclusions, pairs_by_tile
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
 from . import triton_exact as exact
 from . import triton_scan
 from .triton_scan import Tile, scan_unit, stats_kernel, tile_for
 
 PROGRAMS = 528  # of the scan, about: four a multiprocessor
-COMPARING = 1056  # programs that compare near-ties
+# programs that compare near-ties, and splits of all rows for a query that needs them; Triton's
+# interpreter runs one after the other
+COMPARING, EVERY_SPLITS = (1, 2) if triton.knobs.runtime.interpret else (1056, 64)
 ROOM = 2048  # near-ties a query, on the average
 LEAST_ROOM = 1 << 16  # near-ties of a batch, at least
 BLOCK_ITEMS = BLOCK_QUERIES = None  # of a tile; None: those of ``triton_scan.TILES``
 BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "LEAST_ROOM")  # for tests
 _TILE = 4096  # columns of the rows that a program scores at once
 _MAX_ROWS = 32
-_EVERY_SPLITS = 64  # of all rows, for a query that needs them
 _BLOCK_EXCLUDED = 64
 _BLOCK_SPLITS = 128
 
@@ -65,10 +66,14 @@ def table_stats(
     temperature: float,
     excluded: Exclusions | None,
     norms: Norms | None,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank int64 [B], log_prob float32 [B]) of the rows ``targets`` int64 [B] of a table.
+    """(rank int64 [B], log_prob float32 [B]) of ``targets`` int64 [B] in a table.
 
-    norms: of the rows; None: taken by the scan.
+    Args:
+        norms: of the rows; None: taken by the scan.
+        place: int64, the row of each id; an id without one (-1, or beyond) has rank -1 and NaN.
+            None: targets and exclusions are rows.
     """
     rows, batch = table.rows, queries.shape[0]
     rank = torch.empty(batch, dtype=torch.int64, device=rows.device)
@@ -78,8 +83,8 @@ def table_stats(
     query = prepare_on_device(
         queries, similarity, temperature, rows.dtype, low=rows.dtype != torch.float32
     )
-    call = _Call(query, table, targets, excluded, norms)
-    call.find_origin()
+    call = _Call(query, table, excluded, norms, place)
+    call.find_origin(targets)
     if similarity != "l2":
         call.scan()
         call.merge(rank, log_prob)
@@ -94,15 +99,16 @@ class _Call:
         self,
         query: DeviceQueries,
         table: Table,
-        targets: torch.Tensor,
         excluded: Exclusions | None,
         norms: Norms | None,
+        place: torch.Tensor | None,
     ) -> None:
-        self.query, self.table, self.targets = query, table, targets
-        self.excluded, self.norms = excluded, norms
+        self.query, self.table = query, table
+        self.excluded, self.norms, self.place = excluded, norms, place
         batch, device = len(query), table.rows.device
         self.target, self.origin, self.logit = torch.empty(3, batch, device=device)
         self.moved = torch.empty(batch, dtype=torch.float64, device=device)
+        self.targets = torch.empty(batch, dtype=torch.int64, device=device)  # rows
         # the near-ties that are ahead, one counter, and the states as pairs of int32
         zeros = torch.zeros(batch + 1 + (batch + 2) // 2, dtype=torch.int64, device=device)
         self.wins, self.counter = zeros[:batch], zeros[batch : batch + 1]
@@ -130,8 +136,12 @@ class _Call:
             "enable_fp_fusion": False,  # a squared difference is rounded before it is added
         }
 
-    def find_origin(self) -> None:
+    def find_origin(self, wanted: torch.Tensor) -> None:
         exact.origin_kernel[(len(self.query),)](
+            wanted_ptr=wanted,
+            place_ptr=self.place,
+            num_places=0 if self.place is None else self.place.numel(),
+            HAS_PLACE=self.place is not None,
             origin_ptr=self.origin,
             logit_ptr=self.logit,
             moved_ptr=self.moved,
@@ -144,7 +154,15 @@ class _Call:
         (count, d), batch, device = rows.shape, len(query), rows.device
         tile = self._tile()
         row_tiles, query_tiles = triton.cdiv(count, tile.block_n), triton.cdiv(batch, tile.block_m)
-        pair_row, pair_of, pair_start = self._pairs(tile, query_tiles, row_tiles)
+        pairs = pairs_by_tile(
+            self.excluded,
+            batch,
+            tile_rows=tile.block_n,
+            tile_queries=tile.block_m,
+            row_tiles=row_tiles,
+            place=self.place,
+            targets=self.targets,
+        )
         splits = max(1, min(row_tiles, PROGRAMS // query_tiles))
         per_split = triton.cdiv(row_tiles, splits)
         self.splits = triton.cdiv(row_tiles, per_split)
@@ -163,9 +181,8 @@ class _Call:
             limits_ptr=None if self.norms is None else self.norms.limits,
             origin_ptr=self.origin,
             logit_ptr=self.logit,
-            pair_row_ptr=pair_row,
-            pair_of_ptr=pair_of,
-            pair_start_ptr=pair_start,
+            pair_ptr=pairs.keys,
+            pair_start_ptr=pairs.start,
             ahead_ptr=self.ahead,
             m_ptr=self.m,
             l_ptr=self.l,
@@ -193,7 +210,7 @@ class _Call:
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        exact.compare_kernel[(COMPARING if not interpreted else 1,)](
+        exact.compare_kernel[(COMPARING,)](
             ids_ptr=self.table.ids,
             near_of_ptr=near_of,
             near_row_ptr=near_row,
@@ -225,13 +242,13 @@ class _Call:
 
     def search_every(self, rank: torch.Tensor, log_prob: torch.Tensor) -> None:
         batch, count, device = len(self.query), len(self.table), rank.device
-        splits = min(_EVERY_SPLITS, triton.cdiv(count, self.tile_rows))
+        splits = min(EVERY_SPLITS, triton.cdiv(count, self.tile_rows))
         counts = torch.empty(batch, splits, 4, dtype=torch.int64, device=device)
         sums = torch.empty(batch, splits, 2, dtype=torch.float64, device=device)
         excluded = self.excluded
         exact.every_kernel[(batch, splits)](
             ids_ptr=self.table.ids,
-            exclude_ptr=None if excluded is None else excluded.rows,
+            exclude_ptr=None if excluded is None else excluded.ids,
             exclude_start_ptr=None if excluded is None else excluded.start,
             state_ptr=self.state,
             counts_ptr=counts,
@@ -252,7 +269,7 @@ class _Call:
             rank_ptr=rank,
             log_prob_ptr=log_prob,
             num_splits=splits,
-            BLOCK_S=triton.next_power_of_2(_EVERY_SPLITS),
+            BLOCK_S=triton.next_power_of_2(EVERY_SPLITS),
             num_warps=1,
         )
 
@@ -266,25 +283,6 @@ class _Call:
             tile.num_stages,
         )
 
-    def _pairs(
-        self, tile: Tile, query_tiles: int, row_tiles: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The excluded pairs and each query's own target, by the tiles of the scan."""
-        row, of = self.targets, torch.arange(len(self.query), device=self.targets.device)
-        if self.excluded is not None:
-            others, queries = self.excluded.pairs()
-            row, of = torch.cat([row, others]), torch.cat([of, queries])
-        else:
-            row = row.clone()
-        return pairs_by_program(
-            row,
-            of,
-            tile_rows=tile.block_n,
-            tile_queries=tile.block_m,
-            query_tiles=query_tiles,
-            row_tiles=row_tiles,
-        )
-
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
@@ -293,14 +291,25 @@ def aot_configs() -> list[dict[str, Any]]:
 
 def _exact_configs() -> list[dict[str, Any]]:
     kinds = {"temperature": "i64", "moved_ptr": "*fp64", "sums_ptr": "*fp64"}
-    for name in ("targets", "ids", "exclude", "exclude_start", "counts", "wins", "rank", "counter"):
+    for name in (
+        "wanted",
+        "place",
+        "targets",
+        "ids",
+        "exclude",
+        "exclude_start",
+        "counts",
+        "wins",
+        "rank",
+        "counter",
+    ):
         kinds[f"{name}_ptr"] = "*i64"
     for name in ("state", "ahead", "near_of", "near_row"):
         kinds[f"{name}_ptr"] = "*i32"
-    flags = {"HAS_IDS": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
+    flags = {"HAS_IDS": True, "HAS_PLACE": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
     block = {"BLOCK_S": _BLOCK_SPLITS}
     found = [_exact_case(kernel, kinds, block, 4) for kernel in (exact.merge_kernel,)]
-    block = {"BLOCK_S": triton.next_power_of_2(_EVERY_SPLITS)}
+    block = {"BLOCK_S": triton.next_power_of_2(EVERY_SPLITS)}
     found.append(_exact_case(exact.finish_kernel, kinds, block, 1))
     for kind, similarity, d in (
         *(("bf16", "cosine", d) for d in (128, 1000, 4096)),

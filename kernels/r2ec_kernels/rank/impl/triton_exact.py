@@ -3,9 +3,9 @@
 ``_origin``   the target's canonical score, and the raw score that the scan compares with.
 ``_compare``  near-ties, by their canonical scores.
 ``_merge``    ranks and log-probabilities of the splits together.
-``_every``    the same from canonical scores of all rows, for queries of which the scan could not be
-              certain: no room for their near-ties, numbers beyond float32, distances. It is launched
-              always and ends at once where nothing is to be done.
+``_every``    the same from canonical scores of all rows, for queries of which the scan could not
+              be certain: no room for their near-ties, numbers beyond float32, distances. It is
+              launched always and ends at once where nothing is to be done.
 ``_finish``   puts its parts together, by the rules for numbers that are not finite (docs/kernels).
 
 Numerics: float64 in the canonical order (``_exact.triton_scores``); log-sum-exps relative to the
@@ -17,10 +17,11 @@ import triton.language as tl
 
 from ..._exact.triton_scores import canonical_scores, float64_of, halving_places, halving_sum
 from ..._numbers import LOG2_E
-from ..._scan.triton_exclusions import excluded_rows
+from ..._scan.triton_exclusions import excluded_ids
 from ..._scan.triton_queries import fits_float32, scale_of
 
 _LOG2_E = tl.constexpr(LOG2_E)
+_GONE = tl.constexpr(2)  # the state of a query whose target has no row
 _LARGEST = tl.constexpr(0.99 * (2.0 - 2.0**-23) * 2.0**127)  # near float32's end
 
 
@@ -34,31 +35,42 @@ def _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH: tl.constexpr):
 def origin_kernel(
     q_ptr,
     x_ptr,
+    wanted_ptr,
+    place_ptr,
     targets_ptr,
     target_ptr,
     origin_ptr,
     logit_ptr,
     moved_ptr,
     state_ptr,
+    num_places,
     d,
     stride_q,
     stride_x,
     temperature,
+    HAS_PLACE: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     SIMILARITY: tl.constexpr,
 ):
-    """One query and the row of its target.
+    """One query and its wanted target, an id where there are places, else a row.
+
+    targets: int64 [M], the row; -1 for an id that has none.
 
     target, origin, logit: float32 [M], canonical score, raw score, log 2 units of a unit of raw
     score; moved: float64 [M], what the rounding of origin moves all other terms by. state: int32,
-    1 for a query that the scan cannot serve, else 0.
+    1 for a query that the scan cannot serve, _GONE without a row, else 0.
     """
     i_m = tl.program_id(0).to(tl.int64)
     temperature = float64_of(temperature)
     o_d, m_d = halving_places(d, WIDTH, LEVELS)
     b_q = _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH)
-    b_x = _query_at_places(x_ptr, tl.load(targets_ptr + i_m), stride_x, o_d, m_d, WIDTH)
+    row = tl.load(wanted_ptr + i_m)
+    if HAS_PLACE:
+        known = (row >= 0) & (row < num_places)
+        row = tl.load(place_ptr + row, mask=known, other=-1)
+    tl.store(targets_ptr + i_m, row)
+    b_x = _query_at_places(x_ptr, tl.maximum(row, 0), stride_x, o_d, m_d, WIDTH)
     b_target = canonical_scores(b_q, b_x, temperature, 1, WIDTH, LEVELS, SIMILARITY)
     target = tl.sum(b_target, axis=0)  # of one
     norm = tl.sqrt(tl.sum(halving_sum(b_q * b_q, 1, WIDTH, LEVELS), axis=0))
@@ -79,7 +91,7 @@ def origin_kernel(
     tl.store(origin_ptr + i_m, tl.where(served, rounded, 0.0))
     tl.store(logit_ptr + i_m, tl.where(served, logit, 0.0).to(tl.float32))
     tl.store(moved_ptr + i_m, (raw - rounded.to(tl.float64)) * logit)
-    tl.store(state_ptr + i_m, tl.where(served, 0, 1))
+    tl.store(state_ptr + i_m, tl.where(row < 0, _GONE, tl.where(served, 0, 1)))
 
 
 @triton.jit
@@ -165,7 +177,8 @@ def merge_kernel(
     # Some canonical score may be infinite, which a scan does not see; NaN is not below either.
     below = tl.load(target_ptr + i_m).to(tl.float64) - log_prob.to(tl.float64) < _LARGEST
     state = tl.load(state_ptr + i_m) + tl.load(state_ptr + num_queries)
-    tl.store(state_ptr + i_m, tl.where((state == 0) & below, 0, 1))
+    gone = tl.load(state_ptr + i_m) == _GONE
+    tl.store(state_ptr + i_m, tl.where(gone, _GONE, tl.where((state == 0) & below, 0, 1)))
 
 
 @triton.jit
@@ -201,7 +214,7 @@ def every_kernel(
     """
     i_m = tl.program_id(0).to(tl.int64)
     temperature = float64_of(temperature)
-    if tl.load(state_ptr + i_m) != 0:
+    if tl.load(state_ptr + i_m) == 1:
         o_d, m_d = halving_places(d, WIDTH, LEVELS)
         b_q = _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH)
         target, own = tl.load(target_ptr + i_m), tl.load(targets_ptr + i_m)
@@ -217,17 +230,17 @@ def every_kernel(
         for start in range(begin, tl.minimum(begin + rows_per_split, num_items), ROWS):
             b_row = start + tl.arange(0, ROWS)
             m_row = b_row < tl.minimum(begin + rows_per_split, num_items)
+            b_id = b_row
+            if HAS_IDS:
+                b_id = tl.load(ids_ptr + b_row, mask=m_row, other=0)
             if HAS_EXCLUDE:
-                m_out = excluded_rows(b_row, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
+                m_out = excluded_ids(b_id, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
                 m_row = m_row & ((m_out == 0) | (b_row == own))
             p_x = x_ptr + b_row[:, None] * stride_x + o_d[None, :]
             b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
             score = canonical_scores(
                 b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY
             )
-            b_id = b_row
-            if HAS_IDS:
-                b_id = tl.load(ids_ptr + b_row, mask=m_row, other=0)
             m_ahead = (score > target) | ((score == target) & (b_id < own_id))
             b_ahead += (m_row & m_ahead).to(tl.int64)
             b_top += (m_row & (score == float("inf"))).to(tl.int64)
@@ -265,7 +278,10 @@ def finish_kernel(
     +inf share the mass equally; where all scores are -inf, all of them do.
     """
     i_m = tl.program_id(0).to(tl.int64)
-    if tl.load(state_ptr + i_m) != 0:
+    if tl.load(state_ptr + i_m) == _GONE:
+        tl.store(rank_ptr + i_m, -1)
+        tl.store(log_prob_ptr + i_m, float("nan"))
+    if tl.load(state_ptr + i_m) == 1:
         o_s = tl.arange(0, BLOCK_S)
         m_s = o_s < num_splits
         p_s = i_m * num_splits + o_s

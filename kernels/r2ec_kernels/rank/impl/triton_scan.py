@@ -17,10 +17,10 @@ type, high and low, and so two products; one of a float32 table is split by the 
 instruction (three products of TF32 parts). One pass serves the norm, the rank and the sum.
 Reads N d + 2 M d elements from memory; writes 12 bytes a query and split, and 8 a near-tie. FLOPs:
 4 M N d (float32: 6), N d for the norms, and about ten a score for m and l.
-Numerics: every BLOCK_D columns go from the tensor cores' sum, which may truncate, to a float32 one:
-the error bound grows with BLOCK_D, not with d. One online softmax a split, merged in float64. A row
-whose norm float32 cannot hold is unbounded: all queries are then left to ``triton_exact``. The order
-of near-ties is that of an atomic counter; only their set is used.
+Numerics: every BLOCK_D columns go from the tensor cores' sum, which may truncate, to a float32
+one: the error bound grows with BLOCK_D, not with d. One online softmax a split, merged in float64.
+A row whose norm float32 cannot hold is unbounded: all queries are then left to ``triton_exact``.
+The order of near-ties is that of an atomic counter; only their set is used.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from ..._numbers import HUGE, UNIT
+from ..._scan.triton_exclusions import pair_places
 from ..._scan.triton_queries import DeviceQueries
 
 _HUGE = tl.constexpr(HUGE)
@@ -71,8 +72,7 @@ def stats_kernel(
     limits_ptr,
     origin_ptr,
     logit_ptr,
-    pair_row_ptr,
-    pair_of_ptr,
+    pair_ptr,
     pair_start_ptr,
     ahead_ptr,
     m_ptr,
@@ -102,9 +102,8 @@ def stats_kernel(
     """A split of the items against a tile of queries.
 
     ahead, m, l: [splits, M]. near_of, near_row: int32 [capacity]; counter: int64 [1], near-ties.
-    The excluded pairs of tile number i = row tile * query tiles + query tile are pair_start[i] ..
-    pair_start[i + 1] - 1. state: int32 [M + 1], set to 1 for queries whose near-ties found no room,
-    and at M where a row has no bound.
+    The excluded pairs of a tile: see ``TilePairs``. state: int32 [M + 1], set to 1 for queries
+    whose near-ties found no room, and at M where a row has no bound.
     """
     i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -124,7 +123,7 @@ def stats_kernel(
     b_l = tl.zeros((BLOCK_M,), tl.float32)
     num_tiles = tl.cdiv(num_items, BLOCK_N)
     last = tl.minimum((i_split + 1) * tiles_per_split, num_tiles)
-    if not TAKE_NORM:
+    if not TAKE_NORM:  # noqa: SIM102 - known when it is compiled
         if (tl.load(limits_ptr + 2) <= _HUGE) == 0:
             tl.store(state_ptr + num_queries, 1)
             last = last * 0
@@ -181,8 +180,9 @@ def stats_kernel(
         m_alive = m_n[:, None] & m_m[None, :]
         p_start = pair_start_ptr + i_n * tl.num_programs(0) + i_m
         for i_pair in range(tl.load(p_start), tl.load(p_start + 1)):
-            row, of = tl.load(pair_row_ptr + i_pair), tl.load(pair_of_ptr + i_pair)
-            m_alive = m_alive & ~((o_n == row - i_n * BLOCK_N)[:, None] & (o_m == of)[None, :])
+            row, of = pair_places(tl.load(pair_ptr + i_pair))
+            m_pair = (o_n == row)[:, None] & (o_m == i_m * BLOCK_M + of)[None, :]
+            m_alive = m_alive & ~m_pair
         m_ahead = m_alive & (b_s > b_origin[None, :] + b_error)
         b_ahead += tl.sum(m_ahead.to(tl.int32), axis=0)
         b_near = tl.where(m_alive & ~m_ahead & ~(b_s < b_origin[None, :] - b_error), 1, 0)
@@ -230,7 +230,7 @@ def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     kinds = {"ahead_ptr": "*i32", "counter_ptr": "*i64", "state_ptr": "*i32"}
     kinds |= {"near_of_ptr": "*i32", "near_row_ptr": "*i32", "unit": "fp32", "origin_unit": "fp32"}
-    kinds |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
+    kinds |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     found = []
     for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
         size = 4 if kind == "fp32" else 2

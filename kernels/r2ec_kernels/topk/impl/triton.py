@@ -36,6 +36,7 @@ def search(
     k: int,
     excluded: Exclusions | None,
     name: str,
+    place: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
     """The k best rows of ``table`` for each query, exactly.
 
@@ -43,6 +44,7 @@ def search(
         scanned: what the kernel multiplies for the rows of the table.
         query: the prepared batch.
         name: of the scan, for the statistics.
+        place: int64, the row of each id that may be excluded; None: ids are rows.
 
     Returns scores float32 [B, k] and ids int64 [B, k], padded with (-inf, -1), and what reads the
     statistics from the device.
@@ -64,8 +66,7 @@ def search(
         if every:
             keys = triton_rescore.every_key(part, table, own)
         else:
-            pairs = (None, None) if own is None else own.pairs()
-            found = group_best(scanned, part.operand, group, *pairs)
+            found = group_best(scanned, part.operand, group, own, place)
             lists = triton_candidates.reach(found, scanned, part, width, group, capacity)
             counts.append(lists.count)
             keys = triton_rescore.listed_keys(part, table, lists, found, group, width, own)
@@ -105,10 +106,11 @@ def item_topk(
 
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    from ..._scan import triton_queries
+    from ..._scan import triton_exclusions, triton_queries
     from . import triton_shipped
 
     return [
+        *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
         *triton_shipped.aot_configs(),
         *triton_candidates.aot_configs(),

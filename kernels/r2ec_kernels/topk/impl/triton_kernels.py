@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from ..._numbers import HUGE
-from ..._scan.triton_exclusions import pairs_by_program
+from ..._scan.triton_exclusions import Exclusions, TilePairs, pair_places, pairs_by_tile
 from .launch import Launch, choose
 
 GROUPS = (32, 128)  # rows of a group
@@ -50,8 +50,7 @@ def group_best_kernel(
     sub_ptr,
     norm_ptr,
     tile_norm_ptr,
-    pair_row_ptr,
-    pair_of_ptr,
+    pair_ptr,
     pair_start_ptr,
     first_ptr,
     second_ptr,
@@ -143,8 +142,8 @@ def group_best_kernel(
             tl.load(pair_start_ptr + tl.program_id(0)),
             tl.load(pair_start_ptr + tl.program_id(0) + 1),
         ):
-            m_row = o_n == tl.load(pair_row_ptr + i_pair)
-            m_query = o_m == tl.load(pair_of_ptr + i_pair)
+            row, of = pair_places(tl.load(pair_ptr + i_pair))
+            m_row, m_query = o_n == i_n * BLOCK_N + row, o_m == i_m * BLOCK_M + of
             b_i = tl.where(m_row[:, None] & m_query[None, :], LOWEST, b_i)
     # [groups, GROUP, BLOCK_M]
     b_i = tl.reshape(b_i, [BLOCK_N // GROUP, GROUP, BLOCK_M])
@@ -213,12 +212,12 @@ def group_best(
     scanned: Scanned,
     operand: torch.Tensor,
     group: int,
-    pair_row: torch.Tensor | None,
-    pair_of: torch.Tensor | None,
+    excluded: Exclusions | None = None,
+    place: torch.Tensor | None = None,
 ) -> GroupBest:
     """Packed first and second scores of every group of rows, for each query of ``operand`` [B, d].
 
-    ``pair_row``, ``pair_of``: int64 [E], excluded (row, query) pairs; row -1 for none.
+    place: int64, the row of each excluded id; None: ids are rows.
     """
     codes = scanned.codes
     batch, count = operand.shape[0], codes.shape[0]
@@ -226,20 +225,19 @@ def group_best(
     first = torch.empty(batch, groups, dtype=torch.int32, device=codes.device)
     second = torch.empty_like(first)
     config = choose_launch(scanned, operand, group, first, second)
-    query_tiles = triton.cdiv(batch, config.block_m)
-    item_tiles = triton.cdiv(count, config.block_n)
+    row_tiles = triton.cdiv(count, config.block_n)
     tile_norms = None
     if scanned.takes_norms:
-        tile_norms = torch.empty(item_tiles, dtype=torch.float32, device=codes.device)
+        tile_norms = torch.empty(row_tiles, dtype=torch.float32, device=codes.device)
     pairs = None
-    if pair_row is not None and pair_of is not None:
-        pairs = pairs_by_program(
-            pair_row,
-            pair_of,
+    if excluded is not None:
+        pairs = pairs_by_tile(
+            excluded,
+            batch,
             tile_rows=config.block_n,
             tile_queries=config.block_m,
-            query_tiles=query_tiles,
-            row_tiles=item_tiles,
+            row_tiles=row_tiles,
+            place=place,
         )
     _launch(scanned, operand, group, first, second, tile_norms, pairs, config)
     limits = scanned.limits
@@ -273,12 +271,11 @@ def _launch(
     first: torch.Tensor,
     second: torch.Tensor,
     tile_norms: torch.Tensor | None,
-    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    pairs: TilePairs | None,
     config: Launch,
 ) -> None:
     codes, d = scanned.codes, operand.shape[1]
     batch, count = operand.shape[0], codes.shape[0]
-    pair_row, pair_of, pair_start = pairs or (None, None, None)
     programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
     group_best_kernel[(programs,)](
         x_ptr=codes,
@@ -287,9 +284,8 @@ def _launch(
         sub_ptr=scanned.sub,
         norm_ptr=scanned.norms,
         tile_norm_ptr=tile_norms,
-        pair_row_ptr=pair_row,
-        pair_of_ptr=pair_of,
-        pair_start_ptr=pair_start,
+        pair_ptr=None if pairs is None else pairs.keys,
+        pair_start_ptr=None if pairs is None else pairs.start,
         first_ptr=first,
         second_ptr=second,
         num_items=count,

@@ -26,14 +26,15 @@ from ..._exact.triton_scores import (
     order_keys,
     scores_and_ids,
 )
-from ..._scan.triton_exclusions import Exclusions, excluded_rows
+from ..._scan.triton_exclusions import Exclusions, excluded_ids
 from ..._scan.triton_queries import DeviceQueries
 from .triton_candidates import GIVEN_UP, Lists, unpack
 from .triton_kernels import GROUPS, GroupBest
 
 _TILE = 4096  # columns of the rows that a program scores at once
 _MAX_ROWS = 32  # of a tile: not more than the smallest group has
-_PROGRAMS = 1056  # of ``_rescore``, about: eight a multiprocessor
+# of ``_rescore``, about: eight a multiprocessor; Triton's interpreter runs one after the other
+_PROGRAMS = 1 if triton.knobs.runtime.interpret else 1056
 _BLOCK_EXCLUDED = 64
 _BLOCK_KEYS = 1024
 _BLOCK_RESULTS = 256
@@ -63,15 +64,15 @@ def _row_keys(
 ):
     """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether
     some score that counts is infinite: those are ties that the bounds do not see."""
+    b_id = b_row.to(tl.int64)
+    if HAS_IDS:
+        b_id = tl.load(ids_ptr + b_id, mask=m_row, other=0)
     if HAS_EXCLUDE:
-        m_row = m_row & ~excluded_rows(b_row, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
+        m_row = m_row & ~excluded_ids(b_id, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
     p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]
     b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     score = canonical_scores(b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY)
-    ids = b_row.to(tl.int64)
-    if HAS_IDS:
-        ids = tl.load(ids_ptr + ids, mask=m_row, other=0)
-    keys = tl.where(m_row, order_keys(score, ids), PADDING)
+    keys = tl.where(m_row, order_keys(score, b_id), PADDING)
     infinite = m_row & (tl.abs(score) == float("inf"))
     return keys, tl.sum(infinite.to(tl.int32), axis=0) > 0
 
@@ -317,7 +318,7 @@ def _rows_of(query: DeviceQueries, table: Table, excluded: Exclusions | None) ->
         "q_ptr": query.original,
         "x_ptr": rows,
         "ids_ptr": table.ids,
-        "exclude_ptr": None if excluded is None else excluded.rows,
+        "exclude_ptr": None if excluded is None else excluded.ids,
         "exclude_start_ptr": None if excluded is None else excluded.start,
         "num_items": rows.shape[0],
         "d": d,

@@ -56,7 +56,7 @@ def _case(
 ) -> dict[str, Any]:
     types = {"x_ptr": given[0], "q_ptr": given[1], "first_ptr": "*i32", "second_ptr": "*i32"}
     types |= dict.fromkeys(("mul_ptr", "sub_ptr", "norm_ptr", "tile_norm_ptr"), "*fp32")
-    types |= dict.fromkeys(("pair_row_ptr", "pair_of_ptr", "pair_start_ptr"), "*i64")
+    types |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
