@@ -98,6 +98,7 @@ def group_best(batch, group):
         and case["constexprs"]["GROUP"] == group
         and case["constexprs"]["BLOCK_M"] == min(batch, 128)
         and case["constexprs"]["BLOCK_K"] == 64
+        and not case["constexprs"]["TAKE_NORM"]
     ]
     return case
 
@@ -175,9 +176,11 @@ def test_a_missing_nvdisasm_is_said_before_anything_compiles(wide, monkeypatch, 
 
 def test_every_work_and_budget_entry_has_known_keys():
     for case in aot.configurations():
+        if "work" not in case:
+            continue
         work = Work(**case["work"])
         assert work.steps > 0 and work.bytes > 0 and work.sizes, case["name"]
-        assert case["budget"].keys() <= budget.LIMITS.keys(), case["name"]
+        assert case.get("budget", {}).keys() <= budget.LIMITS.keys(), case["name"]
 
 
 @pytest.mark.slow

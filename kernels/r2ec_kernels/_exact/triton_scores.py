@@ -67,11 +67,10 @@ def canonical_scores(
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     SIMILARITY: tl.constexpr,
-    QUERIES: tl.constexpr = 1,
 ):
-    """Canonical scores float32 [ROWS] of a query, or of one for each row, and rows at their places.
+    """Canonical scores float32 [ROWS] of a query and rows at their places.
 
-    b_q: float64 [QUERIES, WIDTH], 1 or ROWS; b_x: float64 [ROWS, WIDTH]; temperature: float64.
+    b_q: float64 [1, WIDTH]; b_x: float64 [ROWS, WIDTH]; temperature: float64.
     """
     if SIMILARITY == "l2":
         difference = b_q - b_x
@@ -79,7 +78,7 @@ def canonical_scores(
     else:
         value = halving_sum(b_q * b_x, ROWS, WIDTH, LEVELS)
         if SIMILARITY == "cosine":
-            length = tl.sqrt(halving_sum(b_q * b_q, QUERIES, WIDTH, LEVELS))
+            length = tl.sqrt(halving_sum(b_q * b_q, 1, WIDTH, LEVELS))
             scale = length * tl.sqrt(halving_sum(b_x * b_x, ROWS, WIDTH, LEVELS))
             zero = scale == 0
             value = tl.where(zero, 0.0, value / tl.where(zero, 1.0, scale))

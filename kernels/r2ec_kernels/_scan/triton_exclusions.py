@@ -49,8 +49,9 @@ def exclusions(
     if offsets is None:
         start = torch.arange(batch + 1, device=device) * values.shape[1]
     else:
-        start = offsets.to(device=device, dtype=torch.int64)
-    return Exclusions(values.to(device=device, dtype=torch.int64).reshape(-1), start)
+        start = offsets.to(device=device, dtype=torch.int64).contiguous()
+    ids = values.to(device=device, dtype=torch.int64).reshape(-1)
+    return Exclusions(ids.contiguous(), start)
 
 
 @dataclass(frozen=True)

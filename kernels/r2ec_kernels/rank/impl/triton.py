@@ -5,8 +5,7 @@
     stats     ranks, near-ties and log-sum-exps of all rows    (``triton_scan``)
     compare, merge, every, finish: the exact end               (``triton_exact``)
 
-Memory above the inputs: 12 bytes a query and split, and 8 a near-tie, of which there is room for
-``ROOM`` a query.
+Memory above the inputs: 12 bytes a query and split, and 4 for each of a query's ``ROOM`` near-ties.
 """
 
 from dataclasses import dataclass
@@ -27,10 +26,10 @@ PROGRAMS = 528  # of the scan, about: four a multiprocessor
 # programs that compare near-ties, and splits of all rows for a query that needs them; Triton's
 # interpreter runs one after the other
 COMPARING, EVERY_SPLITS = (1, 2) if triton.knobs.runtime.interpret else (1056, 64)
-ROOM = 2048  # near-ties a query, on the average
-LEAST_ROOM = 1 << 16  # near-ties of a batch, at least
+ROOM = 2048  # near-ties of a query; more for few queries
+MOST_ROOM = 1 << 20  # near-ties of a batch, where that is more
 BLOCK_ITEMS = BLOCK_QUERIES = None  # of a tile; None: those of ``triton_scan.TILES``
-BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "LEAST_ROOM")  # for tests
+BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "MOST_ROOM")  # for tests
 _TILE = 4096  # columns of the rows that a program scores at once
 _MAX_ROWS = 32
 _BLOCK_EXCLUDED = 64
@@ -109,10 +108,10 @@ class _Call:
         self.target, self.origin, self.logit = torch.empty(3, batch, device=device)
         self.moved = torch.empty(batch, dtype=torch.float64, device=device)
         self.targets = torch.empty(batch, dtype=torch.int64, device=device)  # rows
-        # the near-ties that are ahead, one counter, and the states as pairs of int32
-        zeros = torch.zeros(batch + 1 + (batch + 2) // 2, dtype=torch.int64, device=device)
-        self.wins, self.counter = zeros[:batch], zeros[batch : batch + 1]
-        self.state = zeros[batch + 1 :].view(torch.int32)
+        # int64: near-ties that are ahead; then int32: near-ties, and states
+        zeros = torch.zeros(2 * batch + 1, dtype=torch.int64, device=device)
+        self.wins = zeros[:batch]
+        self.near, self.state = zeros[batch:].view(torch.int32).tensor_split([batch])
         width = triton.next_power_of_2(max(1, query.original.shape[1]))
         self.width = {"WIDTH": width, "LEVELS": width.bit_length() - 1}
         self.tile_rows = min(_MAX_ROWS, max(1, _TILE // width))
@@ -138,7 +137,7 @@ class _Call:
 
     def find_origin(self, wanted: torch.Tensor) -> None:
         exact.origin_kernel[(len(self.query),)](
-            wanted_ptr=wanted,
+            wanted_ptr=wanted.contiguous(),
             place_ptr=self.place,
             num_places=0 if self.place is None else self.place.numel(),
             HAS_PLACE=self.place is not None,
@@ -168,8 +167,8 @@ class _Call:
         self.splits = triton.cdiv(row_tiles, per_split)
         self.ahead = torch.empty(self.splits, batch, dtype=torch.int32, device=device)
         self.m, self.l = torch.empty(2, self.splits, batch, device=device)
-        capacity = max(LEAST_ROOM, ROOM * batch)
-        near_of, near_row = torch.empty(2, capacity, dtype=torch.int32, device=device)
+        self.room = max(ROOM, MOST_ROOM // batch)
+        near_row = torch.empty(batch, self.room, dtype=torch.int32, device=device)
         interpreted = triton.knobs.runtime.interpret
         tf32 = rows.dtype == torch.float32 and not interpreted and not torch.version.hip
         stats_kernel[(query_tiles, self.splits)](
@@ -186,15 +185,14 @@ class _Call:
             ahead_ptr=self.ahead,
             m_ptr=self.m,
             l_ptr=self.l,
-            near_of_ptr=near_of,
+            near_ptr=self.near,
             near_row_ptr=near_row,
-            counter_ptr=self.counter,
             state_ptr=self.state,
             num_items=count,
             num_queries=batch,
             d=d,
             tiles_per_split=per_split,
-            capacity=capacity,
+            room=self.room,
             stride_x=rows.stride(0),
             stride_q=query.operand.stride(0),
             unit=scan_unit(query, rows, tile.block_d),
@@ -210,13 +208,13 @@ class _Call:
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        exact.compare_kernel[(COMPARING,)](
+        parts = max(1, min(COMPARING // batch, triton.cdiv(self.room, self.tile_rows)))
+        exact.compare_kernel[(batch, parts)](
             ids_ptr=self.table.ids,
-            near_of_ptr=near_of,
+            near_ptr=self.near,
             near_row_ptr=near_row,
-            counter_ptr=self.counter,
             wins_ptr=self.wins,
-            capacity=capacity,
+            room=self.room,
             ROWS=self.tile_rows,
             HAS_IDS=self.table.ids is not None,
             **self._shared(),
@@ -234,6 +232,8 @@ class _Call:
             state_ptr=self.state,
             rank_ptr=rank,
             log_prob_ptr=log_prob,
+            near_ptr=self.near,
+            room=self.room,
             num_queries=batch,
             num_splits=self.splits,
             BLOCK_S=_BLOCK_SPLITS,
@@ -301,10 +301,9 @@ def _exact_configs() -> list[dict[str, Any]]:
         "counts",
         "wins",
         "rank",
-        "counter",
     ):
         kinds[f"{name}_ptr"] = "*i64"
-    for name in ("state", "ahead", "near_of", "near_row"):
+    for name in ("state", "ahead", "near", "near_row"):
         kinds[f"{name}_ptr"] = "*i32"
     flags = {"HAS_IDS": True, "HAS_PLACE": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
     block = {"BLOCK_S": _BLOCK_SPLITS}

@@ -101,14 +101,13 @@ def compare_kernel(
     ids_ptr,
     targets_ptr,
     target_ptr,
-    near_of_ptr,
+    near_ptr,
     near_row_ptr,
-    counter_ptr,
     wins_ptr,
     d,
     stride_q,
     stride_x,
-    capacity,
+    room,
     temperature,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -116,28 +115,32 @@ def compare_kernel(
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
 ):
-    """A part of the near-ties. wins: int64 [M], those ahead of the target, from 0."""
+    """A part of a query's near-ties. wins: int64 [M], those ahead of the target, from 0."""
+    i_m = tl.program_id(0).to(tl.int64)
+    last = tl.load(near_ptr + i_m)
+    last = tl.where(last <= room, last, 0)  # one without room is answered by ``every_kernel``
     temperature = float64_of(temperature)
-    o_d, m_d = halving_places(d, WIDTH, LEVELS)
-    last = tl.minimum(tl.load(counter_ptr), capacity)
-    for start in range(tl.program_id(0) * ROWS, last, tl.num_programs(0) * ROWS):
-        o_p = start + tl.arange(0, ROWS)
-        m_p = o_p < last
-        b_of = tl.load(near_of_ptr + o_p, mask=m_p, other=0).to(tl.int64)
-        b_row = tl.load(near_row_ptr + o_p, mask=m_p, other=0).to(tl.int64)
-        m_load = m_p[:, None] & m_d[None, :]
-        p_q = q_ptr + b_of[:, None] * stride_q + o_d[None, :]
-        p_x = x_ptr + b_row[:, None] * stride_x + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_load, other=0.0).to(tl.float32).to(tl.float64)
-        b_x = tl.load(p_x, mask=m_load, other=0.0).to(tl.float32).to(tl.float64)
-        score = canonical_scores(b_q, b_x, temperature, ROWS, WIDTH, LEVELS, SIMILARITY, ROWS)
-        b_target = tl.load(target_ptr + b_of, mask=m_p, other=0.0)
-        b_own = tl.load(targets_ptr + b_of, mask=m_p, other=0)
+    if tl.program_id(1) * ROWS < last:
+        o_d, m_d = halving_places(d, WIDTH, LEVELS)
+        b_q = _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH)
+        target, own = tl.load(target_ptr + i_m), tl.load(targets_ptr + i_m)
         if HAS_IDS:
-            b_row = tl.load(ids_ptr + b_row, mask=m_p, other=0)
-            b_own = tl.load(ids_ptr + b_own, mask=m_p, other=0)
-        m_wins = m_p & ((score > b_target) | ((score == b_target) & (b_row < b_own)))
-        tl.atomic_add(wins_ptr + b_of, m_wins.to(tl.int64), mask=m_wins)
+            own = tl.load(ids_ptr + own)
+        wins = tl.zeros([], tl.int64)
+        for start in range(tl.program_id(1) * ROWS, last, tl.num_programs(1) * ROWS):
+            o_p = start + tl.arange(0, ROWS)
+            m_p = o_p < last
+            b_row = tl.load(near_row_ptr + i_m * room + o_p, mask=m_p, other=0).to(tl.int64)
+            p_x = x_ptr + b_row[:, None] * stride_x + o_d[None, :]
+            b_x = tl.load(p_x, mask=m_p[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            score = canonical_scores(
+                b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY
+            )
+            if HAS_IDS:
+                b_row = tl.load(ids_ptr + b_row, mask=m_p, other=0)
+            m_wins = m_p & ((score > target) | ((score == target) & (b_row < own)))
+            wins += tl.sum(m_wins.to(tl.int64), axis=0)
+        tl.atomic_add(wins_ptr + i_m, wins)
 
 
 @triton.jit
@@ -151,6 +154,8 @@ def merge_kernel(
     state_ptr,
     rank_ptr,
     log_prob_ptr,
+    near_ptr,
+    room,
     num_queries,
     num_splits,
     BLOCK_S: tl.constexpr,
@@ -177,6 +182,7 @@ def merge_kernel(
     # Some canonical score may be infinite, which a scan does not see; NaN is not below either.
     below = tl.load(target_ptr + i_m).to(tl.float64) - log_prob.to(tl.float64) < _LARGEST
     state = tl.load(state_ptr + i_m) + tl.load(state_ptr + num_queries)
+    state += (tl.load(near_ptr + i_m) > room).to(tl.int32)
     gone = tl.load(state_ptr + i_m) == _GONE
     tl.store(state_ptr + i_m, tl.where(gone, _GONE, tl.where((state == 0) & below, 0, 1)))
 

@@ -10,17 +10,17 @@ target's own raw score and e(m, n) the error bound of s, it computes for every q
 over the items other than the excluded ones and the target, which is added afterwards.
 
 Grid: ceil(M / BLOCK_M) tiles of queries x splits of the items, queries fastest: neighbours share a
-split, so that the table is read once from memory, then from cache; a batch of 128 is one tile.
+split, so that the table is read once from memory, then from cache.
 Tile: the product is written items x queries, [BLOCK_N, BLOCK_M] in steps of BLOCK_D columns: the
 hardware's tile wants its long side on the left. A query of a 16-bit table is two numbers of its
 type, high and low, and so two products; one of a float32 table is split by the hardware's
 instruction (three products of TF32 parts). One pass serves the norm, the rank and the sum.
-Reads N d + 2 M d elements from memory; writes 12 bytes a query and split, and 8 a near-tie. FLOPs:
+Reads N d + 2 M d elements from memory; writes 12 bytes a query and split, and 4 a near-tie. FLOPs:
 4 M N d (float32: 6), N d for the norms, and about ten a score for m and l.
 Numerics: every BLOCK_D columns go from the tensor cores' sum, which may truncate, to a float32
 one: the error bound grows with BLOCK_D, not with d. One online softmax a split, merged in float64.
 A row whose norm float32 cannot hold is unbounded: all queries are then left to ``triton_exact``.
-The order of near-ties is that of an atomic counter; only their set is used.
+The order of near-ties is that of atomic counters; only their set is used.
 """
 
 from dataclasses import dataclass
@@ -50,15 +50,15 @@ class Tile:
     num_stages: int
 
 
-# by bytes of a number: for up to 16, 64 and more queries. Two stages of the widest fit what an
-# A100 has of shared memory, one of each what a multiprocessor of the other make has.
+# By bytes of a number: for up to 16 queries, and for more. Tiles of 128 queries do not fit the
+# registers: the table is read from cache again for every 64 (float32: 32) queries.
 TILES = {
-    2: {16: Tile(16, 128, 128, 4, 3), 64: Tile(64, 64, 128, 4, 2), 128: Tile(128, 64, 128, 8, 2)},
-    4: {16: Tile(16, 64, 64, 4, 3), 64: Tile(32, 64, 32, 4, 2), 128: Tile(32, 64, 32, 4, 2)},
+    2: (Tile(16, 128, 128, 8, 3), Tile(64, 64, 128, 8, 2)),
+    4: (Tile(16, 64, 32, 8, 3), Tile(32, 64, 32, 8, 2)),
 }
 HIP_TILES = {
-    2: {16: Tile(16, 64, 64, 4, 2), 64: Tile(64, 64, 64, 4, 2), 128: Tile(64, 64, 64, 4, 2)},
-    4: {16: Tile(16, 64, 32, 4, 2), 64: Tile(32, 64, 32, 4, 2), 128: Tile(32, 64, 32, 4, 2)},
+    2: (Tile(16, 64, 64, 4, 2), Tile(64, 64, 64, 8, 1)),
+    4: (Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
 }
 
 
@@ -77,15 +77,14 @@ def stats_kernel(
     ahead_ptr,
     m_ptr,
     l_ptr,
-    near_of_ptr,
+    near_ptr,
     near_row_ptr,
-    counter_ptr,
     state_ptr,
     num_items,
     num_queries,
     d,
     tiles_per_split,
-    capacity,
+    room,
     stride_x,
     stride_q,
     unit,
@@ -101,9 +100,9 @@ def stats_kernel(
 ):
     """A split of the items against a tile of queries.
 
-    ahead, m, l: [splits, M]. near_of, near_row: int32 [capacity]; counter: int64 [1], near-ties.
-    The excluded pairs of a tile: see ``TilePairs``. state: int32 [M + 1], set to 1 for queries
-    whose near-ties found no room, and at M where a row has no bound.
+    ahead, m, l: [splits, M]. near: int32 [M], near-ties of each query, from 0; near_row: int32 [M,
+    room], their rows, as many as there is room for. The excluded pairs of a tile: see
+    ``TilePairs``. state: int32 [M + 1], set to 1 at M where a row has no bound.
     """
     i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -186,19 +185,13 @@ def stats_kernel(
         m_ahead = m_alive & (b_s > b_origin[None, :] + b_error)
         b_ahead += tl.sum(m_ahead.to(tl.int32), axis=0)
         b_near = tl.where(m_alive & ~m_ahead & ~(b_s < b_origin[None, :] - b_error), 1, 0)
-        count = tl.sum(b_near)
-        if count > 0:
-            # [BLOCK_N, BLOCK_M]: query by query; the order of the places does not matter
-            b_count = tl.sum(b_near, axis=0)
-            b_before = tl.cumsum(b_count, 0) - b_count
-            o_near = tl.cumsum(b_near, 0) - 1 + b_before[None, :]
-            o_near = o_near + tl.atomic_add(counter_ptr, count.to(tl.int64))
-            m_near = (b_near > 0) & (o_near < capacity)
-            b_row = (i_n * BLOCK_N + tl.broadcast_to(o_n[:, None], (BLOCK_N, BLOCK_M))).to(tl.int32)
-            tl.store(near_row_ptr + o_near, b_row, mask=m_near)
+        if tl.sum(b_near) > 0:
+            # [BLOCK_N, BLOCK_M]: each takes the next place of its query's list
             b_of = tl.broadcast_to(o_m[None, :], (BLOCK_N, BLOCK_M))
-            tl.store(near_of_ptr + o_near, b_of, mask=m_near)
-            tl.store(state_ptr + b_of, 1, mask=(b_near > 0) & (o_near >= capacity))
+            b_place = tl.atomic_add(near_ptr + b_of, 1, mask=b_near > 0)
+            b_row = tl.broadcast_to((o_n + i_n * BLOCK_N).to(tl.int32)[:, None], (BLOCK_N, BLOCK_M))
+            p_row = near_row_ptr + b_of.to(tl.int64) * room + b_place
+            tl.store(p_row, b_row, mask=(b_near > 0) & (b_place < room))
         b_s = tl.where(m_alive, (b_s - b_origin[None, :]) * b_logit[None, :], -float("inf"))
         b_above = tl.maximum(b_m, tl.max(b_s, axis=0))
         b_l = b_l * tl.exp2(b_m - b_above)
@@ -213,7 +206,7 @@ def stats_kernel(
 def tile_for(batch: int, rows: torch.Tensor) -> Tile:
     """The tile of a batch and a table."""
     tiles = (HIP_TILES if torch.version.hip else TILES)[rows.element_size()]
-    return tiles[16 if batch <= 16 else 64 if batch <= 64 else 128]
+    return tiles[batch > 16]
 
 
 def scan_unit(query: DeviceQueries, rows: torch.Tensor, block_d: int) -> float:
@@ -228,14 +221,13 @@ def scan_unit(query: DeviceQueries, rows: torch.Tensor, block_d: int) -> float:
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    kinds = {"ahead_ptr": "*i32", "counter_ptr": "*i64", "state_ptr": "*i32"}
-    kinds |= {"near_of_ptr": "*i32", "near_row_ptr": "*i32", "unit": "fp32", "origin_unit": "fp32"}
+    kinds = {"ahead_ptr": "*i32", "state_ptr": "*i32", "near_ptr": "*i32", "near_row_ptr": "*i32"}
+    kinds |= {"unit": "fp32", "origin_unit": "fp32"}
     kinds |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     found = []
     for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
         size = 4 if kind == "fp32" else 2
-        tiles = dict.fromkeys((TILES if backend == "cuda" else HIP_TILES)[size].values())
-        for tile in tiles:
+        for tile in (TILES if backend == "cuda" else HIP_TILES)[size]:
             for taken in (False, True):
                 constants = {
                     "COSINE": True,
@@ -269,4 +261,16 @@ def _case(
         "uses_tensor_cores": backend == "cuda" or types["x_ptr"] != "*fp32",
         "backend": backend,
         "aligned": ("stride_x", "stride_q", "d"),
+        "work": _work(tile, 4 if types["x_ptr"] == "*fp32" else 2),
+    }
+
+
+def _work(tile: Tile, itemsize: int, d: int = 1024) -> dict[str, Any]:
+    """What a tile of one tile of queries needs; near-ties and excluded pairs are few."""
+    return {
+        "sizes": f"B={tile.block_m} d={d}",
+        "steps": d // tile.block_d,
+        "bytes": tile.block_n * tile.block_d * itemsize,
+        "flops": 2 * tile.block_m * tile.block_n * tile.block_d,
+        "scores": tile.block_m * tile.block_n,
     }

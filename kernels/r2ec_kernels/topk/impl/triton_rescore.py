@@ -1,9 +1,9 @@
 """The exact end of a search: canonical order keys of the listed rows, and the k best of them.
 
 ``_rescore``    gives every row of a query's list (``triton_candidates``) its order key.
-``_search_all`` does so for all rows of the groups that reach the cut, for a query whose list
-                overflowed or whose scores no bound holds for. It is launched always and ends at
-                once where nothing is to be done: no result waits for a decision of the host.
+``search_all``  (``triton_search_all``) does so for all rows of the groups that reach the cut, for a
+                query whose list overflowed or whose scores no bound holds for. It is launched
+                always and ends at once where nothing is to be done: nothing waits for the host.
 ``_finish``     turns the k largest keys into scores and ids.
 
 Grids: queries x parts of the list; queries; queries. Reads d elements of every listed row, writes
@@ -18,18 +18,13 @@ import triton
 import triton.language as tl
 
 from ..._exact.table import Table
-from ..._exact.triton_scores import (
-    PADDING,
-    canonical_scores,
-    float64_of,
-    halving_places,
-    order_keys,
-    scores_and_ids,
-)
-from ..._scan.triton_exclusions import Exclusions, excluded_ids
+from ..._exact.triton_scores import PADDING, float64_of, halving_places, scores_and_ids
+from ..._scan.triton_exclusions import Exclusions
 from ..._scan.triton_queries import DeviceQueries
-from .triton_candidates import GIVEN_UP, Lists, unpack
+from .triton_candidates import GIVEN_UP, Lists
 from .triton_kernels import GROUPS, GroupBest
+from .triton_rows import row_keys
+from .triton_search_all import search_all_kernel
 
 _TILE = 4096  # columns of the rows that a program scores at once
 _MAX_ROWS = 32  # of a tile: not more than the smallest group has
@@ -38,43 +33,6 @@ _PROGRAMS = 1 if triton.knobs.runtime.interpret else 1056
 _BLOCK_EXCLUDED = 64
 _BLOCK_KEYS = 1024
 _BLOCK_RESULTS = 256
-
-
-@triton.jit
-def _row_keys(
-    i_m,
-    b_row,
-    m_row,
-    b_q,
-    o_d,
-    m_d,
-    x_ptr,
-    ids_ptr,
-    exclude_ptr,
-    exclude_start_ptr,
-    stride_x,
-    temperature,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEVELS: tl.constexpr,
-    SIMILARITY: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether
-    some score that counts is infinite: those are ties that the bounds do not see."""
-    b_id = b_row.to(tl.int64)
-    if HAS_IDS:
-        b_id = tl.load(ids_ptr + b_id, mask=m_row, other=0)
-    if HAS_EXCLUDE:
-        m_row = m_row & ~excluded_ids(b_id, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
-    p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]
-    b_x = tl.load(p_x, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-    score = canonical_scores(b_q, b_x.to(tl.float64), temperature, ROWS, WIDTH, LEVELS, SIMILARITY)
-    keys = tl.where(m_row, order_keys(score, b_id), PADDING)
-    infinite = m_row & (tl.abs(score) == float("inf"))
-    return keys, tl.sum(infinite.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -134,7 +92,7 @@ def _rescore_kernel(
                 b_group = tl.load(groups_ptr + i_m * capacity + o_w // GROUP, mask=m_w, other=0)
                 b_row = tl.load(rows_ptr + i_m * capacity + o_c, mask=o_c < num_single, other=0)
                 b_row = tl.where(m_w, b_group * GROUP + o_w % GROUP, b_row)
-            b_keys, infinite = _row_keys(
+            b_keys, infinite = row_keys(
                 i_m,
                 b_row,
                 (o_c < total) & (b_row < num_items),
@@ -160,125 +118,6 @@ def _rescore_kernel(
                     tl.store(cut_ptr + i_m, -float("inf"))
                     tl.atomic_max(count_ptr + 2 * i_m, GIVEN_UP)
         tl.store(keys_ptr + i_m * capacity + o_c, b_keys, mask=o_c < capacity)
-
-
-@triton.jit
-def _kth_key(keys_ptr, fill, k, BLOCK_C: tl.constexpr):
-    """The k-th largest of ``fill`` >= k distinct order keys, bit by bit."""
-    found = tl.full([], -(2**63), tl.int64)
-    for i_bit in range(64):
-        # the sign first: 0 is the least key without it
-        trial = tl.where(i_bit == 0, 0, found | (tl.full([], 1, tl.int64) << (63 - i_bit)))
-        count = 0
-        for start in range(0, fill, BLOCK_C):
-            o_c = start + tl.arange(0, BLOCK_C)
-            b_keys = tl.load(keys_ptr + o_c, mask=o_c < fill, other=-(2**63))
-            count += tl.sum(((b_keys >= trial) & (o_c < fill)).to(tl.int32), axis=0)
-        found = tl.where(count >= k, trial, found)
-    return found
-
-
-@triton.jit
-def _keep_from(keys_ptr, fill, least, BLOCK_C: tl.constexpr):
-    """Move the keys that are at least ``least`` to the front; returns how many there are."""
-    kept = 0
-    for start in range(0, fill, BLOCK_C):
-        o_c = start + tl.arange(0, BLOCK_C)
-        b_keys = tl.load(keys_ptr + o_c, mask=o_c < fill, other=-(2**63))
-        m_keep = (b_keys >= least) & (o_c < fill)
-        o_out = kept + tl.cumsum(m_keep.to(tl.int32), 0) - 1
-        tl.debug_barrier()  # all of the block is read before any of it is overwritten
-        tl.store(keys_ptr + o_out, b_keys, mask=m_keep)
-        kept += tl.sum(m_keep.to(tl.int32), axis=0)
-        tl.debug_barrier()
-    return kept
-
-
-@triton.jit
-def _search_all_kernel(
-    q_ptr,
-    x_ptr,
-    ids_ptr,
-    exclude_ptr,
-    exclude_start_ptr,
-    first_ptr,
-    count_ptr,
-    cut_ptr,
-    keys_ptr,
-    num_items,
-    num_groups,
-    d,
-    stride_q,
-    stride_x,
-    capacity,
-    k,
-    temperature,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEVELS: tl.constexpr,
-    SIMILARITY: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One query, where its list overflowed: all rows of the groups that reach its cut.
-
-    keys [M, capacity] collects the order keys above the k-th best so far; when it is full, all but
-    the k best go.
-    """
-    i_m = tl.program_id(0).to(tl.int64)
-    num_single = tl.load(count_ptr + 2 * i_m)
-    total = num_single + tl.load(count_ptr + 2 * i_m + 1) * GROUP
-    temperature = float64_of(temperature)
-    if (num_single > capacity) | (total > capacity):
-        o_d, m_d = halving_places(d, WIDTH, LEVELS)
-        b_q = tl.load(q_ptr + i_m * stride_q + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_q = tl.reshape(b_q.to(tl.float64), [1, WIDTH])
-        cut = tl.load(cut_ptr + i_m)
-        p_keys = keys_ptr + i_m * capacity
-        least = tl.full([], -(2**63), tl.int64)
-        fill = 0
-        for i_g in range(0, num_groups):
-            best = unpack(tl.load(first_ptr + i_m * num_groups + i_g), GROUP)
-            if (cut == -float("inf")) | (best >= cut):
-                for start in range(0, GROUP, ROWS):
-                    b_row = i_g * GROUP + start + tl.arange(0, ROWS)
-                    b_keys, _ = _row_keys(
-                        i_m,
-                        b_row,
-                        b_row < num_items,
-                        b_q,
-                        o_d,
-                        m_d,
-                        x_ptr,
-                        ids_ptr,
-                        exclude_ptr,
-                        exclude_start_ptr,
-                        stride_x,
-                        temperature,
-                        ROWS,
-                        WIDTH,
-                        LEVELS,
-                        SIMILARITY,
-                        HAS_IDS,
-                        HAS_EXCLUDE,
-                        BLOCK_E,
-                    )
-                    num_better = tl.sum((b_keys > least).to(tl.int32), axis=0)
-                    if fill + num_better > capacity:
-                        tl.debug_barrier()  # what the program stored is there
-                        least = _kth_key(p_keys, fill, k, BLOCK_C)
-                        fill = _keep_from(p_keys, fill, least, BLOCK_C)
-                    m_better = b_keys > least
-                    o_out = fill + tl.cumsum(m_better.to(tl.int32), 0) - 1
-                    tl.store(p_keys + o_out, b_keys, mask=m_better)
-                    fill += tl.sum(m_better.to(tl.int32), axis=0)
-        for start in range(0, capacity, BLOCK_C):
-            o_c = start + tl.arange(0, BLOCK_C)
-            b_none = tl.full([BLOCK_C], PADDING, tl.int64)
-            tl.store(p_keys + o_c, b_none, mask=(o_c >= fill) & (o_c < capacity))
 
 
 @triton.jit
@@ -354,7 +193,7 @@ def listed_keys(
     _rescore_kernel[(batch, parts)](
         rows_ptr=lists.rows, groups_ptr=lists.groups, ALL=False, **shared, **given
     )
-    _search_all_kernel[(batch,)](
+    search_all_kernel[(batch,)](
         first_ptr=found.first,
         num_groups=found.first.shape[1],
         k=k,
@@ -419,7 +258,7 @@ def aot_configs() -> list[dict[str, Any]]:
         ("fp16", "dot", 1000),
     ):
         for every in (False, True, None):
-            kernel = _search_all_kernel if every is None else _rescore_kernel
+            kernel = search_all_kernel if every is None else _rescore_kernel
             tile = _tile(d) if every is not None else _tile(d, _TILE // 2)
             constants = tile | {"SIMILARITY": similarity, "GROUP": GROUPS[0], **flags}
             constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}
