@@ -31,6 +31,7 @@ MOST_ROOM = 1 << 20  # near-ties of a batch, where that is more
 BLOCK_ITEMS = BLOCK_QUERIES = None  # of a tile; None: those of ``triton_scan.TILES``
 BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "MOST_ROOM")  # for tests
 _TILE = 4096  # columns of the rows that a program scores at once
+_EVERY_TILE = 1024  # the same, where there is more to remember
 _MAX_ROWS = 32
 _BLOCK_EXCLUDED = 64
 _BLOCK_SPLITS = 128
@@ -114,7 +115,7 @@ class _Call:
         self.near, self.state = zeros[batch:].view(torch.int32).tensor_split([batch])
         width = triton.next_power_of_2(max(1, query.original.shape[1]))
         self.width = {"WIDTH": width, "LEVELS": width.bit_length() - 1}
-        self.tile_rows = min(_MAX_ROWS, max(1, _TILE // width))
+        self.tile_rows = _rows_of_tile(width, _TILE)
         self.warps = 4 if width <= _TILE else 8 if width <= 2 * _TILE else 16
 
     def _shared(self) -> dict[str, Any]:
@@ -242,7 +243,8 @@ class _Call:
 
     def search_every(self, rank: torch.Tensor, log_prob: torch.Tensor) -> None:
         batch, count, device = len(self.query), len(self.table), rank.device
-        splits = min(EVERY_SPLITS, triton.cdiv(count, self.tile_rows))
+        tile_rows = _rows_of_tile(self.width["WIDTH"], _EVERY_TILE)
+        splits = min(EVERY_SPLITS, triton.cdiv(count, tile_rows))
         counts = torch.empty(batch, splits, 4, dtype=torch.int64, device=device)
         sums = torch.empty(batch, splits, 2, dtype=torch.float64, device=device)
         excluded = self.excluded
@@ -255,7 +257,7 @@ class _Call:
             sums_ptr=sums,
             num_items=count,
             rows_per_split=triton.cdiv(count, splits),
-            ROWS=self.tile_rows,
+            ROWS=tile_rows,
             HAS_IDS=self.table.ids is not None,
             HAS_EXCLUDE=excluded is not None,
             BLOCK_E=_BLOCK_EXCLUDED,
@@ -282,6 +284,11 @@ class _Call:
             tile.num_warps,
             tile.num_stages,
         )
+
+
+def _rows_of_tile(width: int, columns: int) -> int:
+    """Rows of ``width`` columns that a program scores at once, of about ``columns`` in all."""
+    return min(_MAX_ROWS, max(1, columns // width))
 
 
 def aot_configs() -> list[dict[str, Any]]:
@@ -318,8 +325,9 @@ def _exact_configs() -> list[dict[str, Any]]:
         width = triton.next_power_of_2(d)
         sizes = {"WIDTH": width, "LEVELS": width.bit_length() - 1, "SIMILARITY": similarity}
         types = kinds | dict.fromkeys(("q_ptr", "x_ptr"), f"*{kind}")
-        rows = {"ROWS": min(_MAX_ROWS, max(1, _TILE // width)), **flags}
         for kernel in (exact.origin_kernel, exact.compare_kernel, exact.every_kernel):
+            columns = _EVERY_TILE if kernel is exact.every_kernel else _TILE
+            rows = {"ROWS": _rows_of_tile(width, columns), **flags}
             named = {n: v for n, v in (sizes | rows).items() if n in kernel.arg_names}
             found.append(_exact_case(kernel, types, named, 4))
     return found

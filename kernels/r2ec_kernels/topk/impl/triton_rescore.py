@@ -199,7 +199,7 @@ def listed_keys(
         k=k,
         BLOCK_C=_BLOCK_KEYS,
         **shared,
-        **(given | _tile(query.original.shape[1], _TILE // 2)),  # it has more to remember
+        **(given | _tile(query.original.shape[1], _TILE // 4)),  # it has more to remember
     )
     return keys
 
@@ -259,7 +259,7 @@ def aot_configs() -> list[dict[str, Any]]:
     ):
         for every in (False, True, None):
             kernel = search_all_kernel if every is None else _rescore_kernel
-            tile = _tile(d) if every is not None else _tile(d, _TILE // 2)
+            tile = _tile(d) if every is not None else _tile(d, _TILE // 4)
             constants = tile | {"SIMILARITY": similarity, "GROUP": GROUPS[0], **flags}
             constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}
             given = {"q_ptr": f"*{kind}", "x_ptr": f"*{kind}"}
