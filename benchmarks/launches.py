@@ -22,7 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -236,7 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
                 cost = measure(make, batch)
                 own = sum(cost.launches.values())
                 cells.append(f"{cost.operations} ({own}) + {cost.waits}")
-                rows.append({"call": call, "batch": batch, **asdict(cost)})
+                counts = {"names": dict(cost.names), "launches": dict(cost.launches)}
+                counts |= {"operations": cost.operations, "waits": cost.waits}
+                rows.append({"call": call, "batch": batch, **counts})
                 if options.names:
                     print(call, batch, dict(cost.names), file=sys.stderr)
             print(f"{call:36}" + "".join(f"{cell:>16}" for cell in cells), flush=True)

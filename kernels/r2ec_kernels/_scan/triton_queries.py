@@ -24,7 +24,7 @@ from .._exact.triton_scores import float64_bits, float64_of
 from .._numbers import HUGE
 
 _HUGE = tl.constexpr(HUGE)
-_BLOCK_D = 1024
+_BLOCK_D = 512
 
 
 @triton.jit

@@ -50,11 +50,11 @@ class Tile:
     num_stages: int
 
 
-# By bytes of a number: for up to 16 queries, and for more. Tiles of 128 queries do not fit the
-# registers: the table is read from cache again for every 64 (float32: 32) queries.
+# By bytes of a number: for up to 16 queries, and for more. Larger tiles do not fit the registers of
+# every target: the table is read from cache again for every 32 (float32: 16) queries.
 TILES = {
-    2: (Tile(16, 128, 128, 8, 3), Tile(64, 64, 128, 8, 2)),
-    4: (Tile(16, 64, 32, 8, 3), Tile(32, 64, 32, 8, 2)),
+    2: (Tile(16, 64, 64, 8, 2), Tile(32, 64, 64, 8, 2)),
+    4: (Tile(16, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)),
 }
 HIP_TILES = {
     2: (Tile(16, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2)),
@@ -227,7 +227,7 @@ def aot_configs() -> list[dict[str, Any]]:
     found = []
     for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
         size = 4 if kind == "fp32" else 2
-        for tile in (TILES if backend == "cuda" else HIP_TILES)[size]:
+        for tile in dict.fromkeys((TILES if backend == "cuda" else HIP_TILES)[size]):
             for taken in (False, True):
                 constants = {
                     "COSINE": True,
