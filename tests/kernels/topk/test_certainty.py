@@ -39,16 +39,19 @@ def test_lists_that_overflow(kind, similarity, device, monkeypatch):
     assert_same(index.search(queries, k, exclude=exclude), want)
 
 
-def test_a_full_list_is_searched_for_its_best(device, monkeypatch):
-    """Rows in ascending order of their scores: each pushes out one before it."""
+@pytest.mark.parametrize("ascending", [True, False])
+def test_a_full_list_is_searched_for_its_best(ascending, device, monkeypatch):
+    """Each row pushes out one before it, or the best come first and have to stay."""
     from r2ec_kernels.topk.impl import triton_candidates
 
     monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: 40)
     items = torch.arange(1, 901, device=device, dtype=torch.float32)[:, None] / 900
+    items = items if ascending else items.flip(0)
     queries = torch.tensor([[1.0], [-1.0], [1e-30], [float("nan")]], device=device)
     found = item_topk(queries, items, 5, impl="triton")
     assert_same(found, item_topk(queries, items, 5, impl="reference"))
-    assert found.indices[0].tolist() == [899, 898, 897, 896, 895]
+    best = [899, 898, 897, 896, 895] if ascending else [0, 1, 2, 3, 4]
+    assert found.indices[0].tolist() == best
 
 
 def stand_in(scanned, operand, group, pair_row, pair_of):
