@@ -42,11 +42,13 @@ def concerns(figures: Mapping[str, float]) -> list[str]:
         )
     own, spread = figures.get(DIFFERENCE, math.nan), figures["reward_std"]
     error = figures.get(f"{DIFFERENCE}{STDERR}", math.nan)
-    if own <= STANDARD_ERRORS * error and spread < LEAST_REWARD_STD:
+    if not math.isnan(error) and (
+        own <= 0 or (own <= STANDARD_ERRORS * error and spread < LEAST_REWARD_STD)
+    ):
         found.append(
-            "the item head does not seem to read the reasoning: with another user's it ranks as "
-            f"well (own - swapped {_signed(figures, DIFFERENCE)} ndcg@10), and the rewards of a "
-            f"group hardly differ (standard deviation {spread:.2g})"
+            "the item head does not seem to read what a reasoning says of its user: with another "
+            f"user's it ranks as well (own - swapped {_signed(figures, DIFFERENCE)} ndcg@10; the "
+            f"rewards of a group have a standard deviation of {spread:.2g})"
         )
     beats, open_ = figures["best_beats_direct"], 1 - figures["direct_hit_rate@1"]
     if beats < LEAST_BEST_BEATS_DIRECT * open_:

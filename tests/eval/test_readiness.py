@@ -48,6 +48,9 @@ def test_most_reasonings_are_cut(clipped, found):
         (-0.2, 0.03, 0.009, 1),
         (0.07, 0.03, 0.009, 0),  # the swap is felt
         (0.05, 0.03, 0.011, 0),  # the rewards differ
+        (0.0, 0.03, 0.2, 1),  # they differ, but not by what the reasoning says of its user
+        (-0.006, 0.005, 0.035, 1),
+        (0.001, 0.005, 0.035, 0),
         (0.0, math.nan, 0.0, 0),  # one user: no error to judge by
     ],
 )
@@ -60,8 +63,8 @@ def test_the_item_head_does_not_read(own, error, spread, found):
     texts = concerns(GOOD | change)
     assert len(texts) == found
     if found:
-        assert f"(own - swapped {own:+.4f} ± {error:.4f} ndcg@10)" in texts[0]
-        assert f"(standard deviation {spread:.2g})" in texts[0]
+        assert f"(own - swapped {own:+.4f} ± {error:.4f} ndcg@10;" in texts[0]
+        assert f"a standard deviation of {spread:.2g})" in texts[0]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_no_warning_where_reasonings_decide(caplog):
 def test_a_warning_where_the_item_head_does_not_read(caplog):
     record, text = warned(planted_validation(reads=False, right=True), caplog)
     assert record["readiness/own_minus_swapped_ndcg@10"] == 0.0
-    assert "the item head does not seem to read the reasoning" in text
+    assert "the item head does not seem to read what a reasoning says" in text
     assert "in only 0% of the groups does the best of 3 reasonings" in text
     assert 'objective="reasoning_sft"' in text
 
