@@ -10,6 +10,7 @@ from .advantage.api import (
     reward_and_advantage,
 )
 from .index.index import ItemIndex
+from .index.live import LiveIndex
 from .logprob.api import linear_logprob
 from .logprob.impl.common import LogProb
 from .loss.api import recpo_loss
@@ -21,6 +22,7 @@ from .topk.impl.common import SearchStats
 __all__ = [
     "Advantages",
     "ItemIndex",
+    "LiveIndex",
     "LogProb",
     "RecPOLoss",
     "RecPOLossConfig",

@@ -16,6 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+FEW_ROWS = 16
+"""Matrix products of fewer rows round otherwise than those of more, so fewer are never made: a
+row's numbers then do not depend on the rows beside it (CPUs)."""
+
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 _locks_guard = Lock()
 
@@ -97,13 +101,16 @@ def last_layer_at(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
     handles = []
     length = 0
 
+    spare = rows[:1].expand(max(0, FEW_ROWS - len(rows)))
+
     def spread(module: nn.Module, inputs: tuple, out: torch.Tensor) -> torch.Tensor:
-        return out.new_zeros(1, length, out.shape[-1]).index_copy(1, rows, out)
+        wanted = out[:, : len(rows)]
+        return out.new_zeros(1, length, out.shape[-1]).index_copy(1, rows, wanted)
 
     def select(module: nn.Module, inputs: tuple) -> tuple[torch.Tensor]:
         nonlocal length
         length = inputs[0].shape[1]
-        return (inputs[0][:, rows],)
+        return (inputs[0][:, torch.cat([rows, spare])],)
 
     length = 0
     with exclusive(decoder):

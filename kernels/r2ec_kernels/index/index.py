@@ -243,9 +243,15 @@ class ItemIndex:
         """Remove live, distinct ids int64 [n] (or an array or list of them); they are never used
         again."""
         given = as_ids("ids", ids)
-        if given.unique().numel() != given.numel():
-            raise ValueError("ids: expected distinct ids, got repeats")
+        self.check_ids("ids", given)
         self._alone(lambda: self._storage.remove(self._live_ids("ids", given)))
+
+    def check_ids(self, name: str, ids: torch.Tensor) -> None:
+        """Raise ValueError, naming the argument ``name``, unless ``ids`` int64 [n] are live and
+        distinct."""
+        if ids.unique().numel() != ids.numel():
+            raise ValueError(f"{name}: expected distinct ids, got repeats")
+        self._lock.shared(lambda: self._live_ids(name, ids))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the live rows, their ids and the settings to one safetensors file."""
