@@ -20,6 +20,7 @@ from torch import nn
 from r2ec_fast.model import pretrained
 from r2ec_fast.model.attention import VARLEN, VarlenLayout, register
 from r2ec_fast.model.hf_compat import (
+    FEW_ROWS,
     attention_implementation,
     base_causal_lm,
     cache_argument,
@@ -210,8 +211,9 @@ class R2ecModel(nn.Module):
             prefix = None
         known = 0 if prefix is None else len(prefix)
         states, order = [], []
-        for batch, source in pack_readouts(rows, max_tokens, known):
-            at = batch.readout.to(self.device) - known
+        least = FEW_ROWS if known else 0
+        for batch, source in pack_readouts(rows, max_tokens, known, least):
+            at = batch.readout[: len(source)].to(self.device) - known
             # hooks are gone when a backward pass recomputes a layer: with gradient it runs whole
             pruned = nullcontext() if torch.is_grad_enabled() else last_layer_at(self._decoder, at)
             with pruned:

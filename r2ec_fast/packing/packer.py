@@ -230,13 +230,15 @@ def _from_numpy(fields: dict[str, Any], pin: bool) -> PackedBatch:
 
 
 def pack_readouts(
-    rows: Ragged, max_tokens: int, known: int = 0
+    rows: Ragged, max_tokens: int, known: int = 0, least: int = 0
 ) -> Iterator[tuple[PackedBatch, np.ndarray]]:
     """Packed batches of ``rows``, of which only the last token's state is wanted, and the row that
     each read-out belongs to. What all rows begin with is laid out once a batch: they are packed as
     completions of it.
 
-    The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
+    The first sequence of each batch begins with the ``known`` tokens that all rows begin with. Where
+    there are any, a batch has at least ``least`` tokens behind them: it may end with read-outs that
+    belong to no row.
     """
     # every row keeps a token of its own
     prefix = known or min(common_prefix(rows), int(rows.lengths.min()) - 1)
@@ -246,10 +248,14 @@ def pack_readouts(
         return
     shared, tails = [rows[0][:prefix]], rows.tail(prefix)
     for part in tails.parts(max(max_tokens - prefix, 1)):
+        own, tokens = tails[part], int(tails.lengths[part].sum())
+        if tokens < least:  # the last row again and again
+            copies = -(-(least - tokens) // int(own.lengths[-1]))
+            own = own.select([*range(len(own)), *[len(own) - 1] * copies])
         (batch,) = pack_histories(
             shared,
-            tails[part],
-            num_generations=part.stop - part.start,
+            own,
+            num_generations=len(own),
             max_tokens=max_tokens,
             oversize="alone",
         )

@@ -239,6 +239,15 @@ class ItemIndex:
         rows = self._checked_rows(rows)
         return self._alone(lambda: self._storage.append(rows))
 
+    def rows(self, ids: Ids) -> torch.Tensor:
+        """Copies [n, d] of the rows of live ids int64 [n] (or an array or list of them)."""
+        given = as_ids("ids", ids)
+
+        def copy() -> torch.Tensor:
+            return self._storage.live("rows")[self._storage.place[self._live_ids("ids", given)]]
+
+        return self._lock.shared(copy)
+
     def remove(self, ids: Ids) -> None:
         """Remove live, distinct ids int64 [n] (or an array or list of them); they are never used
         again."""

@@ -14,9 +14,9 @@ from .index import ItemIndex
 
 
 class Snapshot(NamedTuple):
-    """An index that does not change while it is held, and the number of its state."""
+    """A table that does not change while it is held, and the number of its state."""
 
-    index: ItemIndex
+    table: ItemIndex
     version: int
 
 
