@@ -1,5 +1,5 @@
 """The command line, `r2ec-fast`: quickstart, prepare, reasonings, train, report, evaluate,
-diagnose, recommend, index.
+diagnose, recommend, serve, index.
 
 Every setting of a command can stand in a YAML file (`--config`) and be overridden behind it. What a
 user can mend ends with one line on stderr and exit status 2; R2EC_TRACEBACK=1 shows where it arose.
@@ -35,6 +35,7 @@ from r2ec_fast.commands import (
     reasonings,
     recommend,
     report,
+    serve,
     train,
 )
 from r2ec_fast.utils.id_lists import load_with_text_ids, split_ids
@@ -49,6 +50,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "evaluate": evaluate,
     "diagnose": diagnose,
     "recommend": recommend,
+    "serve": serve,
     "index": index,
     "report": report,
 }
@@ -154,7 +156,7 @@ def build_parser() -> ArgumentParser:
             action.help = argparse.SUPPRESS
     _add_settings_of_a_run(command("train", "Train a model on a prepared data set."))
     function("report", positional=True)
-    for name in ("evaluate", "diagnose", "index"):
+    for name in ("evaluate", "diagnose", "serve", "index"):
         function(name)
     function("recommend").parser_mode = "yaml-ids"
     return parser

@@ -236,9 +236,9 @@ def pack_readouts(
     each read-out belongs to. What all rows begin with is laid out once a batch: they are packed as
     completions of it.
 
-    The first sequence of each batch begins with the ``known`` tokens that all rows begin with. Where
-    there are any, a batch has at least ``least`` tokens behind them: it may end with read-outs that
-    belong to no row.
+    The first sequence of each batch begins with the ``known`` tokens that all rows begin with.
+    Where there are any, a batch has at least ``least`` tokens behind them: it may end with
+    read-outs that belong to no row.
     """
     # every row keeps a token of its own
     prefix = known or min(common_prefix(rows), int(rows.lengths.min()) - 1)

@@ -79,7 +79,7 @@ class TransformersEngine:
         if not self.marker_ids:
             raise ValueError(f"marker_ids must hold at least one token; marker is {marker!r}")
         if eos_token_ids is None:
-            eos_token_ids = _default_eos(model, tokenizer)
+            eos_token_ids = default_eos(model, tokenizer)
         self.decoder = choose_decoder(model, decoder)
         self.max_tokens_in_flight = max_tokens_in_flight
         self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
@@ -297,7 +297,7 @@ def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
     return "plain"
 
 
-def _default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     generation = getattr(base_causal_lm(model), "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     ids = [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -211,6 +211,10 @@ class LiveCatalog:
             )
         return found, version
 
+    def check_filter(self, wanted: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the column, where a filter does not fit the items."""
+        self._mask(wanted)
+
     # ---- changes --------------------------------------------------------------------------------
 
     def encode(

@@ -122,24 +122,9 @@ class Recommender:
             FileNotFoundError: the directory or its catalog does not exist.
             OSError, ValueError: a file cannot be read or is damaged.
         """
-        from r2ec_fast.data.store import load_catalog
-        from r2ec_fast.model import R2ecModel
-        from r2ec_fast.model.pretrained import CATALOG_FILE
-
         if data is not None and not isinstance(data, RecDataset):
             data = RecDataset.load(os.fspath(data))
-        if not os.path.isdir(directory):
-            raise FileNotFoundError(f"no model directory at {os.fspath(directory)!r}")
-        path = os.path.join(directory, CATALOG_FILE)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{os.fspath(directory)!r} holds no {CATALOG_FILE}: not a trained recommender "
-                "(r2ec-fast train, or r2ec-fast index for a bare model)"
-            )
-        catalog = load_catalog(path)
-        model = R2ecModel.from_pretrained(directory)
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.eval()
+        model, catalog = load_recommender(directory, device=device)
         return cls(model, catalog, data=data)
 
     def recommend(
@@ -299,3 +284,25 @@ class Recommender:
             ids = self.catalog.ids.decode(found[:5])
             raise ValueError(f"histories: the title {item!r} belongs to several items: {ids}")
         return found[0]
+
+
+def load_recommender(
+    directory: str | os.PathLike[str], *, device: str | torch.device | None = None
+) -> tuple[R2ecModel, Catalog]:
+    """The model and the catalog that a training run exported; see `Recommender.from_pretrained`."""
+    from r2ec_fast.data.store import load_catalog
+    from r2ec_fast.model import R2ecModel
+    from r2ec_fast.model.pretrained import CATALOG_FILE
+
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"no model directory at {os.fspath(directory)!r}")
+    path = os.path.join(directory, CATALOG_FILE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{os.fspath(directory)!r} holds no {CATALOG_FILE}: not a trained recommender "
+            "(r2ec-fast train, or r2ec-fast index for a bare model)"
+        )
+    catalog = load_catalog(path)
+    model = R2ecModel.from_pretrained(directory)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), catalog

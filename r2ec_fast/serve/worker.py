@@ -158,6 +158,19 @@ class Worker:
     # ---- the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # nothing is left that could answer
+            log.critical("the worker has failed", exc_info=error)
+            with self._changed:
+                self._closing = True
+                jobs = [*self._direct, *self._reasoned, *self._ready]
+            for job in [*jobs, *(row.owner for row in self._decoder.rows)]:
+                job.fail(error)
+            for _, future in self._items:
+                future.set_exception(error)
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._has_work())
