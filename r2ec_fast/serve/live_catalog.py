@@ -120,6 +120,12 @@ class LiveCatalog:
         """Number of changes since the table on disk."""
         return self._index.version
 
+    @property
+    def width(self) -> int:
+        """Numbers of a state."""
+        with self._index.snapshot() as (table, _):
+            return table.dim
+
     def __len__(self) -> int:
         return len(self._index)
 
