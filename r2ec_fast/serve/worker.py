@@ -87,7 +87,7 @@ class Worker:
     ) -> None:
         self.model, self.catalog = model, catalog
         self.settings = settings or WorkerSettings()
-        self.cache = cache or StateCache(0, 0)
+        self.cache = StateCache(0, 0) if cache is None else cache
         self.observe = observe
         self._marker = list(marker_ids)
         self._prefix, self._decoder = prefix, decoder

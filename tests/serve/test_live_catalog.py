@@ -1,4 +1,4 @@
-"""The items while they change: lookups, versions, rollbacks, filters, and the log at a new start."""
+"""The items while they change: lookups, versions, rollbacks, filters, and the next start."""
 
 from __future__ import annotations
 

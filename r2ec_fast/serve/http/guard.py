@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from r2ec_fast.serve.http.problems import problem
@@ -23,8 +24,11 @@ class State:
         self.under_way = 0
 
 
-class TooLarge(Exception):
-    """A body beyond the limit."""
+class TooLarge(HTTPException):
+    """A body beyond the limit, found while it is read."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, _too_large(limit), {"Connection": "close"})
 
 
 def read_keys(path: str | Path) -> list[str]:
@@ -77,7 +81,7 @@ class Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self.max_body:
-                raise TooLarge
+                raise TooLarge(self.max_body)
             return message
 
         headers = dict(scope["headers"])
@@ -95,28 +99,17 @@ class Guard:
                 )
                 await answer(scope, receive, counting_send)
             elif _length(headers) > self.max_body:
-                await self._refuse_size(scope, receive, counting_send)
+                headers_out = {"Connection": "close"}
+                answer = problem(413, _too_large(self.max_body), headers=headers_out)
+                await answer(scope, receive, counting_send)
             else:
-                try:
-                    await self.app(scope, limited_receive, counting_send)
-                except TooLarge:
-                    if status:
-                        raise
-                    await self._refuse_size(scope, receive, counting_send)
+                await self.app(scope, limited_receive, counting_send)
         finally:
             self.state.under_way -= guarded
             # as the routes name it, so that an id in a path makes no series of its own
             route = scope.get("route")
             path = getattr(route, "path", None) or "other"
             self.done(path, scope["method"], status or 499, time.monotonic() - begun)
-
-    async def _refuse_size(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = problem(
-            413,
-            f"the body has more than {self.max_body} bytes",
-            headers={"Connection": "close"},
-        )
-        await answer(scope, receive, send)
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         """Whether a key is among the known; takes as long for any key."""
@@ -130,6 +123,10 @@ class Guard:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _too_large(limit: int) -> str:
+    return f"the body has more than {limit} bytes"
 
 
 def _length(headers: dict[bytes, bytes]) -> int:

@@ -78,7 +78,7 @@ def add_handlers(app: FastAPI) -> None:
         return of_exception(error)
 
     kinds = (BadRequest, UnknownIdError, QueueFull, ShuttingDown, DeadlineExceeded, VersionGone)
-    for kind in (*kinds, OSError):
+    for kind in (*kinds, OSError, Exception):
         app.add_exception_handler(kind, failed)
 
     async def invalid(request: Request, error: Exception) -> ProblemResponse:
