@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from r2ec_kernels import ItemIndex, LiveIndex, TopK
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
-    from r2ec_fast.serve.write_ahead import WriteAheadLog
+    from r2ec_fast.serve.write_ahead import ChangeLog, Record
 
 KEPT_VERSIONS = 64  # that a rollback can reach
 KEPT_MASKS = 64  # of filters
@@ -89,7 +89,7 @@ class LiveCatalog:
         model: R2ecModel,
         catalog: Catalog,
         *,
-        log: WriteAheadLog | None = None,
+        log: ChangeLog | None = None,
         copies: int = 2,
     ) -> None:
         assert model.index is not None  # the caller has encoded the catalog
@@ -270,6 +270,12 @@ class LiveCatalog:
             rows = torch.stack([row for _, _, row in kept]) if kept else None
             return self._change([(key, fields) for key, fields, _ in kept], rows, gone, held=True)
 
+    def follow(self, news: Callable[[], Iterable[Record]]) -> None:
+        """Make the changes that others have logged since; no change of ours comes between."""
+        with self._writing:
+            for record in news():
+                self._apply(*of_record(record))
+
     def _change(
         self,
         items: Sequence[tuple[Hashable, Fields]],
@@ -281,7 +287,8 @@ class LiveCatalog:
             with self._writing:
                 return self._change(items, rows, gone, held=True)
         if self._log is not None:
-            self._log.append(to_record(items, rows, gone))
+            for earlier in self._log.append(to_record(items, rows, gone)):
+                self._apply(*of_record(earlier))
         try:
             return self._apply(items, rows, gone)
         except BaseException:
@@ -326,7 +333,8 @@ class LiveCatalog:
                 self._gone.pop(key, None)
             for key in gone:
                 last = old[key]
-                assert last is not None  # the callers have looked
+                if last is None:  # another replica has removed it too
+                    continue
                 self._retitle(key, last, None)
                 self._changed[key], self._gone[key] = None, last
             self._history.append((version, earlier))

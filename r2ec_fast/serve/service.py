@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from r2ec_fast.serve.jobs import Job, Search
 from r2ec_fast.serve.live_catalog import LiveCatalog
 from r2ec_fast.serve.state_cache import StateCache
 from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings, invariant
-from r2ec_fast.serve.write_ahead import WriteAheadLog
+from r2ec_fast.serve.write_ahead import ChangeLog, Record, WriteAheadLog
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
@@ -72,7 +73,8 @@ class Service:
         model: in evaluation mode, with its item table; this object owns it from now on.
         catalog: the items, in the order of the table.
         data: the data set whose users can be asked for by id; None: none can.
-        items_log: file of item changes; None: changes are lost with the process.
+        items_log: file of item changes, or what opens a log for a header; None: changes are lost
+            with the process.
         settings: of the worker.
         cache_entries, cache_seconds: of user states.
         copies: of the item table: 2, or 1 for half of the memory.
@@ -90,7 +92,7 @@ class Service:
         *,
         name: str = "r2ec",
         data: RecDataset | None = None,
-        items_log: str | os.PathLike[str] | None = None,
+        items_log: str | os.PathLike[str] | Callable[[Record], ChangeLog] | None = None,
         settings: WorkerSettings | None = None,
         cache_entries: int = 10_000,
         cache_seconds: float = 3600.0,
@@ -104,10 +106,11 @@ class Service:
             model.set_items(model.encode_items(catalog))
         self.model, self.data, self.name = model, data, name
         self.started = time.time()
-        self._log = None
+        self.log: ChangeLog | None = None
         if items_log is not None:
-            self._log = WriteAheadLog(items_log, log_header(model, catalog))
-        self.catalog = LiveCatalog(model, catalog, log=self._log, copies=copies)
+            opened = items_log if callable(items_log) else partial(WriteAheadLog, items_log)
+            self.log = opened(log_header(model, catalog))
+        self.catalog = LiveCatalog(model, catalog, log=self.log, copies=copies)
         # a tokenizer serves one thread at a time; the worker has the model's own
         self._builder = copy.copy(model.prompt_builder(catalog))
         self._builder.tokenizer = copy.deepcopy(model.tokenizer)
@@ -137,7 +140,7 @@ class Service:
         directory: str | os.PathLike[str],
         *,
         data: str | os.PathLike[str] | None = None,
-        items_log: str | os.PathLike[str] | None = "",
+        items_log: str | os.PathLike[str] | Callable[[Record], ChangeLog] | None = "",
         device: str | None = None,
         **settings: Any,
     ) -> Service:
@@ -156,8 +159,8 @@ class Service:
     def close(self) -> None:
         """Answer what waits, and stop."""
         self.worker.close()
-        if self._log is not None:
-            self._log.close()
+        if self.log is not None:
+            self.log.close()
 
     # ---- recommendations ------------------------------------------------------------------------
 
