@@ -114,7 +114,7 @@ class Service:
         # a tokenizer serves one thread at a time; the worker has the model's own
         self._builder = copy.copy(model.prompt_builder(catalog))
         self._builder.tokenizer = copy.deepcopy(model.tokenizer)
-        self._builder.titles = self.catalog.titles
+        self._builder.titles = self.catalog.items.prompt_titles
         self._tokenizing = threading.Lock()
         prefix = model.known_prefix(self._builder)
         decoder: ContinuousDecoder[Job] = ContinuousDecoder(
@@ -186,7 +186,7 @@ class Service:
             prompt = np.asarray(self._builder.user_ids(history), np.int64)
         wanted = None
         if search:
-            exclude = {row for item in known for row in self.catalog.rows_of(item)}
+            exclude = {row for item in known for row in self.catalog.items.rows_of(item)}
             for given in request.exclude:
                 exclude.update(self._rows_of_given("exclude", given))
             if request.wanted is not None:
@@ -209,7 +209,7 @@ class Service:
         found = []
         for place, event in enumerate(events):
             try:
-                found.append(self.catalog.find(event.item))
+                found.append(self.catalog.items.find(event.item))
             except (UnknownIdError, ValueError) as error:
                 raise BadRequest(f"history[{place}]", str(error)) from error
         times = [event.timestamp for event in events]
@@ -243,7 +243,9 @@ class Service:
         history = self.data.history(user, int(data.offsets[user + 1] - data.offsets[user]))
         known = set(data.catalog.ids.decode(history.items))
         # an item that has been changed since is shown as it is now
-        rows = [self.catalog.find(item).row for item in data.catalog.ids.decode(history.items)]
+        rows = [
+            self.catalog.items.find(item).row for item in data.catalog.ids.decode(history.items)
+        ]
         now = request.now
         if now is None and history.timestamps is not None:
             now = int(history.timestamps[-1])
@@ -251,7 +253,7 @@ class Service:
 
     def _rows_of_given(self, field: str, given: Hashable) -> list[int]:
         try:
-            return self.catalog.rows_of(self.catalog.find(given).id)
+            return self.catalog.items.rows_of(self.catalog.items.find(given).id)
         except (UnknownIdError, ValueError) as error:
             raise BadRequest(field, str(error)) from error
 
@@ -288,7 +290,9 @@ class Service:
             return settings
         with self._tokenizing:
             ids = [
-                self._builder.user_ids(History(np.arange(row, row + n) % len(self.catalog.titles)))
+                self._builder.user_ids(
+                    History(np.arange(row, row + n) % len(self.catalog.items.prompt_titles))
+                )
                 for row, n in zip(range(count), (1, 2, 1, 5, 3, 9, 2, 14), strict=False)
             ]
         rows = Ragged.of(ids).append(self._builder.marker_ids)

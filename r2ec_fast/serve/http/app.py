@@ -115,7 +115,7 @@ def _items(service: Service) -> APIRouter:
         query: str = Query("", max_length=200), limit: int = Query(20, ge=1, le=200)
     ) -> FoundItems:
         """Items whose title holds the query."""
-        found = await run_in_threadpool(catalog.search_titles, query, limit)
+        found = await run_in_threadpool(catalog.items.search, query, limit)
         return FoundItems(items=[ItemState.of(item, catalog.version) for item in found])
 
     @routes.put("/v1/items")
@@ -140,7 +140,7 @@ def _items(service: Service) -> APIRouter:
     @routes.get("/v1/items/{item_id}")
     async def get(item_id: str) -> ItemState:
         """An item as it is now."""
-        item = await run_in_threadpool(catalog.get, item_id)
+        item = await run_in_threadpool(catalog.items.get, item_id)
         return ItemState.of(item, catalog.version)
 
     @routes.delete("/v1/items/{item_id}")
