@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 
 from .._exact.excluded import TensorExclude
-from .._exact.table import Table
 from .._scan.triton_exclusions import exclusions
 from .._scan.triton_queries import prepare_on_device
 from ..rank.impl.triton import Norms, table_stats
@@ -13,6 +12,7 @@ from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
 from ..topk.impl.triton_kernels import Scanned, operand_type
 from .quantize import DIM_MULTIPLE
+from .selection import view
 from .storage import Storage
 
 
@@ -23,13 +23,14 @@ def search_storage(
     k: int,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
     """The k best live rows for each query: scores float32 [B, k], ids int64 [B, k], and what reads
     the statistics.
 
     kind: of the copy that is scanned; None: the rows themselves.
     """
-    table = Table(storage.live("rows"), storage.live("ids"))
+    table = view(storage, include)
     excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
     similarity = storage.similarity
     if kind is None or not storage.size:
@@ -76,6 +77,7 @@ def stats_of_storage(
     targets: torch.Tensor,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank int64 [B] and log-probability float32 [B] of the ids ``targets`` int64 [B] among the
     live rows. An id that is not in the index has rank -1 and NaN."""
@@ -84,6 +86,6 @@ def stats_of_storage(
         nothing = torch.full((queries.shape[0],), torch.nan, device=targets.device)
         return targets.new_full(nothing.shape, -1), nothing
     norms = Norms(storage.live("norm"), storage.limits("none").of_scan)
-    table = Table(storage.live("rows"), storage.live("ids"))
+    table = view(storage, include)
     settings = storage.similarity, temperature
     return table_stats(queries, table, targets, *settings, excluded, norms, storage.place)
