@@ -117,7 +117,7 @@ def restrict(
     most = min(len(table) // _GATHERED_SHARE, _GATHERED_BYTES // row_bytes)
     rows = None
     if include.dtype != torch.bool:
-        rows = include.unique()
+        rows = include[(include >= 0) & (include < len(table))].unique()
     elif int(include.sum()) <= most:
         rows = include.nonzero()[:, 0]
     if rows is None or rows.numel() > most:
@@ -129,4 +129,4 @@ def restrict(
     own = None if kept.numel() == rows.numel() else torch.isin(kept, rows)
     excluded = replace(excluded, rows=torch.searchsorted(kept, excluded.rows))
     gathered = Table(table.rows[kept], table.ids_of(kept), own)
-    return gathered, excluded, torch.searchsorted(kept, targets)
+    return gathered, excluded, torch.searchsorted(kept, targets.contiguous())

@@ -104,8 +104,8 @@ def stats_kernel(
 
     ahead, m, l: [splits, M]. near: int32 [M], near-ties of each query, from 0; near_row: int32 [M,
     room], their rows, as many as there is room for. The excluded pairs of a tile: see
-    ``TilePairs``. allowed: int8 [N], 0 for a row that does not compete. state: int32 [M + 1], set to
-    1 at M where a row has no bound.
+    ``TilePairs``. allowed: int8 [N], 0 for a row that does not compete. state: int32 [M + 1], set
+    to 1 at M where a row has no bound.
     """
     i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
