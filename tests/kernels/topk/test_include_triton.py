@@ -1,0 +1,118 @@
+"""Allow-lists by the Triton kernels: on a GPU and in Triton's interpreter, bit for bit a sort."""
+
+import pytest
+import torch
+from _support.search_cases import (
+    SIMILARITIES,
+    as_sets,
+    assert_same,
+    canonical,
+    make,
+    make_exclude,
+    make_include,
+    sorted_topk,
+    without,
+)
+
+from r2ec_kernels import ItemIndex, item_topk
+
+INTERPRETED_TYPES = ("float32", "float16")
+KINDS = ("normal", "90% copies", "near ties", "wild scales", "zero rows")
+SIZES = (210, 1, 420, 40)  # of allow-lists of 420 ids
+
+
+def on(device, include):
+    return include if isinstance(include, list) else include.to(device)
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_item_topk_follows_the_definition(number, device, dtype):
+    kind, similarity, size = KINDS[number % 5], SIMILARITIES[number % 3], SIZES[number % 4]
+    problem = make(kind, 3, 420, 20, number, dtype)
+    form = ("ids", "mask", "list")[number // 3 % 3]
+    include, named = make_include(420, size, form, number)
+    exclude = make_exclude(3, 420, 12, number)
+    scores = canonical(problem.queries, problem.items, similarity, 0.02)
+    k = 1 + number % 6
+    got = item_topk(
+        problem.queries.to(device),
+        problem.items.to(device),
+        k,
+        similarity=similarity,
+        temperature=0.02,
+        exclude=exclude.to(device),
+        include=on(device, include),
+        impl="triton",
+    )
+    want = sorted_topk(scores, k, without(named, 420, as_sets(exclude)))
+    assert_same([x.cpu() for x in got], want)
+
+
+@pytest.mark.parametrize("include", [[], [419, 0, 419], list(range(0, 420, 2))])
+def test_nothing_and_more_than_there_are(include, device, dtype):
+    problem = make("normal", 2, 420, 8, 1, dtype)
+    given = problem.queries.to(device), problem.items.to(device)
+    for k in (0, 5, 500):
+        want = item_topk(problem.queries, problem.items, k, include=include, impl="reference")
+        got = item_topk(*given, k, include=include, impl="triton")
+        assert_same([x.cpu() for x in got], want)
+
+
+@pytest.mark.parametrize("scan", ["none", "bf16", "int8"])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_an_index_follows_the_definition(similarity, scan, device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setenv("R2EC_IMPL", "triton")
+    problem = make("shared mean", 3, 500, 20, 2)
+    index = ItemIndex(problem.items[:450].to(device), similarity=similarity, scan=scan)
+    index.append(problem.items[450:].to(device))
+    gone = torch.arange(0, 500, 7)
+    index.remove(gone.to(device))
+    index.write(torch.arange(1, 4, device=device), problem.items[:3].to(device))
+    scores = canonical(problem.queries, index.items.cpu(), similarity, 1.0)
+    exclude = make_exclude(3, 500, 9, 2)
+    for size, form in ((3, "ids"), (60, "mask"), (400, "list")):
+        include, named = make_include(500, size, form, size)
+        hidden = without(named - set(gone.tolist()), 500, as_sets(exclude))
+        found = index.search(
+            problem.queries.to(device),
+            4,
+            exclude=exclude.to(device),
+            include=on(device, include),
+        )
+        assert_same([x.cpu() for x in found], sorted_topk(scores, 4, hidden))
+        assert index.last_search.dense_rows == 0
+
+
+def test_few_rows_in_a_mask_are_listed_not_searched_for(device, dtype):
+    """Fewer than k groups hold a row: all of those rows are candidates, and no other."""
+    from r2ec_kernels._exact.table import Table
+    from r2ec_kernels._scan.triton_queries import prepare_on_device
+    from r2ec_kernels.topk.impl.triton import search
+    from r2ec_kernels.topk.impl.triton_kernels import scan_rows
+
+    problem = make("normal", 2, 700, 20, 5, dtype)
+    queries, items = problem.queries.to(device), problem.items.to(device)
+    allowed = torch.zeros(700, dtype=torch.bool, device=device)
+    allowed[torch.tensor([3, 4, 690], device=device)] = True
+    query = prepare_on_device(queries, "dot", 1.0, dtype)
+    table = Table(items, allowed=allowed)
+    scores, ids, stats = search(scan_rows(items, "dot"), query, table, 5, None, "rows")
+    want = item_topk(queries, items, 5, include=allowed, impl="reference")
+    assert_same((scores, ids), want)
+    # the group of two rows whole, the other row alone
+    assert stats().dense_rows == 0 and stats().candidates_per_k == (32 + 1) / 5
+
+
+def test_ids_are_checked_on_the_host_alone(device, monkeypatch):
+    problem = make("normal", 2, 300, 8, 1)
+    given = problem.queries.to(device), problem.items.to(device)
+    with pytest.raises(ValueError, match="include: expected ids in 0..299, got values in 1..300"):
+        item_topk(*given, 3, include=[1, 300], impl="triton")
+    if device == "cuda":
+        beyond = torch.tensor([1, 300, -4], device=device)
+        got = item_topk(*given, 3, include=beyond, impl="triton")
+        assert got.indices[:, 0].tolist() == [1, 1] and (got.indices[:, 1:] == -1).all()
+        monkeypatch.setenv("R2EC_CHECK", "1")
+        with pytest.raises(ValueError, match="include"):
+            item_topk(*given, 3, include=beyond, impl="triton")
