@@ -1,8 +1,8 @@
 """The allow-list of a batch: the only items that are returned, or that compete.
 
 Callers give ids int64 [S], in any order and repeated, or a bool mask [N]. Ops scan a table of those
-rows alone where they are few (``restrict``), and else the whole table with the other rows switched
-off (``Table.allowed``).
+rows alone where they are few (``restrict``; on GPUs, which must not wait for a count, where the ids
+are, ``gather``), and else the whole table with the other rows switched off (``Table.allowed``).
 """
 
 from dataclasses import replace
@@ -21,6 +21,7 @@ Include = Ids | None
 # Rows that are gathered: a share of the table, because each is read, written and read again, and
 # so many bytes, because they are memory above the inputs.
 _GATHERED_SHARE, _GATHERED_BYTES = 4, 1 << 28
+_WORTH_BYTES = 1 << 28  # of a table on a GPU: a smaller one is scanned before a gather is launched
 
 
 def as_include(include: Any) -> torch.Tensor | None:
@@ -130,3 +131,40 @@ def restrict(
     excluded = replace(excluded, rows=torch.searchsorted(kept, excluded.rows))
     gathered = Table(table.rows[kept], table.ids_of(kept), own)
     return gathered, excluded, torch.searchsorted(kept, targets.contiguous())
+
+
+def is_gathered(table: Table, include: torch.Tensor) -> bool:
+    """Whether to ``gather`` the included ids of a table on a GPU; known without a wait."""
+    if include.dtype == torch.bool:
+        return False
+    row_bytes = table.rows.shape[1] * table.rows.element_size()
+    most = min(len(table) // _GATHERED_SHARE, _GATHERED_BYTES // row_bytes)
+    return include.numel() <= most and len(table) * row_bytes >= _WORTH_BYTES
+
+
+def gather(
+    table: Table, include: torch.Tensor, place: torch.Tensor | None
+) -> tuple[Table, torch.Tensor]:
+    """The rows of the ids ``include`` int64 [S] as a table [S, d], without a wait for the device.
+
+    Repeated, removed and unknown ids have rows that are switched off.
+
+    Args:
+        place: int64, the row in ``table`` of each id, -1 for none; None: ids are rows.
+
+    Returns the table and its own ``place``.
+    """
+    num_ids = len(table) if place is None else place.numel()
+    ids = include.sort().values
+    allowed = (ids >= 0) & (ids < num_ids)
+    allowed[1:] &= ids[1:] != ids[:-1]
+    ids = ids.clamp(0, num_ids - 1)
+    rows = ids
+    if place is not None:
+        rows = place[ids]
+        allowed &= rows >= 0
+        rows = rows.clamp_min(0)
+    own = torch.full((num_ids + 1,), -1, dtype=torch.int64, device=ids.device)
+    number = torch.arange(ids.numel(), device=ids.device)
+    own.index_copy_(0, torch.where(allowed, ids, num_ids), number)
+    return Table(table.rows[rows], ids, allowed), own[:num_ids]

@@ -8,12 +8,11 @@ from .._exact.table import Table
 from .storage import Storage
 
 
-def view(storage: Storage, include: torch.Tensor | None = None) -> Table:
-    """The live rows and their ids; those that are not included are switched off, without a wait for
-    the device."""
-    num_ids, ids = storage.place.numel(), storage.live("ids")
-    included = normalize_include(include, num_ids, storage.device)
-    allowed = None if included is None else as_mask(included, num_ids)[ids]
+def view(storage: Storage, included: torch.Tensor | None = None) -> Table:
+    """The live rows and their ids; those that are not included (``normalize_include``) are switched
+    off, without a wait for the device."""
+    ids = storage.live("ids")
+    allowed = None if included is None else as_mask(included, storage.place.numel())[ids]
     return Table(storage.live("rows"), ids, allowed)
 
 

@@ -15,10 +15,18 @@ from _support.search_cases import (
 )
 
 from r2ec_kernels import ItemIndex, item_topk
+from r2ec_kernels._exact import included
 
-INTERPRETED_TYPES = ("float32", "float16")
+DTYPES = (torch.float32, torch.float16)  # what the interpreter multiplies rightly
 KINDS = ("normal", "90% copies", "near ties", "wild scales", "zero rows")
-SIZES = (210, 1, 420, 40)  # of allow-lists of 420 ids
+SIZES = (130, 1, 260, 40)  # of allow-lists of 260 ids
+
+
+@pytest.fixture
+def always_gathered(monkeypatch):
+    """Ids, whatever the sizes; a mask never is, because its rows would have to be counted."""
+    monkeypatch.setattr(included, "_GATHERED_SHARE", 1)
+    monkeypatch.setattr(included, "_WORTH_BYTES", 0)
 
 
 def on(device, include):
@@ -26,14 +34,23 @@ def on(device, include):
 
 
 @pytest.mark.parametrize("number", range(15))
-def test_item_topk_follows_the_definition(number, device, dtype):
+def test_item_topk_follows_the_definition(number, device):
+    follow_the_definition(number, device)
+
+
+@pytest.mark.parametrize("number", range(0, 15, 3))
+def test_gathered_rows_follow_the_definition(number, device, always_gathered):
+    follow_the_definition(number, device)
+
+
+def follow_the_definition(number, device):
     kind, similarity, size = KINDS[number % 5], SIMILARITIES[number % 3], SIZES[number % 4]
-    problem = make(kind, 3, 420, 20, number, dtype)
+    problem = make(kind, 3, 260, 20, number, DTYPES[number % 2])
     form = ("ids", "mask", "list")[number // 3 % 3]
-    include, named = make_include(420, size, form, number)
-    exclude = make_exclude(3, 420, 12, number)
+    include, named = make_include(260, size, form, number)
+    exclude = make_exclude(3, 260, 12, number)
     scores = canonical(problem.queries, problem.items, similarity, 0.02)
-    k = 1 + number % 6
+    k = 1 + number % 4
     got = item_topk(
         problem.queries.to(device),
         problem.items.to(device),
@@ -44,58 +61,70 @@ def test_item_topk_follows_the_definition(number, device, dtype):
         include=on(device, include),
         impl="triton",
     )
-    want = sorted_topk(scores, k, without(named, 420, as_sets(exclude)))
+    want = sorted_topk(scores, k, without(named, 260, as_sets(exclude)))
     assert_same([x.cpu() for x in got], want)
 
 
-@pytest.mark.parametrize("include", [[], [419, 0, 419], list(range(0, 420, 2))])
-def test_nothing_and_more_than_there_are(include, device, dtype):
-    problem = make("normal", 2, 420, 8, 1, dtype)
+@pytest.mark.parametrize("include", [[], [199, 0, 199], list(range(0, 200, 2))])
+def test_nothing_and_more_than_there_are(include, device):
+    problem = make("normal", 2, 200, 8, 1)
     given = problem.queries.to(device), problem.items.to(device)
-    for k in (0, 5, 500):
+    for k in (0, 2, 300):
         want = item_topk(problem.queries, problem.items, k, include=include, impl="reference")
         got = item_topk(*given, k, include=include, impl="triton")
         assert_same([x.cpu() for x in got], want)
 
 
-@pytest.mark.parametrize("scan", ["none", "bf16", "int8"])
-@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(
+    ("scan", "similarity"),
+    [("none", "cosine"), ("none", "l2"), ("bf16", "dot"), ("int8", "cosine"), ("int8", "l2")],
+)
 def test_an_index_follows_the_definition(similarity, scan, device, monkeypatch):
+    index = check_an_index(similarity, scan, device, monkeypatch)
+    assert index.last_search.dense_rows == 0
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_gathered_rows_of_an_index(similarity, device, monkeypatch, always_gathered):
+    check_an_index(similarity, "int8", device, monkeypatch)
+
+
+def check_an_index(similarity, scan, device, monkeypatch):
     if device == "cpu":
         monkeypatch.setenv("R2EC_IMPL", "triton")
-    problem = make("shared mean", 3, 500, 20, 2)
-    index = ItemIndex(problem.items[:450].to(device), similarity=similarity, scan=scan)
-    index.append(problem.items[450:].to(device))
-    gone = torch.arange(0, 500, 7)
+    problem = make("shared mean", 3, 290, 20, 2)
+    index = ItemIndex(problem.items[:250].to(device), similarity=similarity, scan=scan)
+    index.append(problem.items[250:].to(device))
+    gone = torch.arange(0, 290, 7)
     index.remove(gone.to(device))
     index.write(torch.arange(1, 4, device=device), problem.items[:3].to(device))
     scores = canonical(problem.queries, index.items.cpu(), similarity, 1.0)
-    exclude = make_exclude(3, 500, 9, 2)
-    for size, form in ((3, "ids"), (60, "mask"), (400, "list")):
-        include, named = make_include(500, size, form, size)
-        hidden = without(named - set(gone.tolist()), 500, as_sets(exclude))
+    exclude = make_exclude(3, 290, 9, 2)
+    for size, form in ((3, "ids"), (60, "mask"), (270, "list")):
+        include, named = make_include(290, size, form, size)
+        hidden = without(named - set(gone.tolist()), 290, as_sets(exclude))
         found = index.search(
             problem.queries.to(device),
-            4,
+            3,
             exclude=exclude.to(device),
             include=on(device, include),
         )
-        assert_same([x.cpu() for x in found], sorted_topk(scores, 4, hidden))
-        assert index.last_search.dense_rows == 0
+        assert_same([x.cpu() for x in found], sorted_topk(scores, 3, hidden))
+    return index
 
 
-def test_few_rows_in_a_mask_are_listed_not_searched_for(device, dtype):
+def test_few_rows_in_a_mask_are_listed_not_searched_for(device):
     """Fewer than k groups hold a row: all of those rows are candidates, and no other."""
     from r2ec_kernels._exact.table import Table
     from r2ec_kernels._scan.triton_queries import prepare_on_device
     from r2ec_kernels.topk.impl.triton import search
     from r2ec_kernels.topk.impl.triton_kernels import scan_rows
 
-    problem = make("normal", 2, 700, 20, 5, dtype)
+    problem = make("normal", 2, 350, 20, 5)
     queries, items = problem.queries.to(device), problem.items.to(device)
-    allowed = torch.zeros(700, dtype=torch.bool, device=device)
-    allowed[torch.tensor([3, 4, 690], device=device)] = True
-    query = prepare_on_device(queries, "dot", 1.0, dtype)
+    allowed = torch.zeros(350, dtype=torch.bool, device=device)
+    allowed[torch.tensor([3, 4, 340], device=device)] = True
+    query = prepare_on_device(queries, "dot", 1.0, items.dtype)
     table = Table(items, allowed=allowed)
     scores, ids, stats = search(scan_rows(items, "dot"), query, table, 5, None, "rows")
     want = item_topk(queries, items, 5, include=allowed, impl="reference")

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..._exact.excluded import TensorExclude
-from ..._exact.included import as_mask, normalize_include
+from ..._exact.included import as_mask, gather, is_gathered, normalize_include
 from ..._exact.table import Table
 from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
@@ -112,12 +112,16 @@ def item_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     excluded = exclusions(exclude, queries.shape[0], items.shape[0], items.device)
-    scanned = scan_rows(items, similarity)
-    query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
     included = normalize_include(include, items.shape[0], items.device)
-    allowed = None if included is None else as_mask(included, items.shape[0])
-    table = Table(scanned.codes, allowed=allowed)
-    scores, ids, _ = search(scanned, query, table, k, excluded, "triton")
+    table, place = Table(items), None
+    if included is not None and is_gathered(table, included):
+        table, place = gather(table, included, None)
+    elif included is not None:
+        table = Table(items, allowed=as_mask(included, items.shape[0]))
+    scanned = scan_rows(table.rows, similarity)
+    table = replace(table, rows=scanned.codes)
+    query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
+    scores, ids, _ = search(scanned, query, table, k, excluded, "triton", place)
     return scores, ids
 
 
