@@ -115,6 +115,24 @@ def test_an_index_that_is_empty_or_emptied():
     assert (index.search(torch.ones(2, 4), 2, include=mask).indices == -1).all()
 
 
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+def test_rows_beyond_float32_that_are_not_included_stay_out(similarity, way):
+    """No scan bounds their scores, so that all of them are rescored where they are included."""
+    problem = make("normal", 3, 900, 24, 4)
+    problem.items[::100] *= 2.0**80
+    include = torch.arange(900) % 2 == 1
+    include[[200, 300]] = True
+    scores = canonical(*_both(problem), similarity, 1.0)
+    want = sorted_topk(scores, 5, [set((~include).nonzero()[:, 0].tolist())] * 3)
+    how = {"similarity": similarity}
+    for cpu in ("none", extension.cpu_kinds()[0]):
+        with extension.use_cpu(cpu):
+            assert_same(item_topk(*_both(problem), 5, include=include, **how), want)
+            for scan in SCANS:
+                index = ItemIndex(problem.items, scan=scan, **how)
+                assert_same(index.search(problem.queries, 5, include=include), want)
+
+
 def test_no_query_of_a_plain_table_is_left_to_the_dense_path(way):
     problem = make("normal", 4, 3000, 24, 1)
     for scan in SCANS:

@@ -43,6 +43,18 @@ def test_gathered_rows_follow_the_definition(number, device, always_gathered):
     follow_the_definition(number, device)
 
 
+def test_exclusions_of_gathered_rows_never_cost_a_place(device, always_gathered):
+    """The best of those that are included are excluded."""
+    problem = make("normal", 2, 400, 20, 6)
+    include = torch.arange(399, 0, -2)
+    best = item_topk(problem.queries, problem.items, 23, include=include, impl="reference")
+    queries, items = problem.queries.to(device), problem.items.to(device)
+    exclude = best.indices[:, :20].to(device)
+    how = {"include": include.to(device), "exclude": exclude, "impl": "triton"}
+    found = item_topk(queries, items, 3, **how)
+    assert_same([x.cpu() for x in found], (best.scores[:, 20:], best.indices[:, 20:]))
+
+
 def follow_the_definition(number, device):
     kind, similarity, size = KINDS[number % 5], SIMILARITIES[number % 3], SIZES[number % 4]
     problem = make(kind, 3, 260, 20, number, DTYPES[number % 2])
@@ -100,16 +112,17 @@ def check_an_index(similarity, scan, device, monkeypatch):
     index.write(torch.arange(1, 4, device=device), problem.items[:3].to(device))
     scores = canonical(problem.queries, index.items.cpu(), similarity, 1.0)
     exclude = make_exclude(3, 290, 9, 2)
-    for size, form in ((3, "ids"), (60, "mask"), (270, "list")):
+    for size, form in ((3, "ids"), (60, "list"), (270, "mask")):
         include, named = make_include(290, size, form, size)
         hidden = without(named - set(gone.tolist()), 290, as_sets(exclude))
-        found = index.search(
-            problem.queries.to(device),
-            3,
-            exclude=exclude.to(device),
-            include=on(device, include),
-        )
-        assert_same([x.cpu() for x in found], sorted_topk(scores, 3, hidden))
+        for k in (60, 3):
+            found = index.search(
+                problem.queries.to(device),
+                k,
+                exclude=exclude.to(device),
+                include=on(device, include),
+            )
+            assert_same([x.cpu() for x in found], sorted_topk(scores, k, hidden))
     return index
 
 
