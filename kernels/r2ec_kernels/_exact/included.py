@@ -126,10 +126,13 @@ def restrict(
         excluded = excluded.pairs_where((excluded.rows >= 0) & allowed[excluded.rows])
         return replace(table, allowed=allowed), excluded, targets
     excluded = excluded.pairs_where(torch.isin(excluded.rows, rows))
-    kept = torch.cat([rows, targets]).unique()
-    own = None if kept.numel() == rows.numel() else torch.isin(kept, rows)
+    kept, own = rows, None
+    others = targets[~torch.isin(targets, rows)]
+    if others.numel():
+        kept = torch.cat([rows, others]).unique()
+        own = torch.isin(kept, rows)
     excluded = replace(excluded, rows=torch.searchsorted(kept, excluded.rows))
-    gathered = Table(table.rows[kept], table.ids_of(kept), own)
+    gathered = Table(table.rows.index_select(0, kept), table.ids_of(kept), own)
     return gathered, excluded, torch.searchsorted(kept, targets.contiguous())
 
 

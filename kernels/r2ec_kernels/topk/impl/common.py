@@ -127,10 +127,9 @@ def _scan(
     blocks = visiting_order(table.rows.shape[0], height)
     if extension.available(device):
         collector = extension.Collector(batch, k, pool_limit(k), excluded.keys())
-        if table.allowed is None:
-            unbounded = scan.feed(collector, blocks)
-        else:
-            unbounded = _feed_allowed(table, scan, collector, blocks)
+        unbounded = scan.feed(collector, blocks, table.allowed)
+        if unbounded is not None:
+            unbounded = table.allowed_among(unbounded)
         found = _Collected(*collector.finish())
     else:
         found, unbounded = _collect(table, scan, blocks, k, excluded)
@@ -147,20 +146,6 @@ def _scan(
     # An infinite score means that the canonical score overflowed: ties the bounds do not see.
     failed = failed | (keys[:, 0] >= _INFINITE) | (keys[:, -1] < -_INFINITE)
     return keys, failed, int((rows >= 0).sum()), met
-
-
-def _feed_allowed(
-    table: Table, scan: CoarseScan, collector: extension.Collector, blocks: list[tuple[int, int]]
-) -> torch.Tensor | None:
-    """``CoarseScan.feed`` of the rows that the table allows: scores are made, then offered."""
-    unbounded: list[torch.Tensor] = []
-    for start, stop in blocks:
-        scores, error, beyond = scan.score(start, stop)
-        table.mask(start, stop, scores, float("-inf"))
-        collector.add_products(scores, start, stop - start, None, None, error, 0.0)
-        if beyond is not None:
-            unbounded.append(table.allowed_among(beyond))
-    return torch.cat(unbounded) if unbounded else None
 
 
 def _collect(
