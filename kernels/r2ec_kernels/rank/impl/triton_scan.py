@@ -234,12 +234,12 @@ def aot_configs() -> list[dict[str, Any]]:
     for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
         size = 4 if kind == "fp32" else 2
         for tile in dict.fromkeys((TILES if backend == "cuda" else HIP_TILES)[size]):
-            for taken in (False, True):
+            for taken, allowed in ((False, False), (True, False), (False, True)):
                 constants = {
                     "COSINE": True,
                     "TAKE_NORM": taken,
                     "HAS_LOW": size == 2,
-                    "HAS_ALLOWED": False,
+                    "HAS_ALLOWED": allowed,
                     "PRECISION": "tf32x3" if kind == "fp32" and backend == "cuda" else "ieee",
                     "WIDEN": False,
                     "BLOCK_M": tile.block_m,
