@@ -203,7 +203,7 @@ class Recommender:
             )
         seen = Ragged.of([np.unique(history.items) for history in histories])
         best = self.model.top_items(users.states, k, exclude=seen.tensors())
-        titles = self.catalog.items.prompt_titles
+        titles = self.catalog.titles
         out = []
         for row, history in enumerate(histories):
             pairs = zip(best.indices[row].tolist(), best.scores[row].tolist(), strict=True)
@@ -274,7 +274,7 @@ class Recommender:
             return int(self.catalog.ids.encode([item])[0])
         if self._titles is None:
             titles: dict[str, list[int]] = {}
-            for i, title in enumerate(self.catalog.items.prompt_titles):
+            for i, title in enumerate(self.catalog.titles):
                 titles.setdefault(title.casefold(), []).append(i)
             self._titles = titles  # whole: another thread may be looking
         found = self._titles.get(str(item).casefold(), [])

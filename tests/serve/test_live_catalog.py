@@ -83,8 +83,8 @@ def test_what_was_changed_is_there_at_the_next_start(opened):
     again = opened.again().catalog
     assert again.version == version == 4
     assert table(again) == before
-    assert again.get("i3").fields["title"] == CATALOG.titles[3]
-    assert again.get("n2").fields == {"title": "item n2", "price": 3.5}
+    assert again.items.get("i3").fields["title"] == CATALOG.titles[3]
+    assert again.items.get("n2").fields == {"title": "item n2", "price": 3.5}
 
 
 def test_a_rollback_brings_back_exactly_what_was(opened):

@@ -212,10 +212,13 @@ class ExcludedPairs:
         kept = chosen[self.of]
         return ExcludedPairs(number[self.of[kept]], self.rows[kept], int(chosen.sum()))
 
+    def pairs_where(self, kept: torch.Tensor) -> "ExcludedPairs":
+        """The pairs that ``kept`` (bool [E]) marks."""
+        return ExcludedPairs(self.of[kept], self.rows[kept], self.batch)
+
     def without(self, targets: torch.Tensor) -> "ExcludedPairs":
         """The pairs other than (b, targets[b])."""
-        kept = self.rows != targets[self.of]
-        return ExcludedPairs(self.of[kept], self.rows[kept], self.batch)
+        return self.pairs_where(self.rows != targets[self.of])
 
     def adding(self, targets: torch.Tensor) -> "ExcludedPairs":
         """These pairs and (b, targets[b])."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from ..._exact.included import as_mask
 from ..._exact.table import Table
 from ..._numbers import UNIT
 from ..._scan.triton_exclusions import Exclusions, pairs_by_tile
@@ -52,10 +53,13 @@ def target_stats(
     similarity: str,
     temperature: float,
     excluded: Exclusions | None,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) over a plain table."""
     items = items if items.stride(1) == 1 else items.contiguous()
-    return table_stats(queries, Table(items), targets, similarity, temperature, excluded, None)
+    allowed = None if include is None else as_mask(include, items.shape[0])
+    table = Table(items, allowed=allowed)
+    return table_stats(queries, table, targets, similarity, temperature, excluded, None)
 
 
 def table_stats(
@@ -106,6 +110,7 @@ class _Call:
         self.query, self.table = query, table
         self.excluded, self.norms, self.place = excluded, norms, place
         batch, device = len(query), table.rows.device
+        self.allowed = None if table.allowed is None else table.allowed.view(torch.int8)
         self.target, self.origin, self.logit = torch.empty(3, batch, device=device)
         self.moved = torch.empty(batch, dtype=torch.float64, device=device)
         self.targets = torch.empty(batch, dtype=torch.int64, device=device)  # rows
@@ -183,6 +188,7 @@ class _Call:
             logit_ptr=self.logit,
             pair_ptr=pairs.keys,
             pair_start_ptr=pairs.start,
+            allowed_ptr=self.allowed,
             ahead_ptr=self.ahead,
             m_ptr=self.m,
             l_ptr=self.l,
@@ -201,6 +207,7 @@ class _Call:
             COSINE=query.similarity == "cosine",
             TAKE_NORM=self.norms is None,
             HAS_LOW=query.low is not None,
+            HAS_ALLOWED=self.allowed is not None,
             PRECISION="tf32x3" if tf32 else "ieee",
             WIDEN=interpreted,
             BLOCK_M=tile.block_m,
@@ -252,6 +259,7 @@ class _Call:
             ids_ptr=self.table.ids,
             exclude_ptr=None if excluded is None else excluded.ids,
             exclude_start_ptr=None if excluded is None else excluded.start,
+            allowed_ptr=self.allowed,
             state_ptr=self.state,
             counts_ptr=counts,
             sums_ptr=sums,
@@ -260,6 +268,7 @@ class _Call:
             ROWS=tile_rows,
             HAS_IDS=self.table.ids is not None,
             HAS_EXCLUDE=excluded is not None,
+            HAS_ALLOWED=self.allowed is not None,
             BLOCK_E=_BLOCK_EXCLUDED,
             **self._shared(),
         )
@@ -310,9 +319,11 @@ def _exact_configs() -> list[dict[str, Any]]:
         "rank",
     ):
         kinds[f"{name}_ptr"] = "*i64"
+    kinds["allowed_ptr"] = "*i8"
     for name in ("state", "ahead", "near", "near_row"):
         kinds[f"{name}_ptr"] = "*i32"
-    flags = {"HAS_IDS": True, "HAS_PLACE": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
+    names = ("HAS_IDS", "HAS_PLACE", "HAS_EXCLUDE", "HAS_ALLOWED")
+    flags = {**dict.fromkeys(names, True), "BLOCK_E": _BLOCK_EXCLUDED}
     block = {"BLOCK_S": _BLOCK_SPLITS}
     found = [_exact_case(kernel, kinds, block, 4) for kernel in (exact.merge_kernel,)]
     block = {"BLOCK_S": triton.next_power_of_2(EVERY_SPLITS)}

@@ -74,6 +74,7 @@ def stats_kernel(
     logit_ptr,
     pair_ptr,
     pair_start_ptr,
+    allowed_ptr,
     ahead_ptr,
     m_ptr,
     l_ptr,
@@ -92,6 +93,7 @@ def stats_kernel(
     COSINE: tl.constexpr,
     TAKE_NORM: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,7 +104,8 @@ def stats_kernel(
 
     ahead, m, l: [splits, M]. near: int32 [M], near-ties of each query, from 0; near_row: int32 [M,
     room], their rows, as many as there is room for. The excluded pairs of a tile: see
-    ``TilePairs``. state: int32 [M + 1], set to 1 at M where a row has no bound.
+    ``TilePairs``. allowed: int8 [N], 0 for a row that does not compete. state: int32 [M + 1], set
+    to 1 at M where a row has no bound.
     """
     i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -177,6 +180,9 @@ def stats_kernel(
             b_norm = tl.full((BLOCK_N,), 1.0, tl.float32)
         b_error = (b_norm * 1.001)[:, None] * b_size[None, :] + b_floor[None, :]
         m_alive = m_n[:, None] & m_m[None, :]
+        if HAS_ALLOWED:
+            b_allowed = tl.load(allowed_ptr + i_n * BLOCK_N + o_n, mask=m_n, other=0)
+            m_alive = m_alive & (b_allowed != 0)[:, None]
         p_start = pair_start_ptr + i_n * tl.num_programs(0) + i_m
         for i_pair in range(tl.load(p_start), tl.load(p_start + 1)):
             row, of = pair_places(tl.load(pair_ptr + i_pair))
@@ -222,17 +228,18 @@ def scan_unit(query: DeviceQueries, rows: torch.Tensor, block_d: int) -> float:
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     kinds = {"ahead_ptr": "*i32", "state_ptr": "*i32", "near_ptr": "*i32", "near_row_ptr": "*i32"}
-    kinds |= {"unit": "fp32", "origin_unit": "fp32"}
+    kinds |= {"allowed_ptr": "*i8", "unit": "fp32", "origin_unit": "fp32"}
     kinds |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     found = []
     for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
         size = 4 if kind == "fp32" else 2
         for tile in dict.fromkeys((TILES if backend == "cuda" else HIP_TILES)[size]):
-            for taken in (False, True):
+            for taken, allowed in ((False, False), (True, False), (False, True)):
                 constants = {
                     "COSINE": True,
                     "TAKE_NORM": taken,
                     "HAS_LOW": size == 2,
+                    "HAS_ALLOWED": allowed,
                     "PRECISION": "tf32x3" if kind == "fp32" and backend == "cuda" else "ieee",
                     "WIDEN": False,
                     "BLOCK_M": tile.block_m,

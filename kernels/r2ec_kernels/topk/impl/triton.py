@@ -11,10 +11,12 @@ query's list (``triton_candidates.capacity_of``), in parts of the batch where th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..._exact.excluded import TensorExclude
+from ..._exact.included import as_mask, gather, is_gathered, normalize_include
 from ..._exact.table import Table
 from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
@@ -41,7 +43,8 @@ def search(
     """The k best rows of ``table`` for each query, exactly.
 
     Args:
-        scanned: what the kernel multiplies for the rows of the table.
+        scanned: what the kernel multiplies for the rows of the table, those that it does not allow
+            among them.
         query: the prepared batch.
         name: of the scan, for the statistics.
         place: int64, the row of each id that may be excluded; None: ids are rows.
@@ -55,6 +58,8 @@ def search(
         scores = torch.full((batch, k), float("-inf"), device=table.rows.device)
         ids = torch.full((batch, k), -1, dtype=torch.int64, device=table.rows.device)
         return scores, ids, lambda: SearchStats("dense", batch, 0.0, 0, 0)
+    if table.allowed is not None:
+        scanned = _switched_off(scanned, table.allowed)
     every = count < _DENSE_SHARE * width
     group = group_size(count, width)
     capacity = count if every else triton_candidates.capacity_of(count, width, group, batch)
@@ -77,6 +82,14 @@ def search(
     return scores, ids, lambda: _stats(name, torch.cat(counts), width, group, capacity)
 
 
+def _switched_off(scanned: Scanned, allowed: torch.Tensor) -> Scanned:
+    """The scan in which the rows that are not allowed have no score."""
+    if scanned.sub is not None:
+        return replace(scanned, sub=torch.where(allowed, scanned.sub, float("inf")))
+    sub = torch.full(allowed.shape, float("inf"), dtype=torch.float32, device=allowed.device)
+    return replace(scanned, sub=sub.masked_fill_(allowed, 0.0))
+
+
 def _stats(name: str, counts: torch.Tensor, k: int, group: int, capacity: int) -> SearchStats:
     """What the lists of a batch say. counts: int32 [B, 2], single rows and whole groups."""
     single, whole = counts.long().unbind(1)
@@ -95,12 +108,20 @@ def item_topk(
     similarity: str,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     excluded = exclusions(exclude, queries.shape[0], items.shape[0], items.device)
-    scanned = scan_rows(items, similarity)
+    included = normalize_include(include, items.shape[0], items.device)
+    table, place = Table(items), None
+    if included is not None and is_gathered(table, included):
+        table, place = gather(table, included, None)
+    elif included is not None:
+        table = Table(items, allowed=as_mask(included, items.shape[0]))
+    scanned = scan_rows(table.rows, similarity)
+    table = replace(table, rows=scanned.codes)
     query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
-    scores, ids, _ = search(scanned, query, Table(scanned.codes), k, excluded, "triton")
+    scores, ids, _ = search(scanned, query, table, k, excluded, "triton", place)
     return scores, ids
 
 

@@ -22,12 +22,14 @@ from .triton_kernels import GROUPS, LOWEST, PACK_UNIT, GroupBest, Scanned, produ
 
 _PACK_UNIT = tl.constexpr(PACK_UNIT)
 GIVEN_UP = tl.constexpr(1 << 29)  # added to the count of a query that has no cut
+_LEAST = tl.constexpr(-(2.0 - 2.0**-23) * 2.0**127)  # of finite float32 numbers
 _BLOCK_GROUPS = 1024  # groups of a program of ``_reach``
 
 
 @triton.jit
 def unpack(packed, GROUP: tl.constexpr):
-    """Scores of packed values, rounded down to the bits that are left; -inf for no row."""
+    """Scores of packed values, rounded down to the bits that are left; -inf for no row, and NaN
+    for one that is switched off (its score is -inf, and NaN is below it)."""
     bits = packed & -GROUP
     score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
     return tl.where(packed == LOWEST, -float("inf"), score)
@@ -73,7 +75,10 @@ def _error(
 @triton.jit
 def _cut(kth, error, GROUP: tl.constexpr):
     """No row whose score is below it can be among the k best; -inf where nothing is known."""
-    cut = unpack(kth, GROUP) - 2.0 * error
+    score = unpack(kth, GROUP)
+    cut = score - 2.0 * error
+    # Fewer than k groups hold a row that counts: all of those reach it. The others have no score.
+    cut = tl.where((error < float("inf")) & ((score > -float("inf")) == 0), _LEAST, cut)
     return tl.where((cut == cut) & (cut < float("inf")), cut, -float("inf"))
 
 

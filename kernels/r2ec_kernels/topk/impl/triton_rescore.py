@@ -42,6 +42,7 @@ def _rescore_kernel(
     ids_ptr,
     exclude_ptr,
     exclude_start_ptr,
+    allowed_ptr,
     rows_ptr,
     groups_ptr,
     count_ptr,
@@ -61,6 +62,7 @@ def _rescore_kernel(
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """A part of a query's list, or (ALL) of all rows. keys: int64 [M, capacity], PADDING behind.
@@ -103,6 +105,7 @@ def _rescore_kernel(
                 ids_ptr,
                 exclude_ptr,
                 exclude_start_ptr,
+                allowed_ptr,
                 stride_x,
                 temperature,
                 ROWS,
@@ -111,6 +114,7 @@ def _rescore_kernel(
                 SIMILARITY,
                 HAS_IDS,
                 HAS_EXCLUDE,
+                HAS_ALLOWED,
                 BLOCK_E,
             )
             if not ALL:  # noqa: SIM102 - known when it is compiled
@@ -159,6 +163,7 @@ def _rows_of(query: DeviceQueries, table: Table, excluded: Exclusions | None) ->
         "ids_ptr": table.ids,
         "exclude_ptr": None if excluded is None else excluded.ids,
         "exclude_start_ptr": None if excluded is None else excluded.start,
+        "allowed_ptr": None if table.allowed is None else table.allowed.view(torch.int8),
         "num_items": rows.shape[0],
         "d": d,
         "stride_q": query.original.stride(0),
@@ -168,6 +173,7 @@ def _rows_of(query: DeviceQueries, table: Table, excluded: Exclusions | None) ->
         "SIMILARITY": query.similarity,
         "HAS_IDS": table.ids is not None,
         "HAS_EXCLUDE": excluded is not None,
+        "HAS_ALLOWED": table.allowed is not None,
         "BLOCK_E": _BLOCK_EXCLUDED,
         "num_warps": _warps(_tile(d)["WIDTH"]),
         "enable_fp_fusion": False,  # a squared difference is rounded before it is added
@@ -233,8 +239,9 @@ def aot_configs() -> list[dict[str, Any]]:
     kinds = {"keys_ptr": "*i64", "ids_ptr": "*i64", "temperature": "i64", "scores_ptr": "*fp32"}
     kinds |= dict.fromkeys(("exclude_ptr", "exclude_start_ptr"), "*i64")
     kinds |= dict.fromkeys(("rows_ptr", "groups_ptr", "count_ptr", "first_ptr"), "*i32")
-    kinds |= {"cut_ptr": "*fp32"}
+    kinds |= {"cut_ptr": "*fp32", "allowed_ptr": "*i8"}
     flags = {"HAS_IDS": True, "HAS_EXCLUDE": True, "BLOCK_E": _BLOCK_EXCLUDED}
+    flags |= {"HAS_ALLOWED": True}
 
     def case(kernel: Any, constants: dict[str, Any], warps: int, **given: str) -> dict[str, Any]:
         types = kinds | given

@@ -53,6 +53,7 @@ def search_all_kernel(
     ids_ptr,
     exclude_ptr,
     exclude_start_ptr,
+    allowed_ptr,
     first_ptr,
     count_ptr,
     cut_ptr,
@@ -72,6 +73,7 @@ def search_all_kernel(
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -108,6 +110,7 @@ def search_all_kernel(
                         ids_ptr,
                         exclude_ptr,
                         exclude_start_ptr,
+                        allowed_ptr,
                         stride_x,
                         temperature,
                         ROWS,
@@ -116,6 +119,7 @@ def search_all_kernel(
                         SIMILARITY,
                         HAS_IDS,
                         HAS_EXCLUDE,
+                        HAS_ALLOWED,
                         BLOCK_E,
                     )
                     num_better = tl.sum((b_keys > least).to(tl.int32), axis=0)
