@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, Query
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from r2ec_fast.serve.http import openai, problems
@@ -169,7 +169,7 @@ def _health(service: Service, metrics: Metrics, state: State) -> APIRouter:
         fine = service.worker.alive and not state.draining
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
