@@ -24,6 +24,11 @@ const setStatus = (text) => {
   byId("status").textContent = text;
 };
 
+function scroll(element, block) {
+  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ block, behavior: still ? "auto" : "smooth" });
+}
+
 function showError(error) {
   const box = byId("error");
   const parts = [error.message];
@@ -40,6 +45,7 @@ function showError(error) {
     }
   }
   box.replaceChildren(make("p", {}, ...parts));
+  scroll(box, "nearest");
 }
 
 function forgetErrors() {
@@ -55,6 +61,7 @@ class Reasoning {
     this.unsaid = "";
     this.box = byId("reasoning");
     this.box.replaceChildren();
+    this.box.classList.toggle("writing", shown);
     byId("reasoning-said").replaceChildren();
     byId("reasoning-part").hidden = !shown;
   }
@@ -76,10 +83,12 @@ class Reasoning {
   end(whole) {
     if (this.box.textContent !== whole) this.box.textContent = whole;
     if (this.unsaid) this.say(this.unsaid);
+    this.box.classList.remove("writing");
   }
 
-  writing(is) {
-    this.box.classList.toggle("writing", is);
+  stop() {
+    this.box.classList.remove("writing");
+    if (!this.box.textContent) byId("reasoning-part").hidden = true;
   }
 }
 
@@ -111,23 +120,35 @@ class Run {
       if (problem) showError(problem);
     } catch (error) {
       if (this.signal.aborted) return;
-      this.stopping.abort(); // of the comparison
-      setStatus("No recommendation.");
+      this.stop("No recommendation.");
       showError(error);
-    } finally {
-      this.reasoning.writing(false);
     }
+  }
+
+  stop(said) {
+    if (!this.answer) setStatus(said);
+    this.stopping.abort();
+    this.reasoning.stop();
+    this.show();
+  }
+
+  /** `promise`'s result, unless the run was stopped meanwhile. */
+  async wait(promise) {
+    const result = await promise;
+    this.signal.throwIfAborted();
+    return result;
   }
 
   async main() {
     if (!this.reasoned) {
-      this.answer = await postJson("v1/recommend", this.body, { signal: this.signal });
+      const asked = postJson("v1/recommend", this.body, { signal: this.signal });
+      this.answer = await this.wait(asked);
       this.show();
       return;
     }
-    this.reasoning.writing(true);
     const streamed = { ...this.body, stream: true };
     for await (const event of postEvents("v1/recommend", streamed, { signal: this.signal })) {
+      this.signal.throwIfAborted();
       if (event.name === "reasoning") this.reasoning.add(event.data.text);
       else if (event.name === "error") throw Problem.of(event.data);
       else if (event.name === "items") this.answer = event.data;
@@ -144,7 +165,7 @@ class Run {
     const k = Math.min(MOST, Math.max(DEPTH, body.k));
     try {
       const asked = { ...body, mode: "direct", k };
-      const answer = await postJson("v1/recommend", asked, { signal: this.signal });
+      const answer = await this.wait(postJson("v1/recommend", asked, { signal: this.signal }));
       this.direct = { ...answer, asked: body.k };
       this.show();
       return null;
@@ -160,6 +181,9 @@ class Run {
       const caption = this.reasoned ? "With reasoning" : "Direct, without reasoning";
       tables.push(itemTable(caption, this.answer, this.direct));
       answers.push([this.reasoned ? "Reasoned" : "Direct", this.answer]);
+    } else if (this.direct && !this.signal.aborted) {
+      const hint = make("p", { className: "muted" }, "Comes when the reasoning is written.");
+      tables.push(make("div", {}, make("h3", {}, "With reasoning"), hint));
     }
     if (this.direct) {
       tables.push(directTable(this.direct, this.answer));
@@ -193,8 +217,7 @@ function showChoices() {
 function bringIntoView() {
   const results = byId("results");
   if (results.getBoundingClientRect().top < window.innerHeight * 0.6) return;
-  const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-  results.scrollIntoView({ behavior: still ? "auto" : "smooth" });
+  scroll(results, "start");
 }
 
 function begin() {
@@ -204,9 +227,14 @@ function begin() {
 
   async function recommend(event) {
     event.preventDefault();
-    run?.stopping.abort();
+    if (!stop.hidden) run.stop("Stopped.");
     forgetErrors();
-    const own = new Run(bodyOf(history));
+    const body = bodyOf(history);
+    if (body.history?.length === 0) {
+      showError(new Problem("Choose at least one item.", { field: "history" }));
+      return;
+    }
+    const own = new Run(body);
     run = own;
     stop.hidden = false;
     bringIntoView();
@@ -219,15 +247,19 @@ function begin() {
     stop.hidden = true;
   }
 
+  function add(item) {
+    forgetErrors();
+    history.add(item);
+  }
+
   byId("request").addEventListener("submit", recommend);
   byId("request").addEventListener("change", showChoices);
   stop.addEventListener("click", () => {
-    run?.stopping.abort();
-    setStatus("Stopped.");
+    run.stop("Stopped.");
     hideStop();
   });
   showChoices();
-  catalogSearch((item) => history.add(item), showError);
+  catalogSearch(add, showError);
   getJson("v1/models").then(
     ({ data }) => {
       byId("model").textContent = data[0].id;

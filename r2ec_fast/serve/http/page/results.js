@@ -17,31 +17,54 @@ function probability(logProb) {
 const milliseconds = (ms) => (ms < 10 ? ms.toFixed(2) : ms.toFixed(ms < 100 ? 1 : 0));
 
 function headed(...titles) {
-  const cells = titles.map(([text, className = ""]) =>
-    make("th", { scope: "col", className }, text),
-  );
+  const cells = titles.map(([text, className = "", below = ""]) => {
+    const cell = make("th", { scope: "col", className }, text);
+    if (below) cell.append(second(below));
+    return cell;
+  });
   return make("thead", {}, make("tr", {}, ...cells));
 }
 
-function named(item) {
-  const cell = make("th", { scope: "row", className: "item" }, item.title);
-  if (String(item.item_id) !== item.title) {
-    cell.append(make("span", { className: "id" }, ` ${item.item_id}`));
-  }
-  return cell;
+/** A cell's second line. */
+const second = (...parts) => make("span", { className: "second" }, " ", ...parts);
+
+const RANK = ["Rank", "number"];
+const LIKELY = ["Probability", "number", "score"];
+
+/** The cells that every table of items has; `mark` stands on the item's second line. */
+function cells(item, mark = null) {
+  const name = make("th", { scope: "row", className: "item" }, item.title);
+  const id = String(item.item_id) === item.title ? "" : String(item.item_id);
+  if (id || mark) name.append(second(id, mark && id ? " · " : "", mark ?? ""));
+  return [
+    make("td", { className: "number rank" }, String(item.rank)),
+    name,
+    make(
+      "td",
+      { className: "number" },
+      probability(item.log_prob),
+      second(item.score.toFixed(3)),
+    ),
+  ];
 }
+
+/** What only those who see are shown. */
+const sign = (text) => make("span", { "aria-hidden": "true" }, text);
 
 /** How far an item moved against direct mode: a sign, a number, and words for screen readers. */
 function change(rank, before, depth) {
+  const cell = make("td", { className: "number" });
+  const marked = (className, ...parts) => cell.append(make("span", { className }, ...parts));
   if (before === undefined) {
-    return make("span", { className: "up" }, "new", unseen(`: not among direct's first ${depth}`));
+    marked("up", "new", unseen(`: not among direct's first ${depth}`));
+  } else if (before === rank) {
+    marked("muted", sign("="), unseen("same rank"));
+  } else {
+    if (before > rank) marked("up", sign("▲ "), unseen("up "), String(before - rank));
+    else marked("down", sign("▼ "), unseen("down "), String(rank - before));
+    cell.append(second(`from ${before}`));
   }
-  const words = unseen(`, ${before} in direct mode`);
-  if (before === rank) return make("span", { className: "muted" }, "=", unseen(" same rank"));
-  if (before > rank) {
-    return make("span", { className: "up" }, `▲ ${before - rank}`, unseen(" up"), words);
-  }
-  return make("span", { className: "down" }, `▼ ${rank - before}`, unseen(" down"), words);
+  return cell;
 }
 
 function table(caption, head, rows) {
@@ -52,21 +75,11 @@ function table(caption, head, rows) {
 /** The items of an answer; with `direct`, an answer of direct mode, how their ranks changed. */
 export function itemTable(caption, answer, direct = null) {
   const before = new Map((direct?.items ?? []).map((item) => [item.item_id, item.rank]));
-  const titles = [["Rank", "number"], ["Item"], ["Probability", "number"], ["Score", "number"]];
-  if (direct) titles.push(["Change", "change"]);
+  const titles = [RANK, ["Item"], LIKELY];
+  if (direct) titles.push(["Change", "number"]);
   const rows = answer.items.map((item) => {
-    const row = make(
-      "tr",
-      {},
-      make("td", { className: "number rank" }, String(item.rank)),
-      named(item),
-      make("td", { className: "number" }, probability(item.log_prob)),
-      make("td", { className: "number score" }, item.score.toFixed(3)),
-    );
-    if (direct) {
-      const moved = change(item.rank, before.get(item.item_id), direct.items.length);
-      row.append(make("td", { className: "change" }, moved));
-    }
+    const row = make("tr", {}, ...cells(item));
+    if (direct) row.append(change(item.rank, before.get(item.item_id), direct.items.length));
     return row;
   });
   return table(caption, headed(...titles), rows);
@@ -75,19 +88,13 @@ export function itemTable(caption, answer, direct = null) {
 /** The first items of direct mode, with those marked that the reasoned answer does not have. */
 export function directTable(direct, answer) {
   const kept = new Set(answer?.items.map((item) => item.item_id));
-  const shown = direct.items.slice(0, answer?.items.length ?? direct.asked);
-  const rows = shown.map((item) => {
-    const cell = named(item);
-    if (answer && !kept.has(item.item_id)) {
-      const words = unseen(": not in the reasoned answer");
-      cell.append(" ", make("span", { className: "down left" }, "left", words));
-    }
-    const number = (text) => make("td", { className: "number" }, text);
-    const rank = make("td", { className: "number rank" }, String(item.rank));
-    return make("tr", {}, rank, cell, number(probability(item.log_prob)));
+  const rows = direct.items.slice(0, direct.asked).map((item) => {
+    const gone = answer && !kept.has(item.item_id);
+    const words = unseen(": not in the reasoned answer");
+    const mark = gone ? make("span", { className: "down" }, "dropped", words) : null;
+    return make("tr", {}, ...cells(item, mark));
   });
-  const head = headed(["Rank", "number"], ["Item"], ["Probability", "number"]);
-  return table("Direct, without reasoning", head, rows);
+  return table("Direct, without reasoning", headed(RANK, ["Item"], LIKELY), rows);
 }
 
 const ENDS = { direct: "none", answer: "by itself", eos: "end of text", length: "at the limit" };
