@@ -4,7 +4,7 @@ import { byId } from "./dom.js";
 
 const KEY = "r2ec-fast-key";
 
-/** An error of the server, or of the way to it; `field` is the part of the request that is wrong. */
+/** An error of the server or of the way to it; `field` is the part of the request that is wrong. */
 export class Problem extends Error {
   constructor(detail, { status = 0, field = null } = {}) {
     super(detail);
