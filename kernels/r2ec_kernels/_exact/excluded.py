@@ -83,6 +83,17 @@ def check_exclude(exclude: TensorExclude, batch: int) -> None:
         )
 
 
+def exclude_part(exclude: TensorExclude, first: int, count: int) -> TensorExclude:
+    """The same of the items ``first`` .. first + count - 1, by their places among these; -1 for
+    others."""
+    values, offsets = split_exclude(exclude)
+    if values is None:
+        return None
+    local = values - first
+    local = local.masked_fill((local < 0) | (local >= count), -1)
+    return local if offsets is None else (local, offsets)
+
+
 def normalize_exclude(
     exclude: TensorExclude, batch: int, num_items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

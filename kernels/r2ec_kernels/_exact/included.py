@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .._checks import MAX_ITEMS, Ids, as_ids, is_array
+from .._checks import MAX_ITEMS, Ids, as_ids, check_dense, is_array
 from .._dispatch import checks_enabled
 from .excluded import ExcludedPairs
 from .table import Table
@@ -30,13 +30,16 @@ def as_include(include: Any) -> torch.Tensor | None:
         return None
     if isinstance(include, (set, frozenset)):
         include = list(include)
-    if is_array(include) and include.dtype in (torch.bool, np.dtype(bool)):
-        mask = include if isinstance(include, torch.Tensor) else torch.from_numpy(include.copy())
-        if mask.dim() != 1:
+    if is_array(include) and not isinstance(include, torch.Tensor):
+        array = np.array(include)
+        include = torch.from_numpy(array) if array.dtype == bool else array
+    if isinstance(include, torch.Tensor) and include.dtype == torch.bool:
+        check_dense("include", include)
+        if include.dim() != 1:
             raise ValueError(
-                f"include: expected ids [S] or a mask [N], got shape {list(mask.shape)}"
+                f"include: expected ids [S] or a mask [N], got shape {list(include.shape)}"
             )
-        return mask
+        return include
     return as_ids("include", include)
 
 

@@ -79,16 +79,9 @@ def target_stats(
     values, offsets = split_exclude(given)
     included = as_include(include)
     check_include(included, items.shape[0])
+    scoring, lists = (similarity, float(temperature)), (values, offsets, included)
     rank, log_prob = torch.ops.r2ec_kernels.target_stats(
-        queries.detach(),
-        items.detach(),
-        wanted,
-        similarity,
-        float(temperature),
-        values,
-        offsets,
-        included,
-        impl,
+        queries.detach(), items.detach(), wanted, *scoring, *lists, impl
     )
     return TargetStats(rank, log_prob)
 

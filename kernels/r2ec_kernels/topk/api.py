@@ -6,7 +6,14 @@ import torch
 
 from .. import _dispatch
 from .._checks import MAX_ITEMS, as_int, check_scoring, check_vectors
-from .._exact.excluded import Exclude, TensorExclude, as_exclude, check_exclude, split_exclude
+from .._exact.excluded import (
+    Exclude,
+    TensorExclude,
+    as_exclude,
+    check_exclude,
+    exclude_part,
+    split_exclude,
+)
 from .._exact.included import Include, as_include, check_include, include_part
 from .._exact.scores import PADDING_KEY, from_order_keys, order_keys
 from .impl import reference
@@ -125,18 +132,13 @@ def sharded_topk(
         raise ValueError(f"first_id: expected 0..{MAX_ITEMS - 1}, got {first_id!r}")
     given = as_exclude(exclude, queries.shape[0])
     check_exclude(given, queries.shape[0])
-    values, offsets = split_exclude(given)
-    if values is not None:
-        local = values - first_id
-        local = local.masked_fill((local < 0) | (local >= local_items.shape[0]), -1)
-        given = local if offsets is None else (local, offsets)
     scores, ids = item_topk(
         queries,
         local_items,
         k,
         similarity=similarity,
         temperature=temperature,
-        exclude=given,
+        exclude=exclude_part(given, first_id, local_items.shape[0]),
         include=include_part(include, first_id, local_items.shape[0]),
     )
     keys = order_keys(scores, ids + first_id).masked_fill(ids < 0, PADDING_KEY)
