@@ -1,7 +1,7 @@
 """item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
     prepare      queries in the scan's type, and their bounds          (``_scan.triton_queries``)
-    group_best   the two best scores of every group of rows            (``triton_kernels``)
+    group_best   the two best scores of every group of rows            (``triton_scan``)
     reach        which rows may be among the k best                    (``triton_candidates``)
     rescore      their canonical scores; all rows where that is needed (``triton_rescore``)
 
@@ -20,7 +20,8 @@ from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
 from . import triton_candidates, triton_rescore
 from .common import SearchStats
-from .triton_kernels import Scanned, group_best, group_size, operand_type, scan_rows
+from .triton_groups import Scanned, group_size, operand_type, scan_rows
+from .triton_scan import group_best
 
 __all__ = ["aot_configs", "item_topk", "search"]
 

@@ -22,7 +22,7 @@ from ..._exact.triton_scores import PADDING, float64_of, halving_places, scores_
 from ..._scan.triton_exclusions import Exclusions
 from ..._scan.triton_queries import DeviceQueries
 from .triton_candidates import GIVEN_UP, Lists
-from .triton_kernels import GROUPS, GroupBest
+from .triton_groups import GROUPS, GroupBest, row_of
 from .triton_rows import row_keys
 from .triton_search_all import search_all_kernel
 
@@ -55,6 +55,7 @@ def _rescore_kernel(
     temperature,
     ALL: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -91,7 +92,7 @@ def _rescore_kernel(
                 m_w = (o_c >= num_single) & (o_c < total)
                 b_group = tl.load(groups_ptr + i_m * capacity + o_w // GROUP, mask=m_w, other=0)
                 b_row = tl.load(rows_ptr + i_m * capacity + o_c, mask=o_c < num_single, other=0)
-                b_row = tl.where(m_w, b_group * GROUP + o_w % GROUP, b_row)
+                b_row = tl.where(m_w, row_of(b_group, o_w % GROUP, GROUP, SPAN), b_row)
             b_keys, infinite = row_keys(
                 i_m,
                 b_row,
@@ -188,7 +189,8 @@ def listed_keys(
     given = _rows_of(query, table, excluded)
     keys = torch.empty(batch, capacity, dtype=torch.int64, device=table.rows.device)
     parts = min(triton.cdiv(capacity, given["ROWS"]), max(1, _PROGRAMS // batch))
-    shared: dict[str, Any] = {"capacity": capacity, "GROUP": group, "keys_ptr": keys}
+    shared: dict[str, Any] = {"capacity": capacity, "keys_ptr": keys}
+    shared |= {"GROUP": group, "SPAN": found.span}
     shared |= {"count_ptr": lists.count, "cut_ptr": lists.cut}
     _rescore_kernel[(batch, parts)](
         rows_ptr=lists.rows, groups_ptr=lists.groups, ALL=False, **shared, **given
@@ -212,7 +214,7 @@ def every_key(query: DeviceQueries, table: Table, excluded: Exclusions | None) -
     parts = min(triton.cdiv(count, given["ROWS"]), max(1, _PROGRAMS // batch))
     nothing = dict.fromkeys(("rows_ptr", "groups_ptr", "count_ptr", "cut_ptr"))
     _rescore_kernel[(batch, parts)](
-        keys_ptr=keys, capacity=count, GROUP=GROUPS[0], ALL=True, **nothing, **given
+        keys_ptr=keys, capacity=count, GROUP=GROUPS[0], SPAN=GROUPS[0], ALL=True, **nothing, **given
     )
     return keys
 
@@ -260,7 +262,8 @@ def aot_configs() -> list[dict[str, Any]]:
         for every in (False, True, None):
             kernel = search_all_kernel if every is None else _rescore_kernel
             tile = _tile(d) if every is not None else _tile(d, _TILE // 4)
-            constants = tile | {"SIMILARITY": similarity, "GROUP": GROUPS[0], **flags}
+            constants = tile | {"SIMILARITY": similarity, **flags}
+            constants |= {"GROUP": GROUPS[0], "SPAN": 128}
             constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}
             given = {"q_ptr": f"*{kind}", "x_ptr": f"*{kind}"}
             found.append(case(kernel, constants, _warps(tile["WIDTH"]), **given))
