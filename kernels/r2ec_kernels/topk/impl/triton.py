@@ -108,11 +108,12 @@ def item_topk(
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     from ..._scan import triton_exclusions, triton_queries
-    from . import triton_shipped
+    from . import triton_factors, triton_shipped
 
     return [
         *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
+        *triton_factors.aot_configs(),
         *triton_shipped.aot_configs(),
         *triton_candidates.aot_configs(),
         *triton_rescore.aot_configs(),

@@ -36,8 +36,9 @@ def row_of(group, place, GROUP: tl.constexpr, SPAN: tl.constexpr):
     """The row at a place of a group; it may lie behind the last one."""
     SHARE: tl.constexpr = SPAN // GROUP
     WIDTH: tl.constexpr = 8 // SHARE
-    inside = place // WIDTH * 8 + group % SHARE * WIDTH + place % WIDTH
-    return group // SHARE * SPAN + inside
+    # group // SHARE * SPAN + group % SHARE * WIDTH + place // WIDTH * 8 + place % WIDTH
+    begin = (group & -SHARE) * GROUP + (group & (SHARE - 1)) * WIDTH
+    return begin + (place & -WIDTH) * SHARE + (place & (WIDTH - 1))
 
 
 def num_groups(num_rows: int, group: int, span: int) -> int:

@@ -45,7 +45,10 @@ def group_max_kernel(
     HAS_SUB: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
 ):
-    """A tile of products z [M, rows of the buffer], whose first row begins tile first_row_tile."""
+    """A tile of products z [M, whole tiles of rows], whose first row begins tile first_row_tile.
+
+    Behind the last row z may hold anything.
+    """
     query_tiles = tl.cdiv(num_queries, BLOCK_M)
     i_m = tl.program_id(0) % query_tiles
     i_z = tl.program_id(0) // query_tiles
@@ -54,7 +57,7 @@ def group_max_kernel(
     o_z = i_z * BLOCK_N + tl.arange(0, BLOCK_N)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     p_z = z_ptr + o_m.to(tl.int64)[:, None] * stride_z + o_z[None, :]
-    b_s = tl.load(p_z, mask=(o_m < num_queries)[:, None] & (o_n < num_items)[None, :], other=0)
+    b_s = tl.load(p_z, mask=(o_m < num_queries)[:, None], other=0)
     if HAS_MUL:
         b_s = b_s * tl.load(mul_ptr + o_n)[None, :]
     if HAS_SUB:
@@ -96,9 +99,11 @@ def run_product(
     buffer = torch.empty(batch * held * config.block_n, dtype=torch.float32, device=codes.device)
     for tile in range(0, row_tiles, held):
         part = codes[tile * config.block_n : (tile + held) * config.block_n, :d]
-        z = buffer[: batch * part.shape[0]].view(batch, part.shape[0])
-        _multiply(operand, part, z)
-        tiles = triton.cdiv(part.shape[0], config.block_n) * triton.cdiv(batch, config.block_m)
+        rows = part.shape[0]
+        width = triton.cdiv(rows, config.block_n) * config.block_n
+        z = buffer[: batch * width].view(batch, width)
+        _multiply(operand, part, z[:, :rows])
+        tiles = width // config.block_n * triton.cdiv(batch, config.block_m)
         group_max_kernel[(tiles,)](
             z_ptr=z,
             mul_ptr=factors.mul,
@@ -110,7 +115,7 @@ def run_product(
             first_row_tile=tile,
             num_items=count,
             num_queries=batch,
-            stride_z=z.stride(0),
+            stride_z=width,
             keep=-group,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -201,7 +201,7 @@ def listed_keys(
         k=k,
         BLOCK_C=_BLOCK_KEYS,
         **shared,
-        **(given | _tile(query.original.shape[1], _TILE // 4)),  # it has more to remember
+        **(given | _tile(query.original.shape[1], _TILE // 8)),  # it has more to remember
     )
     return keys
 
@@ -261,7 +261,7 @@ def aot_configs() -> list[dict[str, Any]]:
     ):
         for every in (False, True, None):
             kernel = search_all_kernel if every is None else _rescore_kernel
-            tile = _tile(d) if every is not None else _tile(d, _TILE // 4)
+            tile = _tile(d) if every is not None else _tile(d, _TILE // 8)
             constants = tile | {"SIMILARITY": similarity, **flags}
             constants |= {"GROUP": GROUPS[0], "SPAN": 128}
             constants |= {"BLOCK_C": _BLOCK_KEYS} if every is None else {"ALL": every}

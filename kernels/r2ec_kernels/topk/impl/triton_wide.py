@@ -32,6 +32,10 @@ from .launch import Launch, multiprocessors
 from .triton_factors import Factors
 from .triton_groups import LOWEST
 
+# Columns of a step where rows are not aligned: a load an element, and registers for all of them.
+UNALIGNED_STEP = {1: 32, 2: 32, 4: 16}
+MOST_REGISTERS = 128  # of 256 threads, where two programs share 65,536
+
 
 @triton.jit
 def _ordered(packed, low, GROUP: tl.constexpr):
@@ -214,19 +218,20 @@ def run_wide(
     """Fill first and second [B, groups] for ``operand`` [B, d]; spans are the tiles' width."""
     (count, _), (batch, d) = codes.shape, operand.shape
     interpreted = triton.knobs.runtime.interpret
+    strides = codes.stride(0), operand.stride(0)
     tma = _takes_tma(codes) and _takes_tma(operand)
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    if not tma and any(size % 16 for size in (d, *strides)):
+        block_k = min(block_k, UNALIGNED_STEP[codes.element_size()])
     x: Any = codes
     q: Any = operand
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        x = TensorDescriptor(
-            codes, [count, d], [codes.stride(0), 1], [config.block_n, config.block_k]
-        )
-        q = TensorDescriptor(
-            operand, [batch, d], [operand.stride(0), 1], [config.block_m, config.block_k]
-        )
-    tiles = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
+        x = TensorDescriptor(codes, [count, d], [strides[0], 1], [block_n, block_k])
+        q = TensorDescriptor(operand, [batch, d], [strides[1], 1], [block_m, block_k])
+    options = _most_registers(codes) if tma else {}
+    tiles = triton.cdiv(count, block_n) * triton.cdiv(batch, block_m)
     programs = min(tiles, 2 * multiprocessors(codes.device))
     wide_kernel[(programs,)](
         x=x,
@@ -240,16 +245,16 @@ def run_wide(
         num_items=count,
         num_queries=batch,
         d=d,
-        stride_x=codes.stride(0),
-        stride_q=operand.stride(0),
+        stride_x=strides[0],
+        stride_q=strides[1],
         keep=-group,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        LEVELS=levels(config.block_n),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        LEVELS=levels(block_n),
         GROUP=group,
         TMA=tma,
-        EVEN_K=d % config.block_k == 0,
+        EVEN_K=d % block_k == 0,
         HAS_MUL=factors.mul is not None,
         HAS_SUB=factors.sub is not None,
         HAS_PAIRS=pairs is not None,
@@ -257,12 +262,21 @@ def run_wide(
         WIDEN=interpreted,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **options,
     )
 
 
 def levels(block_n: int) -> int:
     """Halvings from a tile's columns of eight to one."""
     return (block_n // 8).bit_length() - 1
+
+
+def _most_registers(codes: torch.Tensor) -> dict[str, int]:
+    """The compiler's option that leaves room for two programs on a multiprocessor of sm_90."""
+    if codes.device.type == "cpu" or codes.element_size() == 4:
+        return {}
+    sm_90 = torch.cuda.get_device_capability(codes.device)[0] == 9
+    return {"maxnreg": MOST_REGISTERS} if sm_90 else {}
 
 
 def _takes_tma(rows: torch.Tensor) -> bool:
