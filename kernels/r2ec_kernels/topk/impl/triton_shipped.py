@@ -23,6 +23,13 @@ _LOOP_BUDGET |= {(4, 16): 323, (4, 64): 545}
 _EPILOGUE_BUDGET = {(16, 32): (830, 52, 50), (16, 128): (735, 29, 31)}
 _EPILOGUE_BUDGET |= {(32, 32): (860, 104, 92), (32, 128): (670, 54, 50)}
 _EPILOGUE_BUDGET |= {(64, 32): (1700, 208, 175), (64, 128): (1290, 108, 92)}
+# The same where the kernel takes the norms.
+_NORM_LOOP_BUDGET = {(2, 16): 355, (2, 32): 355, (2, 64): 365, (2, 128): 217}
+_NORM_LOOP_BUDGET |= {(4, 16): 420, (4, 32): 490, (4, 128): 478}
+_NORM_EPILOGUE_BUDGET = {(16, 32): (1240, 82, 54), (16, 128): (1165, 60, 36)}
+_NORM_EPILOGUE_BUDGET |= {(32, 32): (1365, 132, 94), (32, 128): (1180, 84, 54)}
+_NORM_EPILOGUE_BUDGET |= {(64, 32): (2090, 232, 174), (64, 128): (1715, 136, 94)}
+_NORM_EPILOGUE_BUDGET |= {(128, 32): (1820, 222, 173), (128, 128): (1800, 238, 173)}
 # Of the scan for many queries: the loop by bytes of a number; the epilogue, all that a tile may need
 # and what it needs without factors and exclusions; shuffles and shared memory, by GROUP, are those
 # of the results, a few a tile, not of the reductions.
@@ -48,8 +55,7 @@ def aot_configs() -> list[dict[str, Any]]:
                     continue
                 case = _case(config, group, dtype, flags)
                 case |= {"backend": backend, "work": _work(config, group, batch, size)}
-                if not flags["TAKE_NORM"]:
-                    case["budget"] = _budget(config, group, size)
+                case["budget"] = _budget(config, group, size, flags["TAKE_NORM"])
                 found.append(case)
     return [*found, *_wide_configs(), *_product_configs()]
 
@@ -109,13 +115,14 @@ def _work(config: Launch, group: int, batch: int, itemsize: int) -> dict[str, An
     }
 
 
-def _budget(config: Launch, group: int, itemsize: int) -> dict[str, Any]:
-    """What the code of a configuration must hold; nothing for one that has no numbers yet."""
-    if (itemsize, config.block_m) not in _LOOP_BUDGET:
-        return {}
-    epilogue, shuffles, shared = _EPILOGUE_BUDGET[config.block_m, group]
+def _budget(config: Launch, group: int, itemsize: int, takes_norms: bool) -> dict[str, Any]:
+    """What the code of a configuration must hold."""
+    loops, epilogues = _LOOP_BUDGET, _EPILOGUE_BUDGET
+    if takes_norms:
+        loops, epilogues = _NORM_LOOP_BUDGET, _NORM_EPILOGUE_BUDGET
+    epilogue, shuffles, shared = epilogues[config.block_m, group]
     return {
-        "loop": _LOOP_BUDGET[itemsize, config.block_m],
+        "loop": loops[itemsize, config.block_m],
         "epilogue_per_1024_scores": epilogue * 1024 / (config.block_m * config.block_n),
         "epilogue_shuffles": shuffles,
         "epilogue_shared": shared,
