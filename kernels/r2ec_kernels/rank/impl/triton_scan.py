@@ -51,8 +51,8 @@ class Tile:
     num_stages: int
 
 
-# By bytes of a number: for up to 16 queries, and for more. Larger tiles do not fit the registers of
-# every target: the table is read from cache again for every 32 (float32: 16) queries.
+# By bytes of a number: for up to 16 queries, and for more. Larger tiles do not fit the registers:
+# the table is read from cache again for every 32 (float32: 16) queries.
 # A tile of 64 items has four warps: a second group of four would multiply the same again.
 TILES = {
     2: (Tile(16, 64, 64, 4, 2), Tile(32, 128, 64, 8, 2)),

@@ -1,4 +1,4 @@
-"""Groups of rows, and what a scan keeps of each: its two best scores, as the scan's kernels leave them.
+"""Groups of rows, and what a scan keeps of each: its two best scores and where the best is.
 
 A score is packed with its row's place in the group into an int32: bits in the order of the floats,
 of which the lowest log2(GROUP) give way to the place. ``unpack`` is the score rounded down.

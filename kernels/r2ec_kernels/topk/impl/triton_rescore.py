@@ -33,8 +33,8 @@ _PROGRAMS = 1 if triton.knobs.runtime.interpret else 1056
 _BLOCK_EXCLUDED = 64
 _BLOCK_KEYS = 1024
 _BLOCK_RESULTS = 256
-# Of ``aot --budget``, on sm_90: all instructions, by kernel, type, columns, and whether all rows are
-# scored. What the code holds, 3 to 5% above.
+# Of ``aot --budget``, on sm_90: all instructions, by kernel, type, columns, and whether all rows
+# are scored. What the code holds, 3 to 5% above.
 _BUDGET = {
     ("topk.rescore", "bf16", 128, False): 8900,
     ("topk.rescore", "bf16", 128, True): 6600,

@@ -30,9 +30,9 @@ _NORM_EPILOGUE_BUDGET = {(16, 32): (1240, 82, 54), (16, 128): (1165, 60, 36)}
 _NORM_EPILOGUE_BUDGET |= {(32, 32): (1365, 132, 94), (32, 128): (1180, 84, 54)}
 _NORM_EPILOGUE_BUDGET |= {(64, 32): (2090, 232, 174), (64, 128): (1715, 136, 94)}
 _NORM_EPILOGUE_BUDGET |= {(128, 32): (1820, 222, 173), (128, 128): (1800, 238, 173)}
-# Of the scan for many queries: the loop by bytes of a number; the epilogue, all that a tile may need
-# and what it needs without factors and exclusions; shuffles and shared memory, by GROUP, are those
-# of the results, a few a tile, not of the reductions.
+# Of the scan for many queries: the loop by bytes of a number; the epilogue of 1,024 scores, with
+# factors and exclusions and without them; shuffles and accesses to shared memory by GROUP: those of
+# the results, a few a tile.
 _WIDE_LOOP = {1: 184, 2: 92, 4: 445}
 _WIDE_EPILOGUE, _PLAIN_EPILOGUE = 60, 40
 _WIDE_MOVES = {32: (4, 0), 128: (8, 4)}
@@ -69,9 +69,7 @@ def _flags(dtype: torch.dtype) -> list[dict[str, Any]]:
     return [rows | {"TAKE_NORM": taken, "HAS_PAIRS": True} for taken in (False, True)]
 
 
-def _case(
-    config: Launch, group: int, dtype: torch.dtype, flags: dict[str, Any]
-) -> dict[str, Any]:
+def _case(config: Launch, group: int, dtype: torch.dtype, flags: dict[str, Any]) -> dict[str, Any]:
     rows, queries = _TYPES[dtype]
     types = {"x_ptr": f"*{rows}", "q_ptr": f"*{queries}"}
     types |= {"first_ptr": "*i32", "second_ptr": "*i32"}

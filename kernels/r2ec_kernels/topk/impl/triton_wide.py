@@ -18,7 +18,7 @@ accelerator (TMA) where the card has it and rows lie 16-byte aligned, else by po
 Reads N d + M d elements from memory (the items again from cache for every tile of queries) and up
 to 8 bytes a row for mul and sub; writes 8 M N / GROUP bytes. FLOPs: 2 M N d.
 Numerics: accumulated in float32 (float32 operands as three bfloat16 products); ``product_unit``
-bounds the error. The place in a float's lowest bits may make a subnormal of 0: nothing flushes them.
+bounds the error. With a place in its lowest bits 0 is a subnormal number, which nothing flushes.
 """
 
 from typing import Any
