@@ -185,12 +185,13 @@ def _wide_case(
     case |= {"backend": backend, "targets": targets, "uses_tensor_cores": True}
     case |= {"aligned": ("keep", *(("stride_x", "stride_q", "d") if aligned else ()))}
     case["work"] = _work(config, group, 1024, dtype.itemsize)
-    if tma and dtype != torch.float32:
-        case["most_registers"] = {"sm_90": MOST_REGISTERS}
     if tma:
+        limits = MOST_REGISTERS.items()
+        size = dtype.itemsize
+        case["most_registers"] = {name: most[size] for name, most in limits if size in most}
         shuffles, shared = _WIDE_MOVES[group]
         case["budget"] = {
-            "registers": 192 if dtype == torch.float32 else MOST_REGISTERS,
+            "registers": MOST_REGISTERS["sm_90"].get(size, 192),
             "loop": _WIDE_LOOP[dtype.itemsize],
             "epilogue_per_1024_scores": _WIDE_EPILOGUE if any(flags.values()) else _PLAIN_EPILOGUE,
             "epilogue_shuffles": shuffles,

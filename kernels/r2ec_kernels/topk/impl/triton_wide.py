@@ -34,7 +34,9 @@ from .triton_groups import LOWEST
 
 # Columns of a step where rows are not aligned: a load an element, and registers for all of them.
 UNALIGNED_STEP = {1: 32, 2: 32, 4: 16}
-MOST_REGISTERS = 128  # of 256 threads, where two programs share 65,536
+# Of a thread, by target and bytes of a number, for tiles by TMA: on sm_90 two programs share a
+# multiprocessor; on sm_100 the compiler would take fewer than it needs.
+MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 160}}
 
 
 @triton.jit
@@ -272,11 +274,12 @@ def levels(block_n: int) -> int:
 
 
 def _most_registers(codes: torch.Tensor) -> dict[str, int]:
-    """The compiler's option that leaves room for two programs on a multiprocessor of sm_90."""
-    if codes.device.type == "cpu" or codes.element_size() == 4:
+    """The compiler's option for ``MOST_REGISTERS``."""
+    if codes.device.type == "cpu":
         return {}
-    sm_90 = torch.cuda.get_device_capability(codes.device)[0] == 9
-    return {"maxnreg": MOST_REGISTERS} if sm_90 else {}
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability(codes.device))
+    limit = MOST_REGISTERS.get(target, {}).get(codes.element_size())
+    return {} if limit is None else {"maxnreg": limit}
 
 
 def _takes_tma(rows: torch.Tensor) -> bool:
