@@ -1,7 +1,7 @@
 """item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
     prepare      queries in the scan's type, and their bounds          (``_scan.triton_queries``)
-    group_best   the two best scores of every group of rows            (``triton_kernels``)
+    group_best   the two best scores of every group of rows            (``triton_scan``)
     reach        which rows may be among the k best                    (``triton_candidates``)
     rescore      their canonical scores; all rows where that is needed (``triton_rescore``)
 
@@ -22,7 +22,8 @@ from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
 from . import triton_candidates, triton_rescore
 from .common import SearchStats
-from .triton_kernels import Scanned, group_best, group_size, operand_type, scan_rows
+from .triton_groups import Scanned, group_size, operand_type, scan_rows
+from .triton_scan import group_best
 
 __all__ = ["aot_configs", "item_topk", "search"]
 
@@ -85,9 +86,10 @@ def search(
 def _switched_off(scanned: Scanned, allowed: torch.Tensor) -> Scanned:
     """The scan in which the rows that are not allowed have no score."""
     if scanned.sub is not None:
-        return replace(scanned, sub=torch.where(allowed, scanned.sub, float("inf")))
+        off = torch.where(allowed, scanned.sub, float("inf"))
+        return replace(scanned, sub=off, some_off=True)
     sub = torch.full(allowed.shape, float("inf"), dtype=torch.float32, device=allowed.device)
-    return replace(scanned, sub=sub.masked_fill_(allowed, 0.0))
+    return replace(scanned, sub=sub.masked_fill_(allowed, 0.0), some_off=True)
 
 
 def _stats(name: str, counts: torch.Tensor, k: int, group: int, capacity: int) -> SearchStats:
@@ -128,11 +130,12 @@ def item_topk(
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     from ..._scan import triton_exclusions, triton_queries
-    from . import triton_shipped
+    from . import triton_factors, triton_shipped
 
     return [
         *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
+        *triton_factors.aot_configs(),
         *triton_shipped.aot_configs(),
         *triton_candidates.aot_configs(),
         *triton_rescore.aot_configs(),

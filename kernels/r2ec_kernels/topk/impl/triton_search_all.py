@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._exact.triton_scores import PADDING, float64_of, halving_places
-from .triton_candidates import unpack
+from .triton_groups import row_of, unpack
 from .triton_rows import row_keys
 
 
@@ -67,6 +67,7 @@ def search_all_kernel(
     k,
     temperature,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -98,7 +99,7 @@ def search_all_kernel(
             best = unpack(tl.load(first_ptr + i_m * num_groups + i_g), GROUP)
             if (cut == -float("inf")) | (best >= cut):
                 for start in range(0, GROUP, ROWS):
-                    b_row = i_g * GROUP + start + tl.arange(0, ROWS)
+                    b_row = row_of(i_g, start + tl.arange(0, ROWS), GROUP, SPAN)
                     b_keys, _ = row_keys(
                         i_m,
                         b_row,
