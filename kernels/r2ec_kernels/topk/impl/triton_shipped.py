@@ -35,6 +35,7 @@ _NORM_EPILOGUE_BUDGET |= {(128, 32): (1820, 222, 173), (128, 128): (1800, 238, 1
 # the results, a few a tile.
 _WIDE_LOOP = {1: 184, 2: 92, 4: 445}
 _WIDE_EPILOGUE, _PLAIN_EPILOGUE = 60, 40
+_OFF_EPILOGUE = 70  # some rows are switched off
 _WIDE_MOVES = {32: (4, 0), 128: (8, 4)}
 _TYPES = {
     torch.int8: ("i8", "bf16"),
@@ -195,13 +196,19 @@ def _wide_case(
         case["budget"] = {
             "registers": MOST_REGISTERS["sm_90"].get(size, 192),
             "loop": _WIDE_LOOP[dtype.itemsize],
-            "epilogue_per_1024_scores": _WIDE_EPILOGUE if any(flags.values()) else _PLAIN_EPILOGUE,
+            "epilogue_per_1024_scores": _epilogue(flags),
             "epilogue_shuffles": shuffles,
             "epilogue_shared": shared,
             "wgmma": True,
             "tma": True,
         }
     return case
+
+
+def _epilogue(flags: dict[str, bool]) -> int:
+    if flags.get("HAS_OFF"):
+        return _OFF_EPILOGUE
+    return _WIDE_EPILOGUE if any(flags.values()) else _PLAIN_EPILOGUE
 
 
 def _product_configs() -> list[dict[str, Any]]:
