@@ -255,8 +255,8 @@ class _ScanAlone:
 
     def prepare(self) -> None:
         from r2ec_kernels._scan.triton_queries import prepare_on_device
-        from r2ec_kernels.topk.impl import triton_groups as kernels
-        from r2ec_kernels.topk.impl.triton_scan import group_best
+        from r2ec_kernels.topk.impl.triton import groups as kernels
+        from r2ec_kernels.topk.impl.triton.scan import group_best
 
         self.group = kernels.group_size(len(self.items), K)
         scanned = kernels.scan_rows(self.items, "dot")

@@ -11,7 +11,7 @@ from .._scan.triton_queries import prepare_on_device
 from ..rank.impl.triton import Norms, table_stats
 from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
-from ..topk.impl.triton_groups import Scanned, operand_type, scan_rows
+from ..topk.impl.triton.groups import Scanned, operand_type, scan_rows
 from .quantize import DIM_MULTIPLE
 from .selection import view
 from .storage import Storage

@@ -25,10 +25,10 @@ def on_the_triton_path(device, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_that_overflow(kind, similarity, device, monkeypatch):
     """Every query's list overflows, and the room for its best keys does so again and again."""
-    from r2ec_kernels.topk.impl import triton_candidates
+    from r2ec_kernels.topk.impl.triton import candidates
 
     k = 3
-    monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: k + 33)
+    monkeypatch.setattr(candidates, "capacity_of", lambda *sizes: k + 33)
     problem = make(kind, 3, 420, 20, 5)
     queries, items = problem.queries.to(device), problem.items.to(device)
     exclude = make_exclude(3, 420, 9, 5).to(device)
@@ -42,9 +42,9 @@ def test_lists_that_overflow(kind, similarity, device, monkeypatch):
 @pytest.mark.parametrize("ascending", [True, False])
 def test_a_full_list_is_searched_for_its_best(ascending, device, monkeypatch):
     """Each row pushes out one before it, or the best come first and have to stay."""
-    from r2ec_kernels.topk.impl import triton_candidates
+    from r2ec_kernels.topk.impl.triton import candidates
 
-    monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: 40)
+    monkeypatch.setattr(candidates, "capacity_of", lambda *sizes: 40)
     items = torch.arange(1, 901, device=device, dtype=torch.float32)[:, None] / 900
     items = items if ascending else items.flip(0)
     queries = torch.tensor([[1.0], [-1.0], [1e-30], [float("nan")]], device=device)
@@ -55,8 +55,8 @@ def test_a_full_list_is_searched_for_its_best(ascending, device, monkeypatch):
 
 
 def stand_in(scanned, operand, group, pair_row, pair_of):
-    """``triton_scan.group_best`` by torch."""
-    from r2ec_kernels.topk.impl.triton_groups import LOWEST, GroupBest
+    """``scan.group_best`` by torch."""
+    from r2ec_kernels.topk.impl.triton.groups import LOWEST, GroupBest
 
     codes = scanned.codes[:, : operand.shape[1]]
     count = codes.shape[0]
@@ -101,8 +101,8 @@ def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
     if device != "cpu":
         pytest.skip("the stand-in runs on a CPU")
     from r2ec_kernels._scan.triton_queries import prepare_on_device
-    from r2ec_kernels.topk.impl.triton_groups import scan_rows
-    from r2ec_kernels.topk.impl.triton_scan import group_best
+    from r2ec_kernels.topk.impl.triton.groups import scan_rows
+    from r2ec_kernels.topk.impl.triton.scan import group_best
 
     queries, rows = tables("random", 300, 24)
     scanned = scan_rows(rows, "l2")
@@ -121,9 +121,9 @@ def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
 def test_no_query_is_searched_densely(count, d, k, kind, scan, device, monkeypatch):
     if device != "cpu":
         pytest.skip("the stand-in runs on a CPU")
-    from r2ec_kernels.topk.impl import triton
+    from r2ec_kernels.topk.impl.triton import topk
 
-    monkeypatch.setattr(triton, "group_best", stand_in)
+    monkeypatch.setattr(topk, "group_best", stand_in)
     queries, rows = tables(kind, count, d)
     index = ItemIndex(rows, scan=scan)
     found = index.search(queries, k)

@@ -131,7 +131,7 @@ def test_few_rows_in_a_mask_are_listed_not_searched_for(device):
     from r2ec_kernels._exact.table import Table
     from r2ec_kernels._scan.triton_queries import prepare_on_device
     from r2ec_kernels.topk.impl.triton import search
-    from r2ec_kernels.topk.impl.triton_groups import scan_rows
+    from r2ec_kernels.topk.impl.triton.groups import scan_rows
 
     problem = make("normal", 2, 350, 20, 5)
     queries, items = problem.queries.to(device), problem.items.to(device)

@@ -19,7 +19,7 @@ BATCH = 5
 @pytest.fixture(params=SCANS)
 def wide(request, device, monkeypatch) -> str:
     """Every search takes this scan."""
-    from r2ec_kernels.topk.impl import launch
+    from r2ec_kernels.topk.impl.triton import launch
 
     if device == "cpu":
         monkeypatch.setenv("R2EC_IMPL", "triton")
@@ -44,7 +44,7 @@ def scores_of(scanned, operand, by_norm) -> torch.Tensor:
 
 
 def rows_of(groups: int, group: int, span: int) -> torch.Tensor:
-    """Rows [groups, group] in the order of their places: ``triton_groups.row_of`` in words.
+    """Rows [groups, group] in the order of their places: ``groups.row_of`` in words.
 
     A span of 8 rows in turn: every group has the next WIDTH of them.
     """
@@ -81,8 +81,8 @@ def check_groups(found, group, scores, hidden=None) -> None:
 def test_the_two_best_of_every_group(count, d, similarity, group, wide, device, dtype):
     """Odd sizes, rows behind the last one, excluded pairs, and norms that the scan takes."""
     from r2ec_kernels._scan.triton_exclusions import exclusions
-    from r2ec_kernels.topk.impl.triton_groups import scan_rows
-    from r2ec_kernels.topk.impl.triton_scan import group_best
+    from r2ec_kernels.topk.impl.triton.groups import scan_rows
+    from r2ec_kernels.topk.impl.triton.scan import group_best
 
     problem = make("normal", BATCH, count, d, count, dtype)
     items, operand = problem.items.to(device), problem.queries.to(device)
@@ -101,8 +101,8 @@ def test_the_two_best_of_every_group(count, d, similarity, group, wide, device, 
 
 @pytest.mark.parametrize("group", [32, 128])
 def test_codes_with_factors_of_their_own(group, wide, device):
-    from r2ec_kernels.topk.impl.triton_groups import Scanned
-    from r2ec_kernels.topk.impl.triton_scan import group_best
+    from r2ec_kernels.topk.impl.triton.groups import Scanned
+    from r2ec_kernels.topk.impl.triton.scan import group_best
 
     generator = torch.Generator().manual_seed(1)
     codes = torch.randint(-127, 128, (401, 64), generator=generator).to(torch.int8)
@@ -144,9 +144,9 @@ def test_an_index_equals_the_reference(similarity, scan, wide, device):
 @pytest.mark.parametrize("kind", ["normal", "all equal", "90% copies"])
 def test_lists_that_overflow(kind, similarity, wide, device, monkeypatch):
     """All rows of a group are searched: those that its span gives it, and no others."""
-    from r2ec_kernels.topk.impl import triton_candidates
+    from r2ec_kernels.topk.impl.triton import candidates
 
-    monkeypatch.setattr(triton_candidates, "capacity_of", lambda *sizes: 36)
+    monkeypatch.setattr(candidates, "capacity_of", lambda *sizes: 36)
     problem = make(kind, 3, 420, 20, 5)
     queries, items = problem.queries.to(device), problem.items.to(device)
     want = item_topk(queries, items, 3, similarity=similarity, impl="reference")
@@ -195,7 +195,7 @@ def test_rows_apart(wide, device, dtype):
 def test_which_rows_the_tma_loads(device):
     if device != "cpu":
         pytest.skip("a card may have none")
-    from r2ec_kernels.topk.impl.triton_wide import _takes_tma
+    from r2ec_kernels.topk.impl.triton.wide import _takes_tma
 
     rows = torch.zeros(9, 64)
     assert _takes_tma(rows) and _takes_tma(rows[:, :51]) and _takes_tma(rows[:, 4:])
@@ -205,14 +205,14 @@ def test_which_rows_the_tma_loads(device):
 
 def test_parts_of_the_buffer(device, monkeypatch):
     """The product of a table that the buffer does not hold at once."""
-    from r2ec_kernels.topk.impl import launch, triton_product
+    from r2ec_kernels.topk.impl.triton import launch, product
 
     if device == "cpu":
         monkeypatch.setenv("R2EC_IMPL", "triton")
     monkeypatch.setenv("R2EC_SEARCH_WIDE", "cublas")
     table = launch.candidates
     monkeypatch.setattr(launch, "candidates", lambda batch, *args: table(1024, *args))
-    monkeypatch.setattr(triton_product, "_BUFFER", 4 * BATCH * 128 * 2)
+    monkeypatch.setattr(product, "_BUFFER", 4 * BATCH * 128 * 2)
     problem = make("normal", BATCH, 700, 24, 3, torch.float16)
     queries, items = problem.queries.to(device), problem.items.to(device)
     exclude = make_exclude(BATCH, 700, 30, 3).to(device)
@@ -230,7 +230,7 @@ def test_many_queries_take_it_by_themselves(device):
 
 
 def test_the_table_of_launches(monkeypatch):
-    from r2ec_kernels.topk.impl.launch import candidates
+    from r2ec_kernels.topk.impl.triton.launch import candidates
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("R2EC_SEARCH_WIDE", raising=False)
@@ -251,7 +251,7 @@ def test_the_table_of_launches(monkeypatch):
 
 
 def test_the_measured_launch_is_remembered(monkeypatch, tmp_path):
-    from r2ec_kernels.topk.impl import launch
+    from r2ec_kernels.topk.impl.triton import launch
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("R2EC_AUTOTUNE", "1")
@@ -278,7 +278,7 @@ def test_rows_that_are_switched_off(similarity, share, wide, device):
     from r2ec_kernels._exact.table import Table
     from r2ec_kernels._scan.triton_queries import prepare_on_device
     from r2ec_kernels.topk.impl.triton import search
-    from r2ec_kernels.topk.impl.triton_groups import scan_rows
+    from r2ec_kernels.topk.impl.triton.groups import scan_rows
 
     problem = make("normal", BATCH, 700, 24, 11)
     queries, items = problem.queries.to(device), problem.items.to(device)

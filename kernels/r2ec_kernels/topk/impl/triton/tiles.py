@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._scan.triton_exclusions import TilePairs, pair_places
+from ...._scan.triton_exclusions import TilePairs, pair_places
+from .factors import inverse_norm, norm_bound
+from .groups import LOWEST, Scanned
 from .launch import Launch
-from .triton_factors import inverse_norm, norm_bound
-from .triton_groups import LOWEST, Scanned
 
 
 @triton.jit

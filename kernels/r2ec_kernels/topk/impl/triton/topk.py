@@ -1,13 +1,13 @@
 """item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
     prepare      queries in the scan's type, and their bounds          (``_scan.triton_queries``)
-    group_best   the two best scores of every group of rows            (``triton_scan``)
-    reach        which rows may be among the k best                    (``triton_candidates``)
-    rescore      their canonical scores; all rows where that is needed (``triton_rescore``)
+    group_best   the two best scores of every group of rows            (``scan``)
+    reach        which rows may be among the k best                    (``candidates``)
+    rescore      their canonical scores; all rows where that is needed (``rescore``)
 
 Every step is a launch or two, whatever the batch, and nothing waits for the host, under CUDA-graph
 capture neither. Memory above the inputs: 8 B N / group bytes of the scan, and 12 a place of a
-query's list (``triton_candidates.capacity_of``), in parts of the batch where that is much.
+query's list (``candidates.capacity_of``), in parts of the batch where that is much.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from dataclasses import replace
 
 import torch
 
-from ..._exact.excluded import TensorExclude
-from ..._exact.included import as_mask, gather, is_gathered, normalize_include
-from ..._exact.table import Table
-from ..._scan.triton_exclusions import Exclusions, exclusions
-from ..._scan.triton_queries import DeviceQueries, prepare_on_device
-from . import triton_candidates, triton_rescore
-from .common import SearchStats
-from .triton_groups import Scanned, group_size, operand_type, scan_rows
-from .triton_scan import group_best
+from ...._exact.excluded import TensorExclude
+from ...._exact.included import as_mask, gather, is_gathered, normalize_include
+from ...._exact.table import Table
+from ...._scan.triton_exclusions import Exclusions, exclusions
+from ...._scan.triton_queries import DeviceQueries, prepare_on_device
+from ..common import SearchStats
+from . import candidates, rescore
+from .groups import Scanned, group_size, operand_type, scan_rows
+from .scan import group_best
 
 __all__ = ["aot_configs", "item_topk", "search"]
 
@@ -63,20 +63,20 @@ def search(
         scanned = _switched_off(scanned, table.allowed)
     every = count < _DENSE_SHARE * width
     group = group_size(count, width)
-    capacity = count if every else triton_candidates.capacity_of(count, width, group, batch)
+    capacity = count if every else candidates.capacity_of(count, width, group, batch)
     step = min(batch, max(1, _LIST_BYTES // (_PLACE_BYTES * capacity)))
     counts, best = [], []
     for start in range(0, batch, step):
         part = query if step == batch else query.part(start, min(batch, start + step))
         own = excluded if excluded is None or step == batch else excluded.part(start, start + step)
         if every:
-            keys = triton_rescore.every_key(part, table, own)
+            keys = rescore.every_key(part, table, own)
         else:
             found = group_best(scanned, part.operand, group, own, place)
-            lists = triton_candidates.reach(found, scanned, part, width, group, capacity)
+            lists = candidates.reach(found, scanned, part, width, group, capacity)
             counts.append(lists.count)
-            keys = triton_rescore.listed_keys(part, table, lists, found, group, width, own)
-        best.append(triton_rescore.best_of(keys, k))
+            keys = rescore.listed_keys(part, table, lists, found, group, width, own)
+        best.append(rescore.best_of(keys, k))
     scores, ids = best[0] if len(best) == 1 else map(torch.cat, zip(*best, strict=True))
     if every:
         return scores, ids, lambda: SearchStats("dense", batch, 0.0, 0, batch)
@@ -129,14 +129,14 @@ def item_topk(
 
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    from ..._scan import triton_exclusions, triton_queries
-    from . import triton_factors, triton_shipped
+    from ...._scan import triton_exclusions, triton_queries
+    from . import factors, shipped
 
     return [
         *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
-        *triton_factors.aot_configs(),
-        *triton_shipped.aot_configs(),
-        *triton_candidates.aot_configs(),
-        *triton_rescore.aot_configs(),
+        *factors.aot_configs(),
+        *shipped.aot_configs(),
+        *candidates.aot_configs(),
+        *rescore.aot_configs(),
     ]

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._numbers import HUGE
-from .triton_groups import Scanned
+from ...._numbers import HUGE
+from .groups import Scanned
 
 _HUGE = tl.constexpr(HUGE)
 _BLOCK_ROWS = 1024  # of a program that takes no norms

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ..._files import replacing
+from ...._files import replacing
 
-KINDS = ("tiles", "fused", "cublas")  # ``triton_kernels``, ``triton_wide``, ``triton_product``
+KINDS = ("tiles", "fused", "cublas")  # ``tiles``, ``wide``, ``product``
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ For queries Q [M, d] (M = B) and the rows X [N, d] of a copy of the table it com
 
     s[m, n] = mul[n] (q_m . x_n) - sub[n],          -inf for excluded pairs,
 
-and leaves what ``triton_groups`` describes: the two best s of every query and group. The product is
+and leaves what ``groups`` describes: the two best s of every query and group. The product is
 written queries x items, so that a thread holds 2 of every 8 columns of a row of it, and those are a
 group (or, of groups of 128 rows, a quarter of one). A score costs about five instructions: one puts
 its place into its lowest bits, three keep the two best so far, by maxima and minima of the floats
@@ -27,10 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._scan.triton_exclusions import TilePairs, pair_places
+from ...._scan.triton_exclusions import TilePairs, pair_places
+from .factors import Factors
+from .groups import LOWEST
 from .launch import Launch, multiprocessors
-from .triton_factors import Factors
-from .triton_groups import LOWEST
 
 # Columns of a step where rows are not aligned: a load an element, and registers for all of them.
 UNALIGNED_STEP = {1: 32, 2: 32, 4: 16}
@@ -41,7 +41,7 @@ MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 160}}
 
 @triton.jit
 def _ordered(packed, low, GROUP: tl.constexpr):
-    """Floats as the integers of ``triton_groups``; ``low`` are bits of the place still missing."""
+    """Floats as the integers of ``groups``; ``low`` are bits of the place still missing."""
     bits = packed.to(tl.int32, bitcast=True) | low
     # all but the place takes the order of the floats
     bits = bits ^ ((bits >> 31) & (0x80000000 - GROUP))

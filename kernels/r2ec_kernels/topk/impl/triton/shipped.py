@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import triton
 
+from .groups import GROUPS
 from .launch import Launch, candidates
-from .triton_groups import GROUPS
-from .triton_kernels import group_best_kernel
-from .triton_product import group_max_kernel
-from .triton_wide import MOST_REGISTERS, UNALIGNED_STEP, levels, wide_kernel
+from .product import group_max_kernel
+from .tiles import group_best_kernel
+from .wide import MOST_REGISTERS, UNALIGNED_STEP, levels, wide_kernel
 
 # Of ``aot --budget``, on sm_90: columns of the table that shares are predicted for; instructions of
 # the loop by (bytes of a number, BLOCK_M), and of the epilogue, its shuffles and its accesses to
@@ -131,7 +131,7 @@ def _budget(config: Launch, group: int, itemsize: int, takes_norms: bool) -> dic
 
 
 def _wide_configs() -> list[dict[str, Any]]:
-    """Of ``triton_wide``: by TMA where there is one; by pointers elsewhere, and for rows whose
+    """Of ``wide``: by TMA where there is one; by pointers elsewhere, and for rows whose
     bytes are not a multiple of 16."""
     codes = {"HAS_MUL": True, "HAS_SUB": True, "HAS_PAIRS": True, "HAS_OFF": False}
     rows = codes | {"HAS_SUB": False}
@@ -212,7 +212,7 @@ def _epilogue(flags: dict[str, bool]) -> int:
 
 
 def _product_configs() -> list[dict[str, Any]]:
-    """Of ``triton_product``'s kernel, which has one type: float32 products."""
+    """Of ``product``'s kernel, which has one type: float32 products."""
     found = []
     for group in GROUPS:
         [config] = [c for c in candidates(1024, 2, "cuda") if c.kind == "cublas"]

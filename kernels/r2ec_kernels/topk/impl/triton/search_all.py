@@ -9,9 +9,9 @@ slow beside a scan, and rare. Reads d elements of every row of the groups that r
 import triton
 import triton.language as tl
 
-from ..._exact.triton_scores import PADDING, float64_of, halving_places
-from .triton_groups import row_of, unpack
-from .triton_rows import row_keys
+from ...._exact.triton_scores import PADDING, float64_of, halving_places
+from .groups import row_of, unpack
+from .rows import row_keys
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..._exact.triton_scores import PADDING, canonical_scores, order_keys
-from ..._scan.triton_exclusions import excluded_ids
+from ...._exact.triton_scores import PADDING, canonical_scores, order_keys
+from ...._scan.triton_exclusions import excluded_ids
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._scan.triton_queries import DeviceQueries
-from .triton_groups import (
+from ...._scan.triton_queries import DeviceQueries
+from .groups import (
     GROUPS,
     LOWEST,
     PACK_UNIT,

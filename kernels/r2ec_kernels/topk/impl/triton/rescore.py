@@ -1,7 +1,7 @@
 """The exact end of a search: canonical order keys of the listed rows, and the k best of them.
 
-``_rescore``    gives every row of a query's list (``triton_candidates``) its order key.
-``search_all``  (``triton_search_all``) does so for all rows of the groups that reach the cut, for a
+``_rescore``    gives every row of a query's list (``candidates``) its order key.
+``search_all``  (``search_all``) does so for all rows of the groups that reach the cut, for a
                 query whose list overflowed or whose scores no bound holds for. It is launched
                 always and ends at once where nothing is to be done: nothing waits for the host.
 ``_finish``     turns the k largest keys into scores and ids.
@@ -17,14 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._exact.table import Table
-from ..._exact.triton_scores import PADDING, float64_of, halving_places, scores_and_ids
-from ..._scan.triton_exclusions import Exclusions
-from ..._scan.triton_queries import DeviceQueries
-from .triton_candidates import GIVEN_UP, Lists
-from .triton_groups import GROUPS, GroupBest, row_of
-from .triton_rows import row_keys
-from .triton_search_all import search_all_kernel
+from ...._exact.table import Table
+from ...._exact.triton_scores import PADDING, float64_of, halving_places, scores_and_ids
+from ...._scan.triton_exclusions import Exclusions
+from ...._scan.triton_queries import DeviceQueries
+from .candidates import GIVEN_UP, Lists
+from .groups import GROUPS, GroupBest, row_of
+from .rows import row_keys
+from .search_all import search_all_kernel
 
 _TILE = 4096  # columns of the rows that a program scores at once
 _MAX_ROWS = 32  # of a tile: not more than the smallest group has

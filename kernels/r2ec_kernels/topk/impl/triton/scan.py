@@ -5,13 +5,13 @@ from functools import partial
 import torch
 import triton
 
-from ..._scan.triton_exclusions import Exclusions, TilePairs, pairs_by_tile
+from ...._scan.triton_exclusions import Exclusions, TilePairs, pairs_by_tile
+from .factors import limits_of, row_factors
+from .groups import GroupBest, Scanned, num_groups
 from .launch import Launch, choose
-from .triton_factors import limits_of, row_factors
-from .triton_groups import GroupBest, Scanned, num_groups
-from .triton_kernels import run_tiles
-from .triton_product import run_product
-from .triton_wide import run_wide
+from .product import run_product
+from .tiles import run_tiles
+from .wide import run_wide
 
 
 def group_best(

@@ -1,8 +1,8 @@
 """The coarse scan for many queries by the library's matrix product, a part of the table at a time.
 
 The product of all queries and some rows goes to a buffer that stays in the card's second-level
-cache, and a kernel leaves the two best scores of every group of it (``triton_groups``): what
-``triton_wide`` does in one kernel. It is for cards and widths where the library's product is so
+cache, and a kernel leaves the two best scores of every group of it (``groups``): what
+``wide`` does in one kernel. It is for cards and widths where the library's product is so
 much faster that the way through the cache pays; ``launch`` measures which.
 
 Grid: tiles of the buffer, queries fastest. Tile: [BLOCK_M, BLOCK_N] scores. Reads 4 bytes a score
@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._scan.triton_exclusions import TilePairs
+from ...._scan.triton_exclusions import TilePairs
+from .factors import Factors
 from .launch import Launch
-from .triton_factors import Factors
-from .triton_wide import levels, store_best
+from .wide import levels, store_best
 
 _BUFFER = 1 << 25  # bytes: below the second-level cache of every target but the smallest
 
