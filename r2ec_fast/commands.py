@@ -300,6 +300,7 @@ def serve(
     data: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
+    served_model_name: str | None = None,
     api_key_file: str | None = None,
     items_log: str | None = "",
     max_batch_tokens: int = 8192,
@@ -319,6 +320,7 @@ def serve(
         data: prepared data set (directory), to recommend to its users by id.
         host: address to listen at; 0.0.0.0: all of the machine's.
         port: port to listen at; 0: any free one, which is printed.
+        served_model_name: the model's name in answers; default: the directory's.
         api_key_file: file of keys, one a line; requests must then bring one of them.
         items_log: file that keeps changes of items; default: item_changes.log beside the item
             table. null: changes are lost with the process.
@@ -349,6 +351,7 @@ def serve(
     metrics, state = Metrics(), State()
     service = Service.from_pretrained(
         model,
+        name=served_model_name,
         data=data,
         items_log=items_log,
         settings=WorkerSettings(max_batch_tokens, max_cache_tokens, max_wait_ms / 1e3, max_queue),
