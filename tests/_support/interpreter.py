@@ -6,7 +6,9 @@ interpreter when it is imported, so the second kind cannot run in this process: 
 of a file run in one process of their own, by pytest with TRITON_INTERPRET=1, and each of them
 passes or fails here with what it did there.
 
-Large cases carry the mark gpu themselves and have no second kind.
+Large cases carry the mark gpu themselves and have no second kind. A module with many cases may set
+INTERPRETED_SHARE = n: about one in n, drawn by the hash of its name, runs in the interpreter by
+default, and the others with -m slow.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,10 @@ _FOLDER = pytest.StashKey[Path]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if not _is_only_for_gpus(item)]
+    for item in items:
+        share = getattr(getattr(item, "module", None), "INTERPRETED_SHARE", 1)
+        if item.get_closest_marker("interpreter") and zlib.crc32(item.name.encode()) % share:
+            item.add_marker(pytest.mark.slow)
     if INTERPRETED:
         if os.environ.get(_PLAN):
             wanted = set(json.loads(Path(os.environ[_PLAN]).read_text()))

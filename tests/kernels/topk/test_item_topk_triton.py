@@ -23,6 +23,8 @@ from _support.search_cases import (
 
 from r2ec_kernels import item_topk
 
+INTERPRETED_SHARE = 3
+
 
 def on(device, problem):
     return Problem(problem.queries.to(device), problem.items.to(device))
