@@ -259,7 +259,9 @@ class VLLMWriter:
     def _difference(self, model: R2ecModel, probe: list[int]) -> float:
         """Mean difference of log-probabilities of a text that the server writes."""
         body = self._body(probe, PROBE_TOKENS) | {"logprobs": 0, "stop": [], "stop_token_ids": []}
-        (choice,) = self._client.post(COMPLETIONS, body)["choices"]
+        id_ = self._files.new_id()
+        (choice,) = self._client.post(COMPLETIONS, body, id_=id_)["choices"]
+        self._files.discard(id_)
         theirs = choice["logprobs"]["token_logprobs"]
         rollouts = assemble([Trajectory(choice["token_ids"], theirs)], self._marker)
         ours = score_rollouts(model, [probe], rollouts, temperature=1.0)[: len(theirs)]
