@@ -33,7 +33,7 @@ class StateFiles:
     ids of `new_id`, which the names of files hold.
     """
 
-    RETRY = 2.0  # seconds after which a file that was not there is looked for again
+    RETRY = 2.0  # seconds after which files are looked for again
 
     def __init__(self) -> None:
         self._folder: str | None = None
@@ -70,13 +70,14 @@ class StateFiles:
             _remove(path)
 
     def discard(self, id_: str) -> None:
-        """Remove the file of a request, now or when it comes to be; in the folder of files read."""
+        """Remove the files of a request, now and those that come later; in the folder of files
+        read."""
         now = time.monotonic()
         with self._lock:
-            due = [id_, *(old for at, old in self._left if now - at > self.RETRY)]
-            self._left = [(at, old) for at, old in self._left if old not in due]
-            if not self._sweep(due):
-                self._left.append((now, id_))
+            due = [old for at, old in self._left if now - at > self.RETRY]
+            self._left = [(at, old) for at, old in self._left if now - at <= self.RETRY]
+            self._left.append((now, id_))
+            self._sweep([id_, *due])
 
     def close(self) -> None:
         """Remove what is left."""
@@ -84,18 +85,13 @@ class StateFiles:
             self._sweep([id_ for _, id_ in self._left])
             self._left = []
 
-    def _sweep(self, ids: list[str]) -> bool:
-        """Remove files of requests; whether there was one of the first."""
-        found = False
+    def _sweep(self, ids: list[str]) -> None:
         if self._folder is None or not ids:
-            return found
+            return
         with contextlib.suppress(OSError):
             for name in os.listdir(self._folder):
-                own = [id_ for id_ in ids if id_ in name]
-                if own:
-                    found |= own[0] == ids[0] and not name.endswith(".lock")
+                if any(id_ in name for id_ in ids):
                     _remove(os.path.join(self._folder, name))
-        return found
 
 
 def _remove(path: str) -> None:
