@@ -183,7 +183,12 @@ class VLLMWriter:
         here is to read it."""
         if self._norm is None:
             return None
-        answer = self._client.post(COMPLETIONS, self._reading(tokens), job, self._files.new_id())
+        id_ = self._files.new_id()
+        try:
+            answer = self._client.post(COMPLETIONS, self._reading(tokens), job, id_)
+        except EngineUnavailable:
+            self._files.discard(id_)
+            raise
         try:
             return self._normed(self._files.read(answer, len(tokens)))
         except (OSError, ValueError) as error:
@@ -259,9 +264,10 @@ class VLLMWriter:
     def _difference(self, model: R2ecModel, probe: list[int]) -> float:
         """Mean difference of log-probabilities of a text that the server writes."""
         body = self._body(probe, PROBE_TOKENS) | {"logprobs": 0, "stop": [], "stop_token_ids": []}
-        id_ = self._files.new_id()
-        (choice,) = self._client.post(COMPLETIONS, body, id_=id_)["choices"]
-        self._files.discard(id_)
+        answer = self._client.post(COMPLETIONS, body, id_=self._files.new_id())
+        with contextlib.suppress(OSError, ValueError):
+            self._files.read(answer, len(probe))  # which removes them
+        (choice,) = answer["choices"]
         theirs = choice["logprobs"]["token_logprobs"]
         rollouts = assemble([Trajectory(choice["token_ids"], theirs)], self._marker)
         ours = score_rollouts(model, [probe], rollouts, temperature=1.0)[: len(theirs)]
