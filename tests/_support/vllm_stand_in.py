@@ -77,9 +77,11 @@ class StandIn(ThreadingHTTPServer):
             written.append(token)
             text = self.model.tokenizer.decode(written, skip_special_tokens=False)
             end = "length" if place + 1 == body["max_tokens"] else None
-            if token in body["stop_token_ids"] or any(s in text for s in body["stop"]):
+            stops = token in body.get("stop_token_ids", ())
+            if stops or any(stop in text for stop in body.get("stop", ())):
                 end = "stop"
-            yield token, float(log_probs[token]), end
+            # of one token that is kept the probability is 1, as processed_logprobs count
+            yield token, 0.0 if body["top_k"] == 1 else float(log_probs[token]), end
             if end:
                 return
 

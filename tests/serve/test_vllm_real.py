@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -11,12 +12,15 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from _support.serving import DATA
 from _support.toy import toy_model
 
+from r2ec_fast.eval.ranking import server_engine, transformers_engine, user_states
+from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.serve.jobs import EngineUnavailable
 from r2ec_fast.serve.service import Request, Service
 
@@ -90,6 +94,22 @@ def _wait(url: str, process: subprocess.Popen, seconds: float) -> None:
     raise TimeoutError(f"no answer from {url}; the server's exit code is {process.poll()}")
 
 
+def check_evaluation(url: str) -> None:
+    """An evaluation against the server needs no second pass."""
+    model = recommender(lora=True)
+    builder = model.prompt_builder(DATA.data.catalog)
+    prompts = PromptAssembler(builder).example_rows(DATA, DATA.test)
+    engine = server_engine(model, builder, url, max_tokens=4096)
+    with mock.patch.object(model, "encode_rows") as second_pass:
+        found = user_states(model, builder, prompts, engine=engine, max_completion_length=8)
+    assert not second_pass.called
+    own = transformers_engine(model, builder)
+    expected = user_states(model, builder, prompts, engine=own, max_completion_length=8)
+    assert found.finish_reason == expected.finish_reason
+    assert found.reasoning.values.tolist() == expected.reasoning.values.tolist()
+    torch.testing.assert_close(found.states, expected.states, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 def test_real_server_writes_and_reads_what_the_model_does(real):
@@ -117,6 +137,7 @@ def test_real_server_writes_and_reads_what_the_model_does(real):
     pieces: list[str] = []
     streamed = service.submit(asked[1], pieces.append).future.result(timeout=300)
     assert "".join(pieces).strip() == streamed.user.reasoning
+    check_evaluation(url)
     given_up = service.submit(Request(user_id="u3", max_reasoning_tokens=250))
     while service.worker.running == 0:
         time.sleep(0.01)
@@ -132,4 +153,5 @@ def test_real_server_writes_and_reads_what_the_model_does(real):
         left.future.result(timeout=300)
     service.close()
     own.close()
+    gc.collect()  # the evaluation's engine, with what it left
     assert not list(states.iterdir())

@@ -69,9 +69,11 @@ class StateFiles:
         finally:
             _remove(path)
 
-    def discard(self, id_: str) -> None:
-        """Remove the files of a request, now and those that come later; in the folder of files
-        read."""
+    def discard(self, id_: str, answer: Mapping[str, Any] | None = None) -> None:
+        """Remove the files of a request, now and those that come later. They are in the folder
+        that its answer names, or one before."""
+        if answer is not None and (path := states_path(answer)) is not None:
+            self._folder = os.path.dirname(path)
         now = time.monotonic()
         with self._lock:
             due = [old for at, old in self._left if now - at > self.RETRY]
