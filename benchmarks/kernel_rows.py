@@ -255,7 +255,8 @@ class _ScanAlone:
 
     def prepare(self) -> None:
         from r2ec_kernels._scan.triton_queries import prepare_on_device
-        from r2ec_kernels.topk.impl import triton_kernels as kernels
+        from r2ec_kernels.topk.impl import triton_groups as kernels
+        from r2ec_kernels.topk.impl.triton_scan import group_best
 
         self.group = kernels.group_size(len(self.items), K)
         scanned = kernels.scan_rows(self.items, "dot")
@@ -263,7 +264,7 @@ class _ScanAlone:
         dtype = kernels.operand_type(scanned.codes)
         self.prepared = [prepare_on_device(q, "dot", 1.0, dtype) for q in self.queries]
         self.run = rotating(
-            lambda query: kernels.group_best(scanned, query.operand, self.group, None, None),
+            lambda query: group_best(scanned, query.operand, self.group, None, None),
             self.prepared,
         )
 

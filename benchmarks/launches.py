@@ -162,18 +162,21 @@ def search_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
         queries = _vectors(batch, 1)
         return lambda: r2ec_kernels.item_topk(queries, items, K, **settings)
 
-    def indexed(scan: str) -> Callable[[int], Callable[[], object]]:
+    def indexed(scan: str, **settings: object) -> Callable[[int], Callable[[], object]]:
         index = ItemIndex(items, scan=scan)
 
         def make(batch: int) -> Callable[[], object]:
             queries, exclude = _vectors(batch, 1), _exclude(batch)
-            return lambda: index.search(queries, K, exclude=exclude)
+            return lambda: index.search(queries, K, exclude=exclude, **settings)
 
         return make
 
+    include = torch.arange(NUM_ITEMS) % 3 > 0
     return {
         "item_topk": plain,
         "item_topk, exclude": lambda batch: plain(batch, exclude=_exclude(batch)),
+        "item_topk, include": lambda batch: plain(batch, include=include),
+        "ItemIndex(int8).search, both lists": indexed("int8", include=include),
         **{
             f"ItemIndex({scan}).search, exclude": indexed(scan) for scan in ("none", "bf16", "int8")
         },

@@ -26,9 +26,11 @@ from . import budget, sass
 # Op packages whose ``impl.triton`` module has ``aot_configs()``, a list of dictionaries:
 #   name: "op.kernel"; kernel: the triton.jit function; signature: Triton types of its arguments;
 #   constexprs: compile-time values; num_warps; num_stages;
+#   most_registers (optional): by the names of chips, of a thread, where the compiler is told;
 #   uses_tensor_cores: whether it must contain tensor-core instructions;
 #   aligned (optional): names of integer arguments that are multiples of 16;
 #   backend (optional): "cuda" or "hip", where it ships; both if absent;
+#   targets (optional): names of the ``CHIPS`` where it ships; all if absent;
 #   work (optional): what a tile needs, the keyword arguments of ``budget.Work``;
 #   budget (optional): what its code must hold on sm_90, keys of ``budget.LIMITS``.
 OPS = ("topk", "rank", "advantage", "logprob")
@@ -94,6 +96,8 @@ def compile_for(chip: Chip, case: dict[str, Any]) -> Result:
     }
     source = ASTSource(kernel, case["signature"], constexprs=case["constexprs"], attrs=attributes)
     options = {"num_warps": warps, "num_stages": case["num_stages"]}
+    if limit := case.get("most_registers", {}).get(chip.name):
+        options["maxnreg"] = limit
     result = Result()
     try:
         target = GPUTarget(chip.backend, chip.arch, chip.warp)
@@ -151,7 +155,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 def describe(case: dict[str, Any]) -> str:
     """The types and sizes that tell configurations of one kernel apart."""
-    types = sorted({t[1:] for t in case["signature"].values() if t in ("*i8", "*bf16", "*fp16")})
+    kinds = (re.match(r"(?:\*|tensordesc<)(i8|bf16|fp16)\b", t) for t in case["signature"].values())
+    types = sorted({kind[1] for kind in kinds if kind})
     constants = case["constexprs"].items()
     sizes = [f"{name.lower()}={value}" for name, value in constants if type(value) is int]
     flags = [name.lower() for name, value in constants if value is True]
@@ -168,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     for chip in chips:
         for case in every:
             if case.get("backend", chip.backend) != chip.backend:
+                continue
+            if chip.name not in case.get("targets", (chip.name,)):
                 continue
             if chosen.op and chosen.op not in case["name"]:
                 continue

@@ -46,6 +46,7 @@ LIMITS = {
     "epilogue_shuffles": "most",
     "epilogue_shared": "most",
     "load_bits": "least",  # of the narrowest load from global memory in the loop
+    "product_flops": "most",  # in the loop, in bfloat16's time
     "wgmma": "equal",
     "tma": "equal",
 }

@@ -19,7 +19,7 @@ def _pair(exclude: Tensor | None, offsets: Tensor | None) -> TensorExclude:
 
 OPS.define(
     "item_topk(Tensor queries, Tensor items, SymInt k, str similarity, float temperature, "
-    "Tensor? exclude, Tensor? exclude_offsets, str impl) -> (Tensor, Tensor)"
+    "Tensor? exclude, Tensor? exclude_offsets, Tensor? include, str impl) -> (Tensor, Tensor)"
 )
 
 
@@ -32,12 +32,13 @@ def _item_topk(
     temperature: float,
     exclude: Tensor | None,
     exclude_offsets: Tensor | None,
+    include: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     from .topk.api import run_item_topk
 
     pair = _pair(exclude, exclude_offsets)
-    return run_item_topk(queries, items, k, similarity, temperature, pair, impl)
+    return run_item_topk(queries, items, k, similarity, temperature, pair, include, impl)
 
 
 @library.register_fake("r2ec_kernels::item_topk", lib=OPS)
@@ -49,6 +50,7 @@ def _item_topk_fake(
     temperature: float,
     exclude: Tensor | None,
     exclude_offsets: Tensor | None,
+    include: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
@@ -76,7 +78,7 @@ OPS.define(
 )
 OPS.define(
     "target_stats(Tensor queries, Tensor items, Tensor targets, str similarity, float temperature, "
-    "Tensor? exclude, Tensor? exclude_offsets, str impl) -> (Tensor, Tensor)"
+    "Tensor? exclude, Tensor? exclude_offsets, Tensor? include, str impl) -> (Tensor, Tensor)"
 )
 
 
@@ -198,12 +200,13 @@ def _target_stats(
     temperature: float,
     exclude: Tensor | None,
     offsets: Tensor | None,
+    include: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     from .rank.api import run_target_stats
 
     pair = _pair(exclude, offsets)
-    return run_target_stats(queries, items, targets, similarity, temperature, pair, impl)
+    return run_target_stats(queries, items, targets, similarity, temperature, pair, include, impl)
 
 
 @library.register_fake("r2ec_kernels::target_stats", lib=OPS)
@@ -215,6 +218,7 @@ def _target_stats_fake(
     temperature: float,
     exclude: Tensor | None,
     offsets: Tensor | None,
+    include: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     rank = queries.new_empty(queries.shape[0], dtype=torch.int64)

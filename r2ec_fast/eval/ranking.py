@@ -191,6 +191,7 @@ def rank_examples(
     max_completion_length: int = 512,
     max_tokens: int = 8192,
     exclude_window: bool = False,
+    include: np.ndarray | torch.Tensor | None = None,
     batch_size: int = 64,
     allow_non_finite: bool = False,
     progress: Callable[[int], object] | None = None,
@@ -203,10 +204,12 @@ def rank_examples(
     own, those of other users (:func:`~r2ec_fast.eval.reasoning.other_users`), or a control that
     says nothing, such as ``Ragged.of([[dot] * n for n in lengths]).append(builder.marker_ids)``.
 
-    The items of the user's earlier events are excluded (``exclude_window``: only those shown). The
-    item table is ``model.index`` as it stands. ``progress`` is called with the number of examples
-    done in each batch. Returns (rank int64 [X * G], log_prob float32 [X * G]); G is 1 unless
-    ``reasonings`` are more.
+    The items of the user's earlier events are excluded (``exclude_window``: only those shown). With
+    ``include`` a target is ranked among those items alone, such as the ones of a category or in
+    stock: internal ids int64 [S], or a mask of the catalog, bool [N]; the target itself competes
+    always. The item table is ``model.index`` as it stands. ``progress`` is called with the number
+    of examples done in each batch. Returns (rank int64 [X * G], log_prob float32 [X * G]); G is 1
+    unless ``reasonings`` are more.
 
     Raises RuntimeError where the model has no item table, and ValueError for ``reasonings`` that
     are not these or come with an engine, and with their number where user states hold NaN or
@@ -239,6 +242,7 @@ def rank_examples(
             states,
             torch.from_numpy(dataset.target(part).repeat(group)).to(model.device),
             exclude=exclude.select(np.arange(len(part)).repeat(group)).tensors(),
+            include=include,
         )
         ranks.append(stats.rank.cpu().numpy())
         log_probs.append(stats.log_prob.cpu().numpy())

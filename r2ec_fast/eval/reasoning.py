@@ -186,6 +186,7 @@ class ReasoningProbe:
             ``seed``.
         max_tokens: token budget of a forward pass.
         exclude_window: exclude only the items shown, not all of the user's earlier ones.
+        include: the only items that targets are ranked among (:func:`rank_examples`); None: all.
         batch_size: examples computed together.
 
     ``keys`` int64 [X] are the examples' numbers in the whole sample, 0 to X - 1 unless they are a
@@ -202,6 +203,7 @@ class ReasoningProbe:
         *,
         max_tokens: int = 16384,
         exclude_window: bool = False,
+        include: np.ndarray | torch.Tensor | None = None,
         batch_size: int = 64,
     ) -> None:
         if batch_size < 1:
@@ -209,6 +211,7 @@ class ReasoningProbe:
         self.model, self.assembler, self.dataset = model, assembler, dataset
         self.engine, self.config = engine, config
         self.max_tokens, self.exclude_window = max_tokens, exclude_window
+        self.include = include
         self.batch_size = batch_size
 
     def figures(self, examples: Examples) -> dict[str, float]:
@@ -296,5 +299,6 @@ class ReasoningProbe:
             reasonings=reasonings,
             max_tokens=self.max_tokens,
             exclude_window=self.exclude_window,
+            include=self.include,
             batch_size=self.batch_size,
         )

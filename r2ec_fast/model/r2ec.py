@@ -284,14 +284,18 @@ class R2ecModel(nn.Module):
         """Replace rows of the table: ``ids`` int64 [M], ``states`` [M, d]."""
         self._table.write(ids, _storable(states).to(self._table.dtype))
 
-    def target_stats(self, states: torch.Tensor, targets: torch.Tensor, exclude) -> TargetStats:
-        """Rank and log-probability of ``targets`` int64 [B] for user states [B, d]; ``exclude`` as
-        r2ec_kernels takes it."""
-        return self._table.target_stats(_storable(states), targets, exclude=exclude, use_scan=False)
+    def target_stats(
+        self, states: torch.Tensor, targets: torch.Tensor, exclude, include=None
+    ) -> TargetStats:
+        """Rank and log-probability of ``targets`` int64 [B] for user states [B, d]; ``exclude`` and
+        ``include`` as r2ec_kernels takes them."""
+        return self._table.target_stats(
+            _storable(states), targets, exclude=exclude, include=include, use_scan=False
+        )
 
-    def top_items(self, states: torch.Tensor, k: int, exclude=None) -> TopK:
+    def top_items(self, states: torch.Tensor, k: int, exclude=None, include=None) -> TopK:
         """The k best items for user states [B, d]: scores float32 and ids int64, [B, k]."""
-        return self._table.search(_storable(states), k, exclude=exclude)
+        return self._table.search(_storable(states), k, exclude=exclude, include=include)
 
     @property
     def item_table(self) -> torch.Tensor:

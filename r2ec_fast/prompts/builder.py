@@ -162,7 +162,7 @@ class PromptBuilder:
         self.catalog = catalog
         self.config = config or PromptConfig()
         self.harmless = ControlTokens(tokenizer).broken
-        self.titles = [self._clean(title) for title in catalog.titles]
+        self.titles = [self.clean_title(title) for title in catalog.titles]
         self._columns = {
             field: catalog.fields[field].to_list()
             for field in self.config.item_fields
@@ -251,8 +251,8 @@ class PromptBuilder:
             out.append([*self._plain_bos, *fitting, *self.marker_ids])
         return Ragged.of(out)
 
-    def _clean(self, text: str) -> str:
-        # one line an event; and item text must not be able to open or close a chat turn
+    def clean_title(self, text: str) -> str:
+        """Item text as prompts show it: one line, and it cannot open or close a chat turn."""
         return self.harmless(" ".join(str(text).split()))
 
     def _lines(self, history: History) -> list[str]:
@@ -298,7 +298,7 @@ class PromptBuilder:
             value = values[item]
             if value is None or (isinstance(value, float) and math.isnan(value)):
                 continue
-            text = self._clean(value)
+            text = self.clean_title(value)
             if field == "description":
                 words = text.split(" ")
                 if len(words) > self.config.description_words:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from r2ec_fast.serve.jobs import Job, Search, Writer
 from r2ec_fast.serve.live_catalog import LiveCatalog
 from r2ec_fast.serve.state_cache import StateCache
 from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings, invariant
-from r2ec_fast.serve.write_ahead import WriteAheadLog
+from r2ec_fast.serve.write_ahead import ChangeLog, Record, WriteAheadLog
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
@@ -72,7 +73,8 @@ class Service:
         model: in evaluation mode, with its item table; this object owns it from now on.
         catalog: the items, in the order of the table.
         data: the data set whose users can be asked for by id; None: none can.
-        items_log: file of item changes; None: changes are lost with the process.
+        items_log: file of item changes, or what opens a log for a header; None: changes are lost
+            with the process.
         settings: of the worker.
         cache_entries, cache_seconds: of user states.
         copies: of the item table: 2, or 1 for half of the memory.
@@ -93,7 +95,7 @@ class Service:
         *,
         name: str = "r2ec",
         data: RecDataset | None = None,
-        items_log: str | os.PathLike[str] | None = None,
+        items_log: str | os.PathLike[str] | Callable[[Record], ChangeLog] | None = None,
         settings: WorkerSettings | None = None,
         cache_entries: int = 10_000,
         cache_seconds: float = 3600.0,
@@ -108,14 +110,15 @@ class Service:
             model.set_items(model.encode_items(catalog))
         self.model, self.data, self.name = model, data, name
         self.started = time.time()
-        self._log = None
+        self.log: ChangeLog | None = None
         if items_log is not None:
-            self._log = WriteAheadLog(items_log, log_header(model, catalog))
-        self.catalog = LiveCatalog(model, catalog, log=self._log, copies=copies)
+            opened = items_log if callable(items_log) else partial(WriteAheadLog, items_log)
+            self.log = opened(log_header(model, catalog))
+        self.catalog = LiveCatalog(model, catalog, log=self.log, copies=copies)
         # a tokenizer serves one thread at a time; the worker has the model's own
         self._builder = copy.copy(model.prompt_builder(catalog))
         self._builder.tokenizer = copy.deepcopy(model.tokenizer)
-        self._builder.titles = self.catalog.titles
+        self._builder.titles = self.catalog.items.prompt_titles
         self._tokenizing = threading.Lock()
         prefix = model.known_prefix(self._builder)
         decoder: ContinuousDecoder[Job] = ContinuousDecoder(
@@ -143,7 +146,7 @@ class Service:
         directory: str | os.PathLike[str],
         *,
         data: str | os.PathLike[str] | None = None,
-        items_log: str | os.PathLike[str] | None = "",
+        items_log: str | os.PathLike[str] | Callable[[Record], ChangeLog] | None = "",
         device: str | None = None,
         **settings: Any,
     ) -> Service:
@@ -164,8 +167,8 @@ class Service:
         self.worker.close()
         if self._writer is not None:
             self._writer.close()
-        if self._log is not None:
-            self._log.close()
+        if self.log is not None:
+            self.log.close()
 
     # ---- recommendations ------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class Service:
             prompt = np.asarray(self._builder.user_ids(history), np.int64)
         wanted = None
         if search:
-            exclude = {row for item in known for row in self.catalog.rows_of(item)}
+            exclude = {row for item in known for row in self.catalog.items.rows_of(item)}
             for given in request.exclude:
                 exclude.update(self._rows_of_given("exclude", given))
             if request.wanted is not None:
@@ -214,7 +217,7 @@ class Service:
         found = []
         for place, event in enumerate(events):
             try:
-                found.append(self.catalog.find(event.item))
+                found.append(self.catalog.items.find(event.item))
             except (UnknownIdError, ValueError) as error:
                 raise BadRequest(f"history[{place}]", str(error)) from error
         times = [event.timestamp for event in events]
@@ -248,7 +251,9 @@ class Service:
         history = self.data.history(user, int(data.offsets[user + 1] - data.offsets[user]))
         known = set(data.catalog.ids.decode(history.items))
         # an item that has been changed since is shown as it is now
-        rows = [self.catalog.find(item).row for item in data.catalog.ids.decode(history.items)]
+        rows = [
+            self.catalog.items.find(item).row for item in data.catalog.ids.decode(history.items)
+        ]
         now = request.now
         if now is None and history.timestamps is not None:
             now = int(history.timestamps[-1])
@@ -256,7 +261,7 @@ class Service:
 
     def _rows_of_given(self, field: str, given: Hashable) -> list[int]:
         try:
-            return self.catalog.rows_of(self.catalog.find(given).id)
+            return self.catalog.items.rows_of(self.catalog.items.find(given).id)
         except (UnknownIdError, ValueError) as error:
             raise BadRequest(field, str(error)) from error
 
@@ -294,7 +299,7 @@ class Service:
             raise ValueError(f"engine: expected transformers or vllm:URL, got {engine!r}")
         from r2ec_fast.serve.engines.vllm import VLLMWriter
 
-        shown = np.arange(min(4, len(self.catalog.titles)))
+        shown = np.arange(min(4, len(self._builder.titles)))
         probe = self._builder.user_ids(History(shown))
         eos = _end_of_text(self.model)
         return VLLMWriter(url, self.model, self._builder.marker_ids, eos, probe)
@@ -306,7 +311,9 @@ class Service:
             return settings
         with self._tokenizing:
             ids = [
-                self._builder.user_ids(History(np.arange(row, row + n) % len(self.catalog.titles)))
+                self._builder.user_ids(
+                    History(np.arange(row, row + n) % len(self.catalog.items.prompt_titles))
+                )
                 for row, n in zip(range(count), (1, 2, 1, 5, 3, 9, 2, 14), strict=False)
             ]
         rows = Ragged.of(ids).append(self._builder.marker_ids)

@@ -13,13 +13,28 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+
+class ChangeLog(Protocol):
+    """Where changes are kept before they count."""
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+    def append(self, record: Record) -> Sequence[Record]:
+        """Keep a record, and return those that others have appended since this process looked last:
+        they come before it. Raises OSError where it cannot be kept."""
+
+    def drop_last(self) -> None:
+        """Take back the record that was appended last: what it says could not be done."""
+
+    def close(self) -> None: ...
 
 
 class WriteAheadLog:
@@ -56,12 +71,14 @@ class WriteAheadLog:
         """The records in their order, without the header."""
         return (record for record, end in self._records() if end > self._first_end)
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> Sequence[Record]:
         """Write a record; it is on the disk when this returns. Where it raises OSError (a full
-        disk), the log is as it was."""
+        disk), the log is as it was. Returns what others wrote before it: nothing, there is one
+        writer."""
         before = self._end
         self._write(record)
         self._previous_end = before
+        return ()
 
     def drop_last(self) -> None:
         """Take back the record that was appended last: what it says could not be done."""

@@ -115,3 +115,25 @@ def assert_same(got, want):
     """Two results (scores, ids), bit for bit."""
     assert torch.equal(got[1], want[1])
     assert torch.equal(got[0], want[0])
+
+
+INCLUDE_FORMS = ("ids", "array", "list", "mask", "mask array")
+
+
+def make_include(count: int, size: int, form: str, seed: int):
+    """An allow-list of about ``size`` of ``count`` ids in one of INCLUDE_FORMS, and its set. Ids
+    are in any order, some of them twice."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randperm(count, generator=generator)[:size]
+    named = set(ids.tolist())
+    if form.startswith("mask"):
+        mask = torch.zeros(count, dtype=torch.bool)
+        mask[ids] = True
+        return mask if form == "mask" else mask.numpy(), named
+    ids = torch.cat([ids, ids[: size // 3]])
+    return {"ids": ids, "array": ids.numpy(), "list": ids.tolist()}[form], named
+
+
+def without(included: set[int], count: int, excluded: list[set[int]]) -> list[set[int]]:
+    """What an allow-list and exclusions hide from each query, as exclusions."""
+    return [(set(range(count)) - included) | hidden for hidden in excluded]

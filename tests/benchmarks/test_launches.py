@@ -26,10 +26,30 @@ def rows(tmp_path_factory) -> list[dict]:
 def test_a_search_costs_the_same_for_any_batch_and_waits_for_nothing(rows):
     calls = {row["call"] for row in rows}
     assert {"item_topk", "item_topk, exclude", "ItemIndex(int8).search, exclude"} <= calls
+    assert {"item_topk, include", "ItemIndex(int8).search, both lists"} <= calls
     for call in calls:
         one, many = (row for row in rows if row["call"] == call)
         assert one["operations"] == many["operations"] <= MOST, (call, one["names"], many["names"])
         assert one["waits"] == many["waits"] == 0, call
+
+
+def test_rows_of_an_allow_list_are_gathered_without_a_wait():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; from launches import counted\n"
+        "from r2ec_kernels._exact.included import Table, gather\n"
+        "table, ids = Table(torch.ones(50, 4)), torch.tensor([4, 2, 4, 60])\n"
+        "with counted() as cost:\n"
+        "    gather(table, ids, None); gather(table, ids, torch.arange(49, -1, -1))\n"
+        "print(cost.waits)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(BENCHMARK.parent)],
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["0"]
 
 
 def test_it_counts_what_waits_for_the_host():

@@ -52,6 +52,26 @@ def test_the_item_named_last_decides_the_rank():
     assert direct.tolist() == ranks_by_hand(data, data.valid, [-1] * 12).tolist()
 
 
+def test_only_the_included_items_are_ranked_besides_the_target():
+    model, assembler, data = planted()
+    targets, seen = data.target(data.valid), Ragged.of(data.exclude(data.valid))
+    include = np.array([12, 3, 0, 5, 3])
+    # the state of direct mode: item 0 is first, and then the others by id
+    by_hand = [
+        1 + sum(item < target for item in {0, 3, 5, 12} - set(own.tolist()))
+        for target, own in zip(targets, seen, strict=True)
+    ]
+    assert len(set(by_hand)) > 1
+    mask = np.isin(np.arange(16), include)
+    for given in (include, torch.from_numpy(mask)):
+        ranks, _ = rank_examples(model, assembler, data, data.valid, include=given, batch_size=5)
+        assert ranks.tolist() == by_hand
+    alone, log_prob = rank_examples(model, assembler, data, data.valid, include=include[:0])
+    assert (alone == 1).all() and (log_prob == 0).all()
+    best = model.top_items(torch.eye(16, model.hidden_size)[:2], 2, include=include)
+    assert best.indices.tolist() == [[0, 3], [0, 3]]
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_several_reasonings_an_example_are_ranked_in_their_order(batch_size):
     model, assembler, data = planted()

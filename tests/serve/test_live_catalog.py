@@ -50,21 +50,25 @@ def table(catalog: LiveCatalog) -> dict:
 
 def test_items_are_added_changed_removed_and_found(opened):
     catalog = opened.catalog
-    assert (catalog.version, len(catalog), catalog.get("i3").row) == (0, 16, 3)
+    assert (catalog.version, len(catalog), catalog.items.get("i3").row) == (0, 16, 3)
     assert opened.put("n1", "n2", price=3.5) == 1
-    assert catalog.get("n1").fields == {"title": "item n1", "price": 3.5}
-    assert (catalog.get("n2").row, catalog.get("n2").version, len(catalog)) == (17, 1, 18)
+    assert catalog.items.get("n1").fields == {"title": "item n1", "price": 3.5}
+    assert (catalog.items.get("n2").row, catalog.items.get("n2").version, len(catalog)) == (
+        17,
+        1,
+        18,
+    )
     assert opened.put("i3", title="brand new") == 2
-    assert catalog.find("Brand NEW").id == "i3"
-    assert catalog.get("i3").row == 18 and catalog.rows_of("i3") == [3, 18]
+    assert catalog.items.find("Brand NEW").id == "i3"
+    assert catalog.items.get("i3").row == 18 and catalog.items.rows_of("i3") == [3, 18]
     with pytest.raises(UnknownIdError, match="neither an item id nor a title"):
-        catalog.find(CATALOG.titles[3])
+        catalog.items.find(CATALOG.titles[3])
     assert catalog.delete(["n1", "i0"]) == 3
     with pytest.raises(UnknownIdError, match="unknown item 'i0'"):
-        catalog.get("i0")
+        catalog.items.get("i0")
     # who bought it can still say so
-    assert catalog.find("i0").fields["title"] == CATALOG.titles[0]
-    assert [item.id for item in catalog.search_titles("item n", 5)] == ["n2"]
+    assert catalog.items.find("i0").fields["title"] == CATALOG.titles[0]
+    assert [item.id for item in catalog.items.search("item n", 5)] == ["n2"]
     with pytest.raises(UnknownIdError, match="'zz'"):
         catalog.delete(["i1", "zz"])
     assert (catalog.version, len(catalog)) == (3, 16)
@@ -79,8 +83,8 @@ def test_what_was_changed_is_there_at_the_next_start(opened):
     again = opened.again().catalog
     assert again.version == version == 4
     assert table(again) == before
-    assert again.get("i3").fields["title"] == CATALOG.titles[3]
-    assert again.get("n2").fields == {"title": "item n2", "price": 3.5}
+    assert again.items.get("i3").fields["title"] == CATALOG.titles[3]
+    assert again.items.get("n2").fields == {"title": "item n2", "price": 3.5}
 
 
 def test_a_rollback_brings_back_exactly_what_was(opened):
@@ -107,7 +111,7 @@ def test_a_rollback_brings_back_exactly_what_was(opened):
 
 def _is_there(catalog: LiveCatalog, name: str) -> bool:
     try:
-        return bool(catalog.get(name))
+        return bool(catalog.items.get(name))
     except UnknownIdError:
         return False
 
@@ -121,7 +125,7 @@ def test_versions_that_are_too_old_are_gone(opened):
     with pytest.raises(VersionGone, match="got 99"):
         opened.catalog.rollback(99)
     assert opened.catalog.rollback(2) == last + 1
-    assert opened.catalog.get("n1").fields["title"] == "version 1"
+    assert opened.catalog.items.get("n1").fields["title"] == "version 1"
 
 
 @pytest.mark.parametrize("call", ["append", "change"])
@@ -141,7 +145,7 @@ def test_a_change_that_fails_leaves_nothing(opened, monkeypatch, call):
     monkeypatch.undo()
     assert (opened.catalog.version, table(opened.catalog)) == (1, before)
     assert opened.put("n3") == 2
-    assert opened.catalog.find("item n3").id == "n3"
+    assert opened.catalog.items.find("item n3").id == "n3"
     again = opened.again()
     assert again.catalog.version == 2 and _is_there(again.catalog, "n3")
     assert not _is_there(again.catalog, "n2")

@@ -83,6 +83,17 @@ def check_exclude(exclude: TensorExclude, batch: int) -> None:
         )
 
 
+def exclude_part(exclude: TensorExclude, first: int, count: int) -> TensorExclude:
+    """The same of the items ``first`` .. first + count - 1, by their places among these; -1 for
+    others."""
+    values, offsets = split_exclude(exclude)
+    if values is None:
+        return None
+    local = values - first
+    local = local.masked_fill((local < 0) | (local >= count), -1)
+    return local if offsets is None else (local, offsets)
+
+
 def normalize_exclude(
     exclude: TensorExclude, batch: int, num_items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,10 +223,13 @@ class ExcludedPairs:
         kept = chosen[self.of]
         return ExcludedPairs(number[self.of[kept]], self.rows[kept], int(chosen.sum()))
 
+    def pairs_where(self, kept: torch.Tensor) -> "ExcludedPairs":
+        """The pairs that ``kept`` (bool [E]) marks."""
+        return ExcludedPairs(self.of[kept], self.rows[kept], self.batch)
+
     def without(self, targets: torch.Tensor) -> "ExcludedPairs":
         """The pairs other than (b, targets[b])."""
-        kept = self.rows != targets[self.of]
-        return ExcludedPairs(self.of[kept], self.rows[kept], self.batch)
+        return self.pairs_where(self.rows != targets[self.of])
 
     def adding(self, targets: torch.Tensor) -> "ExcludedPairs":
         """These pairs and (b, targets[b])."""

@@ -66,13 +66,30 @@ class CoarseScan(Protocol):
         ...
 
     def feed(
-        self, collector: extension.Collector, blocks: list[tuple[int, int]]
+        self,
+        collector: extension.Collector,
+        blocks: list[tuple[int, int]],
+        allowed: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Offer the scores of all blocks (start, stop), in this order or another.
+        """Offer the scores of all blocks (start, stop), in this order or another, but for rows that
+        are not ``allowed`` (bool [N], None: all).
 
         Returns the unbounded rows int64 [M] of all blocks, or None. On CPUs only.
         """
         ...
+
+
+def subtracted(
+    half: torch.Tensor | None, allowed: torch.Tensor | None, start: int, stop: int
+) -> torch.Tensor | None:
+    """What is subtracted from the products of the rows start..stop-1, float32: ``half`` [N], and
+    infinity of rows that are not ``allowed`` (bool [N]). None for nothing."""
+    own = None if half is None else half[start:stop]
+    if allowed is None:
+        return own
+    part = allowed[start:stop]
+    own = torch.zeros(stop - start, dtype=torch.float32, device=part.device) if own is None else own
+    return own.masked_fill(~part, float("inf"))
 
 
 def whole_groups(rows: int) -> int:

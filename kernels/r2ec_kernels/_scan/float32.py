@@ -18,7 +18,7 @@ import torch
 from .._cpu import extension
 from .._exact.bounds import Queries
 from .._numbers import HUGE, UNIT
-from .blocks import GROUP, Buffer, Scores, whole_groups
+from .blocks import GROUP, Buffer, Scores, subtracted, whole_groups
 
 # A block of rows, in elements: on a CPU enough to hide the bookkeeping of a block. Rows
 # that are read twice are taken in pieces that stay in its cache.
@@ -74,15 +74,19 @@ class Float32Scan:
         return Scores(values, error, unbounded)
 
     def feed(
-        self, collector: extension.Collector, blocks: list[tuple[int, int]]
+        self,
+        collector: extension.Collector,
+        blocks: list[tuple[int, int]],
+        allowed: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        if extension.fits(self.rows, self.query.scaled.shape[0]):
+        if allowed is None and extension.fits(self.rows, self.query.scaled.shape[0]):
             return collector.add_rows(self.rows, self.query)
         unbounded = []
         for start, stop in blocks:
             values = self.buffer.take(stop - start, self.operand.shape[1])
             error, rows = self._fill(start, stop, values)
-            collector.add_products(values, start, stop - start, None, None, error, 0.0)
+            half = subtracted(None, allowed, start, stop)
+            collector.add_products(values, start, stop - start, None, half, error, 0.0)
             if rows is not None:
                 unbounded.append(rows)
         return torch.cat(unbounded) if unbounded else None

@@ -19,7 +19,7 @@ import torch
 
 from .._cpu import extension
 from .._exact.bounds import Queries
-from .._scan.blocks import GROUP, Buffer, Scores, whole_groups
+from .._scan.blocks import GROUP, Buffer, Scores, subtracted, whole_groups
 from .products import Product
 from .quantize import UP, Limits, ScanCopy, padded
 
@@ -114,7 +114,10 @@ class CodeScan(CodeBounds, Generic[C]):
         return Scores(values, error, unbounded + start if unbounded.numel() else None)
 
     def feed(
-        self, collector: extension.Collector, blocks: list[tuple[int, int]]
+        self,
+        collector: extension.Collector,
+        blocks: list[tuple[int, int]],
+        allowed: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         copy, limits = self.copy, self.limits
         scale = copy.scale if limits.scaled else None
@@ -123,13 +126,16 @@ class CodeScan(CodeBounds, Generic[C]):
         if self.product.fused:
             assert isinstance(copy.codes, torch.Tensor)  # fused products multiply int8 tensors
             queries, step = self.operand.value
+            bounded = None if limits.bounded else copy.bounded
+            if allowed is not None:  # the others are left out in the same way
+                bounded = allowed if bounded is None else bounded & allowed
             collector.add_codes(
                 extension.Codes(
                     codes=copy.codes,
                     num_rows=len(copy.bounded),
                     scale=scale,
                     half=half,
-                    bounded=None if limits.bounded else copy.bounded,
+                    bounded=bounded,
                     queries=queries,
                     step=step,
                     error=self.error,
@@ -146,7 +152,7 @@ class CodeScan(CodeBounds, Generic[C]):
                 start=start,
                 num_rows=stop - start,
                 scale=None if scale is None else scale[start:stop],
-                half=None if half is None else half[start:stop],
+                half=subtracted(half, allowed, start, stop),
                 error=self.error,
                 relative=self.product.rounding * UP,
             )

@@ -12,14 +12,8 @@ import torch
 from .. import _dispatch
 from .._checks import Ids, as_ids, check_scoring, check_shape, check_vectors, one_of
 from .._exact.bounds import prepare_queries
-from .._exact.excluded import (
-    Exclude,
-    ExcludedPairs,
-    TensorExclude,
-    as_exclude,
-    normalize_exclude,
-)
-from .._exact.table import Table
+from .._exact.excluded import Exclude, TensorExclude, as_exclude
+from .._exact.included import Include, as_include
 from ..rank.api import TargetStats
 from ..rank.impl.torch import certified_stats
 from ..topk.api import TopK, check_search
@@ -27,6 +21,7 @@ from ..topk.impl.common import SearchStats, certified_topk
 from . import files
 from .locks import SharedLock
 from .scans import SCANS, ScanChoice, copy_kinds
+from .selection import live_ids, selected
 from .storage import Storage
 
 _IMPLEMENTATIONS = frozenset({"torch", "triton"})
@@ -85,6 +80,11 @@ class ItemIndex:
         return self._storage.size
 
     @property
+    def num_ids(self) -> int:
+        """Ids given so far, live or removed: the length of a mask by id."""
+        return self._storage.place.numel()
+
+    @property
     def dim(self) -> int:
         """d."""
         return self._storage.width
@@ -124,7 +124,14 @@ class ItemIndex:
         GPU they stay there until they are asked for."""
         return None if self._last_search is None else self._last_search()
 
-    def search(self, queries: torch.Tensor, k: int, *, exclude: Exclude = None) -> TopK:
+    def search(
+        self,
+        queries: torch.Tensor,
+        k: int,
+        *,
+        exclude: Exclude = None,
+        include: Include = None,
+    ) -> TopK:
         """The k best live items for each query: ``item_topk`` over the stored rows.
 
         Args:
@@ -132,27 +139,35 @@ class ItemIndex:
             k: at least 0; more than ``len(self)`` is padded with (-inf, -1).
             exclude: ids that are not returned, padded int64 [B, L], (values, offsets), or a list of
                 each query's ids; numpy arrays too. Removed ids are allowed.
+            include: the only ids that are returned, but for those that ``exclude`` takes: int64
+                [S], in any order, repeats and removed ids allowed, or a mask by id, bool
+                [highest id + 1]; tensors, numpy arrays, or a list of ids. None: all.
         """
         count = check_search(k, self.similarity, self.temperature)
         queries = self._checked_queries(queries)
-        given = as_exclude(exclude, queries.shape[0])
-        scores, ids, stats = self._lock.shared(lambda: self._search(queries, count, given))
+        given, wanted = as_exclude(exclude, queries.shape[0]), as_include(include)
+        scores, ids, stats = self._lock.shared(lambda: self._search(queries, count, given, wanted))
         self._last_search = stats
         return TopK(scores, ids)
 
     def _search(
-        self, queries: torch.Tensor, k: int, exclude: TensorExclude
+        self,
+        queries: torch.Tensor,
+        k: int,
+        exclude: TensorExclude,
+        include: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
         name = _dispatch.resolve("auto", self.device, "ItemIndex.search", _IMPLEMENTATIONS)
         if name == "triton":
             from .triton import search_storage
 
             kind = self._scans.device_kind()
-            return search_storage(self._storage, kind, queries, k, self.temperature, exclude)
+            settings = queries, k, self.temperature
+            return search_storage(self._storage, kind, *settings, exclude, include)
+        table, excluded, _ = selected(self._storage, exclude, include, queries.shape[0])
         query = prepare_queries(queries, self.similarity, self.temperature)
-        excluded = self._excluded(exclude, queries)
-        product, scans = self._scans.of_search(query)
-        scores, ids, stats = certified_topk(self._view(), scans, query, k, excluded)
+        product, scans = self._scans.of_search(query, table)
+        scores, ids, stats = certified_topk(table, scans, query, k, excluded)
         self._scans.observe(product, stats)
         return scores, ids, lambda: stats
 
@@ -162,6 +177,7 @@ class ItemIndex:
         targets: Ids,
         *,
         exclude: Exclude = None,
+        include: Include = None,
         use_scan: bool = True,
     ) -> TargetStats:
         """Exact rank (from 1) and log-probability of each query's target among the live items.
@@ -174,42 +190,47 @@ class ItemIndex:
         Args:
             queries: [B, d].
             targets: int64 [B], live ids, or an array or list of them; a target competes even where
-                it is excluded. Ids that live on a GPU are checked only under ``R2EC_CHECK=1``; one
-                that is not in the index has rank -1 and log-probability NaN there.
-            exclude: as for ``search``.
+                it is excluded, or not included. Ids that live on a GPU are checked only under
+                ``R2EC_CHECK=1``; one that is not in the index has rank -1 and log-probability NaN
+                there.
+            exclude, include: as for ``search``.
             use_scan: False always reads the rows themselves: a log-probability then does not depend
                 on the queries beside it by more than float32's rounding, which training wants.
         """
         queries = self._checked_queries(queries)
         wanted = as_ids("targets", targets)
         check_shape("targets", wanted, [queries.shape[0]])
-        given = as_exclude(exclude, queries.shape[0])
+        given, included = as_exclude(exclude, queries.shape[0]), as_include(include)
         name = _dispatch.resolve("auto", self.device, "ItemIndex.target_stats", _IMPLEMENTATIONS)
         if name == "triton":
-            return self._lock.shared(partial(self._stats_on_device, queries, wanted, given))
+            arguments = queries, wanted, given, included
+            return self._lock.shared(partial(self._stats_on_device, *arguments))
         if use_scan and self._scans.wants_fine_copy():
             self._alone(self._storage.keep_fine)
 
         def stats() -> TargetStats:
-            rows = self._storage.place[self._live_ids("targets", wanted)]
+            rows = self._storage.place[live_ids(self._storage, "targets", wanted)]
+            table, excluded, rows = selected(self._storage, given, included, len(queries), rows)
             query = prepare_queries(queries, self.similarity, self.temperature)
-            excluded = self._excluded(given, queries)
-            scans = self._scans.of_stats(query, use_scan)
-            return TargetStats(*certified_stats(self._view(), scans, query, rows, excluded))
+            scans = self._scans.of_stats(query, table, use_scan)
+            return TargetStats(*certified_stats(table, scans, query, rows, excluded))
 
         return self._lock.shared(stats)
 
     def _stats_on_device(
-        self, queries: torch.Tensor, targets: torch.Tensor, exclude: TensorExclude
+        self,
+        queries: torch.Tensor,
+        targets: torch.Tensor,
+        exclude: TensorExclude,
+        include: torch.Tensor | None,
     ) -> TargetStats:
         """``target_stats`` by the Triton kernels, of the rows themselves."""
         from .triton import stats_of_storage
 
         if _dispatch.checks_enabled() or targets.device != self.device:
-            targets = self._live_ids("targets", targets)
-        return TargetStats(
-            *stats_of_storage(self._storage, queries, targets, self.temperature, exclude)
-        )
+            targets = live_ids(self._storage, "targets", targets)
+        selection = self.temperature, exclude, include
+        return TargetStats(*stats_of_storage(self._storage, queries, targets, *selection))
 
     def write(self, ids: Ids, rows: torch.Tensor) -> None:
         """Overwrite the rows [n, d] of live ids int64 [n] (or an array or list of them); of a
@@ -225,7 +246,7 @@ class ItemIndex:
             )
 
         def write() -> None:
-            live = self._live_ids("ids", given)
+            live = live_ids(self._storage, "ids", given)
             order = torch.argsort(live, stable=True)
             ordered = live[order]
             last = torch.ones_like(ordered, dtype=torch.bool)
@@ -244,7 +265,9 @@ class ItemIndex:
         given = as_ids("ids", ids)
 
         def copy() -> torch.Tensor:
-            return self._storage.live("rows")[self._storage.place[self._live_ids("ids", given)]]
+            return self._storage.live("rows")[
+                self._storage.place[live_ids(self._storage, "ids", given)]
+            ]
 
         return self._lock.shared(copy)
 
@@ -253,14 +276,14 @@ class ItemIndex:
         again."""
         given = as_ids("ids", ids)
         self.check_ids("ids", given)
-        self._alone(lambda: self._storage.remove(self._live_ids("ids", given)))
+        self._alone(lambda: self._storage.remove(live_ids(self._storage, "ids", given)))
 
     def check_ids(self, name: str, ids: torch.Tensor) -> None:
         """Raise ValueError, naming the argument ``name``, unless ``ids`` int64 [n] are live and
         distinct."""
         if ids.unique().numel() != ids.numel():
             raise ValueError(f"{name}: expected distinct ids, got repeats")
-        self._lock.shared(lambda: self._live_ids(name, ids))
+        self._lock.shared(lambda: live_ids(self._storage, name, ids))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the live rows, their ids and the settings to one safetensors file."""
@@ -353,23 +376,6 @@ class ItemIndex:
         if rows.dtype != self.dtype:
             raise TypeError(f"rows: expected {self.dtype} like the index, got {rows.dtype}")
         return _finite("rows", rows.detach())
-
-    def _live_ids(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        place = self._storage.place
-        ids = ids.to(place.device)
-        known = (ids >= 0) & (ids < place.numel())
-        known &= place[torch.where(known, ids, 0)] >= 0 if place.numel() else known
-        if not bool(known.all()):
-            raise ValueError(f"{name}: expected ids in the index, got {int(ids[~known][0])}")
-        return ids
-
-    def _excluded(self, exclude: TensorExclude, queries: torch.Tensor) -> ExcludedPairs:
-        place = self._storage.place
-        ids, offsets = normalize_exclude(exclude, queries.shape[0], place.numel(), place.device)
-        return ExcludedPairs.from_offsets(place[ids], offsets)
-
-    def _view(self) -> Table:
-        return Table(self._storage.live("rows"), self._storage.live("ids"))
 
 
 def _restored(kind: type[ItemIndex], *arguments: Any) -> ItemIndex:

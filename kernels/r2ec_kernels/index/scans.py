@@ -13,6 +13,7 @@ import torch
 
 from .._cpu import extension
 from .._exact.bounds import Queries
+from .._exact.table import Table
 from .._scan.blocks import GROUP, CoarseScan
 from .._scan.float32 import Float32Scan, block_rows
 from ..rank.impl.common import raw_per_score
@@ -53,9 +54,14 @@ class ScanChoice:
         self._kinds = storage.kinds  # to search with; the storage may keep a "fine" copy beside
         self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
 
-    def of_search(self, query: Queries) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
-        """The name of the product to scan with, and the scans of a search."""
+    def of_search(
+        self, query: Queries, table: Table
+    ) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
+        """The name of the product to scan with, and the scans of a search of ``table``: the
+        storage's, or one that was gathered of it, whose rows are scanned themselves."""
         storage = self._storage
+        if not self._is_whole(table):
+            return "float32", [partial(Float32Scan, table.rows, None)]
         if not storage.size or not len(query.scaled):
             return "none", []
         kind, product = self._product(query)
@@ -73,10 +79,12 @@ class ScanChoice:
         if self.scan == "auto" and stats.scanned_again > stats.queries * _UNFIT_SHARE:
             self._unfit |= {name}
 
-    def of_stats(self, query: Queries, use_scan: bool) -> list[RankScan]:
+    def of_stats(self, query: Queries, table: Table, use_scan: bool) -> list[RankScan]:
         """Scans for log-probabilities: chosen by the numbers, never by a measured time, so that one
         input gives one result."""
         storage = self._storage
+        if not self._is_whole(table):
+            return row_scans(table.rows, None, len(query.scaled))
         scans = row_scans(storage.live("rows"), storage.live("norm"), len(query.scaled))
         if not use_scan or not storage.size or not len(query.scaled):
             return scans
@@ -109,6 +117,10 @@ class ScanChoice:
     def device_kind(self) -> str | None:
         """The copy that a GPU scans; None: the rows themselves."""
         return next((kind for kind in self._kinds if kind != "fp16"), None)  # packed for CPUs only
+
+    def _is_whole(self, table: Table) -> bool:
+        """Whether it is the storage's; a table gathered of as many rows has them in their order."""
+        return len(table) == self._storage.size
 
     def _code_scan(
         self, query: Queries, kind: str, product: Product[Any, Any], packed_rows: int

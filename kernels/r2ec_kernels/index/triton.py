@@ -5,14 +5,15 @@ from collections.abc import Callable
 import torch
 
 from .._exact.excluded import TensorExclude
-from .._exact.table import Table
+from .._exact.included import gather, is_gathered, normalize_include
 from .._scan.triton_exclusions import exclusions
 from .._scan.triton_queries import prepare_on_device
 from ..rank.impl.triton import Norms, table_stats
 from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
-from ..topk.impl.triton_kernels import Scanned, operand_type
+from ..topk.impl.triton_groups import Scanned, operand_type, scan_rows
 from .quantize import DIM_MULTIPLE
+from .selection import view
 from .storage import Storage
 
 
@@ -23,15 +24,23 @@ def search_storage(
     k: int,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[], SearchStats]]:
     """The k best live rows for each query: scores float32 [B, k], ids int64 [B, k], and what reads
     the statistics.
 
     kind: of the copy that is scanned; None: the rows themselves.
     """
-    table = Table(storage.live("rows"), storage.live("ids"))
     excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
-    similarity = storage.similarity
+    similarity, place = storage.similarity, storage.place
+    included = normalize_include(include, place.numel(), storage.device)
+    table = view(storage)
+    if included is not None and is_gathered(table, included):
+        table, place = gather(table, included, place)
+        scanned = scan_rows(table.rows, similarity)
+        query = prepare_on_device(queries, similarity, temperature, table.rows.dtype)
+        return search(scanned, query, table, k, excluded, "triton gathered", place)
+    table = view(storage, included)
     if kind is None or not storage.size:
         scanned = _scan_of_rows(storage)
         query = prepare_on_device(queries, similarity, temperature, table.rows.dtype)
@@ -46,7 +55,7 @@ def search_storage(
             width=-(-storage.width // DIM_MULTIPLE) * DIM_MULTIPLE,
         )
     name = f"triton {kind or 'none'}"
-    return search(scanned, query, table, k, excluded, name, storage.place)
+    return search(scanned, query, table, k, excluded, name, place)
 
 
 def _scan_of_rows(storage: Storage) -> Scanned:
@@ -76,6 +85,7 @@ def stats_of_storage(
     targets: torch.Tensor,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank int64 [B] and log-probability float32 [B] of the ids ``targets`` int64 [B] among the
     live rows. An id that is not in the index has rank -1 and NaN."""
@@ -84,6 +94,7 @@ def stats_of_storage(
         nothing = torch.full((queries.shape[0],), torch.nan, device=targets.device)
         return targets.new_full(nothing.shape, -1), nothing
     norms = Norms(storage.live("norm"), storage.limits("none").of_scan)
-    table = Table(storage.live("rows"), storage.live("ids"))
+    included = normalize_include(include, storage.place.numel(), storage.device)
+    table = view(storage, included)
     settings = storage.similarity, temperature
     return table_stats(queries, table, targets, *settings, excluded, norms, storage.place)

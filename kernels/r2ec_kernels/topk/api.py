@@ -6,7 +6,15 @@ import torch
 
 from .. import _dispatch
 from .._checks import MAX_ITEMS, as_int, check_scoring, check_vectors
-from .._exact.excluded import Exclude, TensorExclude, as_exclude, check_exclude, split_exclude
+from .._exact.excluded import (
+    Exclude,
+    TensorExclude,
+    as_exclude,
+    check_exclude,
+    exclude_part,
+    split_exclude,
+)
+from .._exact.included import Include, as_include, check_include, include_part
 from .._exact.scores import PADDING_KEY, from_order_keys, order_keys
 from .impl import reference
 from .impl import torch as torch_impl
@@ -29,6 +37,7 @@ def item_topk(
     similarity: str = "dot",
     temperature: float = 1.0,
     exclude: Exclude = None,
+    include: Include = None,
     impl: str = "auto",
 ) -> TopK:
     """The k items with the highest score for each query, exactly.
@@ -46,6 +55,9 @@ def item_topk(
         temperature: positive.
         exclude: items never returned: int64 [B, L] padded with -1; the pair (values int64 [E],
             offsets int64 [B+1]), a tuple; or a list of each query's ids. Numpy arrays too.
+        include: the only items returned, of which ``exclude`` still takes its own: ids int64 [S],
+            in any order, repeats allowed, or a mask bool [N]; tensors, numpy arrays, or a list of
+            ids. One list for the whole batch; None: all items.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -61,8 +73,18 @@ def item_topk(
     given = as_exclude(exclude, queries.shape[0])
     check_exclude(given, queries.shape[0])
     values, offsets = split_exclude(given)
+    wanted = as_include(include)
+    check_include(wanted, items.shape[0])
     scores, indices = torch.ops.r2ec_kernels.item_topk(
-        queries.detach(), items.detach(), k, similarity, float(temperature), values, offsets, impl
+        queries.detach(),
+        items.detach(),
+        k,
+        similarity,
+        float(temperature),
+        values,
+        offsets,
+        wanted,
+        impl,
     )
     return TopK(scores, indices)
 
@@ -76,6 +98,7 @@ def sharded_topk(
     similarity: str = "dot",
     temperature: float = 1.0,
     exclude: Exclude = None,
+    include: Include = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> TopK:
     """``item_topk`` over a table whose rows are split over the ranks of a process group.
@@ -90,6 +113,8 @@ def sharded_topk(
         k, similarity, temperature: as for ``item_topk``, the same on every rank.
         first_id: id of the first local row.
         exclude: global ids, as for ``item_topk``; ids of other ranks' rows are ignored here.
+        include: global ids, or a mask of all ids, bool [N], as for ``item_topk``; the same on every
+            rank.
         group: the process group; None is the default group.
 
     Returns:
@@ -107,13 +132,14 @@ def sharded_topk(
         raise ValueError(f"first_id: expected 0..{MAX_ITEMS - 1}, got {first_id!r}")
     given = as_exclude(exclude, queries.shape[0])
     check_exclude(given, queries.shape[0])
-    values, offsets = split_exclude(given)
-    if values is not None:
-        local = values - first_id
-        local = local.masked_fill((local < 0) | (local >= local_items.shape[0]), -1)
-        given = local if offsets is None else (local, offsets)
     scores, ids = item_topk(
-        queries, local_items, k, similarity=similarity, temperature=temperature, exclude=given
+        queries,
+        local_items,
+        k,
+        similarity=similarity,
+        temperature=temperature,
+        exclude=exclude_part(given, first_id, local_items.shape[0]),
+        include=include_part(include, first_id, local_items.shape[0]),
     )
     keys = order_keys(scores, ids + first_id).masked_fill(ids < 0, PADDING_KEY)
     from .collective import gather_keys
@@ -136,6 +162,7 @@ def run_item_topk(
     similarity: str,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores float32 [B, k] and indices int64 [B, k] by the implementation that ``impl`` names: the
@@ -148,6 +175,6 @@ def run_item_topk(
     if name == "triton":
         from .impl import triton as triton_impl
 
-        return triton_impl.item_topk(queries, items, k, similarity, temperature, exclude)
+        return triton_impl.item_topk(queries, items, k, similarity, temperature, exclude, include)
     compute = reference.item_topk if name == "reference" else torch_impl.item_topk
-    return compute(queries, items, k, similarity, temperature, exclude)
+    return compute(queries, items, k, similarity, temperature, exclude, include)

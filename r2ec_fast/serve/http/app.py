@@ -11,8 +11,9 @@ from fastapi import APIRouter, FastAPI, Query
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from r2ec_fast.serve.http import openai, problems
 from r2ec_fast.serve.http.answering import Answering, StreamForm
@@ -38,6 +39,23 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "content": {problems.MEDIA_TYPE: {}}}
     for status in (400, 401, 404, 409, 413, 422, 429, 503, 504, 507)
 }
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'; object-src 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",  # asked for again each time, so that its files fit one another
+}
+
+
+class Page(StaticFiles):
+    """The files of the page at ``/``, which load nothing from elsewhere and run no inline code."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def create_app(
@@ -71,7 +89,7 @@ def create_app(
     app.include_router(openai.router(answering))
     app.include_router(_health(service, metrics, state))
     page = files("r2ec_fast.serve.http") / "page"
-    app.mount("/", StaticFiles(directory=str(page), html=True), name="page")
+    app.mount("/", Page(directory=str(page), html=True), name="page")
     problems.add_handlers(app)
     app.add_middleware(Guard, keys=keys, max_body=max_body, state=state, done=metrics.request_done)
     return app
@@ -115,7 +133,7 @@ def _items(service: Service) -> APIRouter:
         query: str = Query("", max_length=200), limit: int = Query(20, ge=1, le=200)
     ) -> FoundItems:
         """Items whose title holds the query."""
-        found = await run_in_threadpool(catalog.search_titles, query, limit)
+        found = await run_in_threadpool(catalog.items.search, query, limit)
         return FoundItems(items=[ItemState.of(item, catalog.version) for item in found])
 
     @routes.put("/v1/items")
@@ -140,7 +158,7 @@ def _items(service: Service) -> APIRouter:
     @routes.get("/v1/items/{item_id}")
     async def get(item_id: str) -> ItemState:
         """An item as it is now."""
-        item = await run_in_threadpool(catalog.get, item_id)
+        item = await run_in_threadpool(catalog.items.get, item_id)
         return ItemState.of(item, catalog.version)
 
     @routes.delete("/v1/items/{item_id}")
@@ -169,7 +187,7 @@ def _health(service: Service, metrics: Metrics, state: State) -> APIRouter:
         fine = service.worker.alive and not state.draining
         return JSONResponse({"ready": fine}, 200 if fine else 503)
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")

@@ -7,7 +7,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from _support.search_cases import SIMILARITIES, make, make_exclude
+from _support.search_cases import SIMILARITIES, make, make_exclude, make_include
 
 from r2ec_kernels import item_topk, sharded_topk
 
@@ -23,6 +23,8 @@ def main(rank: int, ranks: int, store: str, dying: int) -> int:
     for number, kind in enumerate(("normal", "90% copies", "all equal", "zero rows")):
         problem = make(kind, 5, 1003, 16, number)
         exclude = make_exclude(5, 1003, 9, number)
+        forms = (("ids", 60), ("mask", 500), ("list", 1))
+        include = make_include(1003, *forms[number - 1][::-1], number)[0] if number else None
         edges = [0, *sorted(torch.randperm(1003)[: ranks - 1].tolist()), 1003]
         dist.broadcast_object_list(edges, src=0)
         first, last = edges[rank], edges[rank + 1]
@@ -31,6 +33,7 @@ def main(rank: int, ranks: int, store: str, dying: int) -> int:
         for similarity in SIMILARITIES:
             for k in (1, 20, 1200):
                 how = {"similarity": similarity, "temperature": 0.02, "exclude": exclude}
+                how["include"] = include
                 want = item_topk(problem.queries, problem.items, k, **how)
                 begin = time.monotonic()
                 try:

@@ -55,8 +55,8 @@ def test_a_full_list_is_searched_for_its_best(ascending, device, monkeypatch):
 
 
 def stand_in(scanned, operand, group, pair_row, pair_of):
-    """``triton_kernels.group_best`` by torch."""
-    from r2ec_kernels.topk.impl.triton_kernels import LOWEST, GroupBest
+    """``triton_scan.group_best`` by torch."""
+    from r2ec_kernels.topk.impl.triton_groups import LOWEST, GroupBest
 
     codes = scanned.codes[:, : operand.shape[1]]
     count = codes.shape[0]
@@ -83,7 +83,7 @@ def stand_in(scanned, operand, group, pair_row, pair_of):
     bits = (bits & -group) | (torch.arange(count) % group).int()
     bits = torch.nn.functional.pad(bits, (0, -count % group), value=LOWEST.value)
     best = bits.view(operand.shape[0], -1, group).topk(2, dim=2).values
-    return GroupBest(best[..., 0].contiguous(), best[..., 1].contiguous(), limits)
+    return GroupBest(best[..., 0].contiguous(), best[..., 1].contiguous(), limits, group)
 
 
 def tables(kind: str, count: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +101,8 @@ def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
     if device != "cpu":
         pytest.skip("the stand-in runs on a CPU")
     from r2ec_kernels._scan.triton_queries import prepare_on_device
-    from r2ec_kernels.topk.impl.triton_kernels import group_best, scan_rows
+    from r2ec_kernels.topk.impl.triton_groups import scan_rows
+    from r2ec_kernels.topk.impl.triton_scan import group_best
 
     queries, rows = tables("random", 300, 24)
     scanned = scan_rows(rows, "l2")

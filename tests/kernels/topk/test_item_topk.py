@@ -180,7 +180,7 @@ def test_opcheck(ragged):
         exclude, offsets = torch.tensor([5, 7, 7, 1]), torch.tensor([0, 2, 2, 4])
     library.opcheck(
         torch.ops.r2ec_kernels.item_topk.default,
-        (problem.queries, problem.items, 5, "dot", 0.5, exclude, offsets, "auto"),
+        (problem.queries, problem.items, 5, "dot", 0.5, exclude, offsets, None, "auto"),
     )
 
 

@@ -56,5 +56,11 @@ def test_arguments():
     queries, items = torch.ones(1, 4), torch.ones(3, 4)
     with pytest.raises(ValueError, match="first_id"):
         sharded_topk(queries, items, 1, first_id=-1)
+    for include, words in (
+        ([-1], "in 0.."),
+        (torch.ones(4) > 0, "mask of at least 5 items, got 4"),
+    ):
+        with pytest.raises(ValueError, match=f"include: expected .*{words}"):
+            sharded_topk(queries, items, 1, first_id=2, include=include)
     with pytest.raises(RuntimeError, match="not initialised"):
         sharded_topk(queries, items, 1, first_id=0)

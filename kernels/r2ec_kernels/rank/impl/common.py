@@ -79,9 +79,9 @@ def dense_stats(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Canonical scores of every row, block by block.
 
-    excluded: without the targets' own pairs. Log-sum-exps are taken relative to finite targets, so
-    that large scores lose no digits. Scores that are not finite are counted apart, in blocks that
-    have some: the log-sum-exp of a block shows them.
+    excluded: without the targets' own pairs, and those of rows that are not allowed. Log-sum-exps
+    are taken relative to finite targets, so that large scores lose no digits. Scores that are not
+    finite are counted apart, in blocks that have some: the log-sum-exp of a block shows them.
     """
     rank = torch.ones_like(targets)
     origin = torch.where(torch.isfinite(target), target, 0.0).double()[:, None]
@@ -98,6 +98,10 @@ def dense_stats(
         at = torch.arange(start, stop, device=rows.device)
         first = table.before(at, targets[:, None])
         ahead = (scores > target[:, None]) | ((scores == target[:, None]) & first)
+        if table.allowed is not None:
+            off = ~table.allowed[start:stop] & (at != targets[:, None])
+            ahead &= ~off
+            scores.masked_fill_(off, -torch.inf)
         excluded.mask(start, stop, ahead.T, False)
         excluded.mask(start, stop, scores.T, -torch.inf)
         rank += ahead.sum(1)
@@ -111,33 +115,34 @@ def dense_stats(
     log_prob = (0.0 - lse).float()
     if bool((torch.isfinite(target) & torch.isfinite(lse)).all()):
         return rank, log_prob
-    return _beyond_finite(len(table), rank, log_prob, target, lse, at_top, unordered, excluded)
+    places = table.num_allowed - excluded.distinct_counts
+    if table.allowed is not None:
+        places += ~table.allowed[targets]
+    return _beyond_finite(places, rank, log_prob, target, lse, at_top, unordered)
 
 
 def _beyond_finite(
-    count: int,
+    places: torch.Tensor,
     rank: torch.Tensor,
     log_prob: torch.Tensor,
     target: torch.Tensor,
     lse: torch.Tensor,
     at_top: torch.Tensor,
     unordered: torch.Tensor,
-    excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks and log-probabilities where a target or a log-sum-exp is not finite.
 
-    A target that cannot be compared (NaN) takes the last place, the number of rows that are not
-    excluded, and has probability 0. Items at +inf share the mass equally; where all scores are
-    -inf, all of them do.
+    A target that cannot be compared (NaN) takes the last place, the number of rows that compete,
+    and has probability 0. Items at +inf share the mass equally; where all scores are -inf, all of
+    them do.
 
     Args:
-        count: N.
+        places: int64 [B], how many rows compete.
         rank, log_prob: [B], right for finite targets among finite scores.
         target, lse: [B], canonical score, and log-sum-exp of the scores other than NaN (relative to
             the target where that is finite).
         at_top, unordered: int64 [B], how many scores are +inf and NaN.
     """
-    places = count - excluded.distinct_counts
     sharing = torch.where(lse == torch.inf, at_top, places - unordered).clamp_min(1)
     share = -sharing.double().log().float()
     log_prob = torch.where(torch.isfinite(target) & torch.isfinite(lse), log_prob, -torch.inf)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..._exact.included import as_mask
 from ..._exact.scores import canonical_scores
 
 
@@ -15,17 +16,22 @@ def target_stats(
     temperature: float,
     exclude_values: torch.Tensor,
     exclude_offsets: torch.Tensor,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank in a stable sort of canonical scores; log-softmax in float64 over the same items.
 
     Scores that are NaN come last in the sort and have no share of the softmax.
     """
     scores = canonical_scores(queries, items, similarity, temperature)
+    count = items.shape[0]
+    included = torch.ones(count, dtype=torch.bool, device=items.device)
+    if include is not None:
+        included = as_mask(include, count)
     ranks, log_probs = [], []
     for b in range(queries.shape[0]):
         target = float(scores[b, targets[b]])
         hidden = exclude_values[exclude_offsets[b] : exclude_offsets[b + 1]]
-        competes = torch.ones_like(scores[b], dtype=torch.bool)
+        competes = included.clone()
         competes[hidden] = False
         competes[targets[b]] = True
         if math.isnan(target):

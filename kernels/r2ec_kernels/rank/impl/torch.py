@@ -26,6 +26,7 @@ import torch
 from ..._cpu import extension
 from ..._exact.bounds import Queries, prepare_queries
 from ..._exact.excluded import ExcludedPairs
+from ..._exact.included import restrict
 from ..._exact.scores import canonical_scores
 from ..._exact.table import Table
 from ..._numbers import UNIT
@@ -50,12 +51,14 @@ def target_stats(
     temperature: float,
     exclude_values: torch.Tensor,
     exclude_offsets: torch.Tensor,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) over a plain table."""
     query = prepare_queries(queries, similarity, temperature)
     excluded = ExcludedPairs.from_offsets(exclude_values, exclude_offsets)
-    scans = row_scans(items, None, queries.shape[0])
-    return certified_stats(Table(items), scans, query, targets, excluded)
+    table, excluded, rows = restrict(Table(items), include, excluded, targets)
+    scans = row_scans(table.rows, None, queries.shape[0])
+    return certified_stats(table, scans, query, rows, excluded)
 
 
 @runtime_checkable
@@ -107,12 +110,13 @@ def certified_stats(
     """(rank int64 [B], log_prob float32 [B]) of targets among the rows of a table.
 
     Args:
-        table: the rows, and the ids by which equal scores are ordered.
+        table: the rows, which of them compete, and the ids by which equal scores are ordered.
         scans: what makes the coarse scan of a batch; the next one is tried where the one before
             leaves too many near-ties; where the last cannot bound a row's score, canonical scores
             of all rows.
         query: the prepared batch.
-        targets: int64 [B], row positions; a target competes even where it is excluded.
+        targets: int64 [B], row positions; a target competes even where it is excluded, or the
+            table does not allow it.
         excluded: pairs of queries and row positions that do not compete.
     """
     batch, device = query.original.shape[0], query.original.device
@@ -155,6 +159,8 @@ def _scanned_stats(
     for position, make in enumerate(scans, start=1):
         scan = make(query)
         if isinstance(scan, FusedScan):
+            if table.allowed is not None:  # it takes all rows
+                continue
             found = _fused_stats(table, scan, query, target, targets, excluded)
         else:
             patient = position == len(scans)
@@ -228,6 +234,7 @@ class _RankScan:
             scores, error, unbounded = self.scan.score(start, stop)
             if unbounded is not None:
                 return None
+            self.table.mask(start, stop, scores, -torch.inf)
             excluded.mask(start, stop, scores, -torch.inf)
             best = group_best(scores)
             if self._count(scores, best, error, start) > self.most_near_ties * (stop - start):

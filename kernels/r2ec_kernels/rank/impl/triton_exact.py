@@ -194,6 +194,7 @@ def every_kernel(
     ids_ptr,
     exclude_ptr,
     exclude_start_ptr,
+    allowed_ptr,
     targets_ptr,
     target_ptr,
     state_ptr,
@@ -211,6 +212,7 @@ def every_kernel(
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """A query against a split of the rows, where its state is not 0.
@@ -239,6 +241,9 @@ def every_kernel(
             b_id = b_row
             if HAS_IDS:
                 b_id = tl.load(ids_ptr + b_row, mask=m_row, other=0)
+            if HAS_ALLOWED:
+                b_allowed = tl.load(allowed_ptr + b_row, mask=m_row, other=0)
+                m_row = m_row & ((b_allowed != 0) | (b_row == own))
             if HAS_EXCLUDE:
                 m_out = excluded_ids(b_id, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
                 m_row = m_row & ((m_out == 0) | (b_row == own))

@@ -23,6 +23,7 @@ A row whose norm float32 cannot hold is unbounded: all queries are then left to 
 The order of near-ties is that of atomic counters; only their set is used.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +51,29 @@ class Tile:
     num_stages: int
 
 
-# By bytes of a number: for up to 16 queries, and for more. Larger tiles do not fit the registers of
-# every target: the table is read from cache again for every 32 (float32: 16) queries.
+# By bytes of a number: for up to 16 queries, and for more. Larger tiles do not fit the registers:
+# the table is read from cache again for every 32 (float32: 16) queries.
+# A tile of 64 items has four warps: a second group of four would multiply the same again.
 TILES = {
-    2: (Tile(16, 64, 64, 8, 2), Tile(32, 64, 64, 8, 2)),
+    2: (Tile(16, 64, 64, 4, 2), Tile(32, 128, 64, 8, 2)),
     4: (Tile(16, 64, 32, 4, 2), Tile(16, 64, 32, 4, 2)),
 }
+# where products do not lie in registers, and have to be brought there
+SM_100_TILES = TILES | {2: (Tile(16, 64, 64, 4, 2), Tile(32, 64, 64, 8, 2))}
 HIP_TILES = {
     2: (Tile(16, 64, 64, 4, 2), Tile(32, 64, 64, 4, 2)),
     4: (Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 2)),
+}
+
+# Of ``aot --budget``, on sm_90, by queries of a tile, parts of them, and whether norms are taken:
+# instructions of the loop and the epilogue, its shuffles and accesses to shared memory.
+_BUDGET = {
+    (16, True, False): (119, 1165, 44, 111),
+    (16, True, True): (218, 1395, 64, 122),
+    (32, True, False): (115, 1610, 84, 209),
+    (32, True, True): (228, 1870, 106, 220),
+    (16, False, False): (221, 1125, 44, 111),
+    (16, False, True): (270, 1350, 64, 122),
 }
 
 
@@ -74,6 +89,7 @@ def stats_kernel(
     logit_ptr,
     pair_ptr,
     pair_start_ptr,
+    allowed_ptr,
     ahead_ptr,
     m_ptr,
     l_ptr,
@@ -92,6 +108,7 @@ def stats_kernel(
     COSINE: tl.constexpr,
     TAKE_NORM: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,7 +119,8 @@ def stats_kernel(
 
     ahead, m, l: [splits, M]. near: int32 [M], near-ties of each query, from 0; near_row: int32 [M,
     room], their rows, as many as there is room for. The excluded pairs of a tile: see
-    ``TilePairs``. state: int32 [M + 1], set to 1 at M where a row has no bound.
+    ``TilePairs``. allowed: int8 [N], 0 for a row that does not compete. state: int32 [M + 1], set
+    to 1 at M where a row has no bound.
     """
     i_m, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -149,7 +167,7 @@ def stats_kernel(
                 b_q = tl.load(low_ptr + o_q, mask=m_m[None, :] & m_d[:, None], other=0.0)
                 if WIDEN:
                     b_q = b_q.to(tl.float32)
-                b_part = tl.dot(b_x, b_q, b_part, input_precision=PRECISION)
+                b_s += tl.dot(b_x, b_q, input_precision=PRECISION)
             b_s += b_part
             if TAKE_NORM:
                 b_wide = b_x.to(tl.float32)
@@ -177,6 +195,9 @@ def stats_kernel(
             b_norm = tl.full((BLOCK_N,), 1.0, tl.float32)
         b_error = (b_norm * 1.001)[:, None] * b_size[None, :] + b_floor[None, :]
         m_alive = m_n[:, None] & m_m[None, :]
+        if HAS_ALLOWED:
+            b_allowed = tl.load(allowed_ptr + i_n * BLOCK_N + o_n, mask=m_n, other=0)
+            m_alive = m_alive & (b_allowed != 0)[:, None]
         p_start = pair_start_ptr + i_n * tl.num_programs(0) + i_m
         for i_pair in range(tl.load(p_start), tl.load(p_start + 1)):
             row, of = pair_places(tl.load(pair_ptr + i_pair))
@@ -205,8 +226,11 @@ def stats_kernel(
 
 def tile_for(batch: int, rows: torch.Tensor) -> Tile:
     """The tile of a batch and a table."""
-    tiles = (HIP_TILES if torch.version.hip else TILES)[rows.element_size()]
-    return tiles[batch > 16]
+    tiles = HIP_TILES if torch.version.hip else TILES
+    if rows.is_cuda and not torch.version.hip:
+        major, _ = torch.cuda.get_device_capability(rows.device)
+        tiles = SM_100_TILES if major >= 10 else TILES
+    return tiles[rows.element_size()][batch > 16]
 
 
 def scan_unit(query: DeviceQueries, rows: torch.Tensor, block_d: int) -> float:
@@ -222,25 +246,33 @@ def scan_unit(query: DeviceQueries, rows: torch.Tensor, block_d: int) -> float:
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     kinds = {"ahead_ptr": "*i32", "state_ptr": "*i32", "near_ptr": "*i32", "near_row_ptr": "*i32"}
-    kinds |= {"unit": "fp32", "origin_unit": "fp32"}
+    kinds |= {"allowed_ptr": "*i8", "unit": "fp32", "origin_unit": "fp32"}
     kinds |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     found = []
-    for kind, backend in ((k, b) for k in ("bf16", "fp16", "fp32") for b in ("cuda", "hip")):
+    shipped = (
+        ("cuda", ("sm_80", "sm_90"), TILES),
+        ("cuda", ("sm_100",), SM_100_TILES),
+        ("hip", ("gfx942",), HIP_TILES),
+    )
+    for kind, (backend, targets, tiles) in itertools.product(("bf16", "fp16", "fp32"), shipped):
         size = 4 if kind == "fp32" else 2
-        for tile in dict.fromkeys((TILES if backend == "cuda" else HIP_TILES)[size]):
-            for taken in (False, True):
-                constants = {
-                    "COSINE": True,
-                    "TAKE_NORM": taken,
-                    "HAS_LOW": size == 2,
-                    "PRECISION": "tf32x3" if kind == "fp32" and backend == "cuda" else "ieee",
-                    "WIDEN": False,
-                    "BLOCK_M": tile.block_m,
-                    "BLOCK_N": tile.block_n,
-                    "BLOCK_D": tile.block_d,
-                }
-                types = kinds | dict.fromkeys(("x_ptr", "q_ptr", "low_ptr"), f"*{kind}")
-                found.append(_case(constants, types, tile, backend))
+        flags = ((False, False), (True, False), (False, True))
+        for tile, (taken, allowed) in itertools.product(dict.fromkeys(tiles[size]), flags):
+            constants = {
+                "COSINE": True,
+                "TAKE_NORM": taken,
+                "HAS_LOW": size == 2,
+                "HAS_ALLOWED": allowed,
+                "PRECISION": "tf32x3" if kind == "fp32" and backend == "cuda" else "ieee",
+                "WIDEN": False,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_D": tile.block_d,
+            }
+            types = kinds | dict.fromkeys(("x_ptr", "q_ptr", "low_ptr"), f"*{kind}")
+            found.append(_case(constants, types, tile, backend) | {"targets": targets})
+            if "sm_90" in targets and not allowed:
+                found[-1]["budget"] = _budget(tile, constants)
     return found
 
 
@@ -262,6 +294,21 @@ def _case(
         "backend": backend,
         "aligned": ("stride_x", "stride_q", "d"),
         "work": _work(tile, 4 if types["x_ptr"] == "*fp32" else 2),
+    }
+
+
+def _budget(tile: Tile, constants: dict[str, Any]) -> dict[str, Any]:
+    """What the code holds on sm_90: 3 to 5% above its counts, and no product more than it needs."""
+    low = constants["HAS_LOW"]
+    loop, epilogue, shuffles, shared = _BUDGET[tile.block_m, low, constants["TAKE_NORM"]]
+    products = 2 if low else 6  # three of TF32 parts, at half the rate
+    return {
+        "loop": loop,
+        "epilogue": epilogue,
+        "epilogue_shuffles": shuffles,
+        "epilogue_shared": shared,
+        "product_flops": products * 2 * tile.block_m * tile.block_n * tile.block_d,
+        "wgmma": True,
     }
 
 

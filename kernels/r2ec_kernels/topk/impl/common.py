@@ -78,10 +78,11 @@ def certified_topk(
     """
     batch, device = query.original.shape[0], query.original.device
     keys = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)
-    width = min(k, table.rows.shape[0])
+    count = table.num_allowed
+    width = min(k, count)
     if batch == 0 or width == 0:
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
-    todo = ~(query.dense | (table.rows.shape[0] - excluded.counts < _DENSE_SHARE * width))
+    todo = ~(query.dense | (count - excluded.counts < _DENSE_SHARE * width))
     candidates, looked_into, name, left = 0, 0, "dense", []
     for make in scans:
         if not bool(todo.any()):
@@ -126,10 +127,12 @@ def _scan(
     blocks = visiting_order(table.rows.shape[0], height)
     if extension.available(device):
         collector = extension.Collector(batch, k, pool_limit(k), excluded.keys())
-        unbounded = scan.feed(collector, blocks)
+        unbounded = scan.feed(collector, blocks, table.allowed)
+        if unbounded is not None:
+            unbounded = table.allowed_among(unbounded)
         found = _Collected(*collector.finish())
     else:
-        found, unbounded = _collect(scan, blocks, batch, k, excluded)
+        found, unbounded = _collect(table, scan, blocks, k, excluded)
     rows, failed, met = found
     if unbounded is not None:
         if unbounded.numel() > _MAX_UNBOUNDED:
@@ -146,18 +149,23 @@ def _scan(
 
 
 def _collect(
-    scan: CoarseScan, blocks: list[tuple[int, int]], batch: int, k: int, excluded: ExcludedPairs
+    table: Table,
+    scan: CoarseScan,
+    blocks: list[tuple[int, int]],
+    k: int,
+    excluded: ExcludedPairs,
 ) -> tuple[_Collected, torch.Tensor | None]:
     """The candidates of all blocks and the unbounded rows, by torch operations on any device."""
-    pool = Pool(batch, k, excluded.rows.device)
+    pool = Pool(excluded.batch, k, excluded.rows.device)
     unbounded: list[torch.Tensor] = []
     for done, (start, stop) in enumerate(blocks):
         if done > 1 and done & (done - 1) == 0:  # after 2, 4, 8 ... blocks: twice as many rows
             pool.compact()
         scores, error, beyond = scan.score(start, stop)
+        table.mask(start, stop, scores, float("-inf"))
         excluded.mask(start, stop, scores, float("-inf"))
         if beyond is not None:
-            unbounded.append(beyond)
+            unbounded.append(table.allowed_among(beyond))
             if sum(rows.numel() for rows in unbounded) > _MAX_UNBOUNDED:
                 break
         pool.add_block(scores, error, start)
@@ -186,6 +194,7 @@ def dense_topk(table: Table, query: Queries, k: int, excluded: ExcludedPairs) ->
             )
             at = torch.arange(start, stop, device=device)
             block = order_keys(scores, table.ids_of(at))
+            table.mask(start, stop, block.T, PADDING_KEY)
             own.mask(start, stop, block.T, PADDING_KEY)
             keys[part] = torch.cat([keys[part], block], 1).topk(k, dim=1).values
     return keys

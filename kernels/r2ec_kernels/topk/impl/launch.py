@@ -1,9 +1,11 @@
-"""Launch configurations of the search kernel, by architecture, type and batch. No tuning at import.
+"""Launch configurations of the search's scan, by architecture, type and batch. No tuning at import.
 
 ``R2EC_AUTOTUNE=1`` times the configurations of the table on first use and remembers the best one
-in ``$R2EC_CACHE/launch.json`` (default ``~/.cache/r2ec_kernels``).
+in ``$R2EC_CACHE/launch.json`` (default ``~/.cache/r2ec_kernels``). ``R2EC_SEARCH_WIDE`` names the
+kind of scan for many queries.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -14,20 +16,23 @@ import torch
 
 from ..._files import replacing
 
+KINDS = ("tiles", "fused", "cublas")  # ``triton_kernels``, ``triton_wide``, ``triton_product``
+
 
 @dataclass(frozen=True)
 class Launch:
-    """block_m queries x block_n items x block_k columns a step."""
+    """block_m queries x block_n items x block_k columns a step; kind: of ``KINDS``."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    kind: str = "tiles"
 
 
 # Items are the long side of the tile. Narrow tiles read the table once and leave room for several
-# programs a multiprocessor; wide ones feed the tensor cores. A row's step is 64 to 128 bytes.
+# programs a multiprocessor. A row's step is 64 to 128 bytes.
 _NARROW = {
     1: [Launch(16, 128, 64, 4, 4)],
     2: [Launch(16, 128, 64, 4, 4)],
@@ -38,14 +43,26 @@ _MIDDLE = {
     2: [Launch(64, 128, 64, 4, 4), Launch(32, 128, 64, 4, 4)],
     4: [Launch(64, 128, 32, 4, 3)],
 }
-_WIDE = {
-    1: [Launch(128, 128, 64, 8, 3)],
-    2: [Launch(128, 128, 64, 8, 3), Launch(128, 128, 32, 8, 4)],
-    4: [Launch(128, 128, 32, 8, 2)],
-}
 # Where the kernel takes the norms besides, 64 queries of float32 rows are more than registers hold.
 _MIDDLE_NORMS = _MIDDLE | {4: [Launch(32, 128, 32, 4, 3)]}
+# Many queries feed the tensor cores: two programs a multiprocessor, of which one multiplies while
+# the other reduces. Float32 products of the library are not of a known precision.
+_CUBLAS = Launch(32, 128, 0, 4, 1, "cublas")
+_WIDE = {
+    1: [Launch(128, 128, 64, 8, 3, "fused"), _CUBLAS],
+    2: [Launch(128, 128, 64, 8, 3, "fused"), _CUBLAS],
+    4: [Launch(128, 128, 32, 8, 2, "fused")],
+}
+# The fused scan takes norms in a launch of its own, which reads the table once more: for two tiles
+# of queries that is more than narrower tiles lose.
+_WIDE_NORMS = {
+    1: [*_WIDE[1]],
+    2: [Launch(128, 128, 64, 8, 3), *_WIDE[2]],
+    4: [Launch(128, 128, 32, 8, 2), *_WIDE[4]],
+}
+_NORMS_APART = 256  # queries, above which that launch pays
 _INTERPRETED = Launch(16, 64, 32, 1, 1)
+_INTERPRETED_WIDE = [Launch(64, 128, 32, 1, 1, "fused"), Launch(32, 128, 0, 1, 1, "cublas")]
 
 
 def candidates(batch: int, itemsize: int, backend: str, takes_norms: bool = False) -> list[Launch]:
@@ -53,18 +70,37 @@ def candidates(batch: int, itemsize: int, backend: str, takes_norms: bool = Fals
 
     ``backend``: "cuda" or "hip", whose 64 KiB of shared memory hold two stages.
     """
+    wide = batch > 64
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return [_INTERPRETED]
-    middle = _MIDDLE_NORMS if takes_norms else _MIDDLE
-    table = _NARROW if batch <= 16 else middle if batch <= 64 else _WIDE
+        table = _INTERPRETED_WIDE if wide else [_INTERPRETED]
+    elif not wide:
+        middle = _MIDDLE_NORMS if takes_norms else _MIDDLE
+        table = (_NARROW if batch <= 16 else middle)[itemsize]
+    else:
+        few = takes_norms and batch <= _NORMS_APART
+        table = (_WIDE_NORMS if few else _WIDE)[itemsize]
+    named = os.environ.get("R2EC_SEARCH_WIDE")
+    if wide and named:
+        if named not in KINDS:
+            raise ValueError(f"R2EC_SEARCH_WIDE={named}: expected one of {', '.join(KINDS)}")
+        table = [launch for launch in table if launch.kind == named] or table
     if backend == "hip":
-        return [replace(launch, num_stages=2) for launch in table[itemsize]]
-    return table[itemsize]
+        return [replace(launch, num_stages=min(2, launch.num_stages)) for launch in table]
+    return table
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a device, whose programs run side by side; Triton's interpreter has one."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose(
     batch: int,
     itemsize: int,
+    d: int,
     device: torch.device,
     time: Callable[[Launch], float],
     takes_norms: bool = False,
@@ -76,9 +112,11 @@ def choose(
         return options[0]
     path = Path(os.environ.get("R2EC_CACHE", "~/.cache/r2ec_kernels")).expanduser() / "launch.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
-    # "queries x items": older files keep the sides of a tile the other way round, under other keys
-    key = f"{torch.cuda.get_device_name(device)}/{min(batch, 65)}/{itemsize}/queries x items"
+    # the next powers of two; "scan": older files keep other configurations under other keys
+    classes = (1 << (size - 1).bit_length() for size in (min(batch, 1024), d))
+    key = "/".join(map(str, (torch.cuda.get_device_name(device), "scan", itemsize, *classes)))
     key += "/norms" if takes_norms else ""
+    key += "" if len({launch.kind for launch in options}) > 1 else f"/{options[0].kind}"
     if key not in stored:
         stored[key] = asdict(min(options, key=time))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import torch
 
 from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude
+from ..._exact.included import as_mask, normalize_include
 from ..._exact.scores import canonical_scores
 
 
@@ -13,6 +14,7 @@ def item_topk(
     similarity: str,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     batch, count = queries.shape[0], items.shape[0]
@@ -21,7 +23,10 @@ def item_topk(
     kept = ~scores.isnan()  # those cannot be compared
     excluded = ExcludedPairs.from_offsets(values, offsets)
     kept[excluded.of, excluded.rows] = False
-    # Excluded items go last even behind an item whose own score is -inf: sort twice, stably.
+    included = normalize_include(include, count, queries.device)
+    if included is not None:
+        kept &= as_mask(included, count)
+    # Items that are not kept go last, even behind one whose own score is -inf: two stable sorts.
     order = torch.argsort(scores, dim=1, descending=True, stable=True)
     by_kept = torch.argsort(kept.gather(1, order).int(), dim=1, descending=True, stable=True)
     order = order.gather(1, by_kept)[:, :k]

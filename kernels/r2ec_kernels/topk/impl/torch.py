@@ -7,6 +7,7 @@ import torch
 
 from ..._exact.bounds import prepare_queries
 from ..._exact.excluded import ExcludedPairs, TensorExclude, normalize_exclude
+from ..._exact.included import normalize_include, restrict
 from ..._exact.table import Table
 from ..._scan.float32 import Float32Scan
 from .common import certified_topk
@@ -19,11 +20,14 @@ def item_topk(
     similarity: str,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)
-    query = prepare_queries(queries, similarity, temperature)
-    scan = partial(Float32Scan, items, None)
+    included = normalize_include(include, items.shape[0], items.device)
     excluded = ExcludedPairs.from_offsets(values, offsets)
-    scores, ids, _ = certified_topk(Table(items), [scan], query, k, excluded)
+    table, excluded, _ = restrict(Table(items), included, excluded)
+    query = prepare_queries(queries, similarity, temperature)
+    scan = partial(Float32Scan, table.rows, None)
+    scores, ids, _ = certified_topk(table, [scan], query, k, excluded)
     return scores, ids

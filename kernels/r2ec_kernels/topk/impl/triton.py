@@ -1,7 +1,7 @@
 """item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
     prepare      queries in the scan's type, and their bounds          (``_scan.triton_queries``)
-    group_best   the two best scores of every group of rows            (``triton_kernels``)
+    group_best   the two best scores of every group of rows            (``triton_scan``)
     reach        which rows may be among the k best                    (``triton_candidates``)
     rescore      their canonical scores; all rows where that is needed (``triton_rescore``)
 
@@ -11,16 +11,19 @@ query's list (``triton_candidates.capacity_of``), in parts of the batch where th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..._exact.excluded import TensorExclude
+from ..._exact.included import as_mask, gather, is_gathered, normalize_include
 from ..._exact.table import Table
 from ..._scan.triton_exclusions import Exclusions, exclusions
 from ..._scan.triton_queries import DeviceQueries, prepare_on_device
 from . import triton_candidates, triton_rescore
 from .common import SearchStats
-from .triton_kernels import Scanned, group_best, group_size, operand_type, scan_rows
+from .triton_groups import Scanned, group_size, operand_type, scan_rows
+from .triton_scan import group_best
 
 __all__ = ["aot_configs", "item_topk", "search"]
 
@@ -41,7 +44,8 @@ def search(
     """The k best rows of ``table`` for each query, exactly.
 
     Args:
-        scanned: what the kernel multiplies for the rows of the table.
+        scanned: what the kernel multiplies for the rows of the table, those that it does not allow
+            among them.
         query: the prepared batch.
         name: of the scan, for the statistics.
         place: int64, the row of each id that may be excluded; None: ids are rows.
@@ -55,6 +59,8 @@ def search(
         scores = torch.full((batch, k), float("-inf"), device=table.rows.device)
         ids = torch.full((batch, k), -1, dtype=torch.int64, device=table.rows.device)
         return scores, ids, lambda: SearchStats("dense", batch, 0.0, 0, 0)
+    if table.allowed is not None:
+        scanned = _switched_off(scanned, table.allowed)
     every = count < _DENSE_SHARE * width
     group = group_size(count, width)
     capacity = count if every else triton_candidates.capacity_of(count, width, group, batch)
@@ -77,6 +83,15 @@ def search(
     return scores, ids, lambda: _stats(name, torch.cat(counts), width, group, capacity)
 
 
+def _switched_off(scanned: Scanned, allowed: torch.Tensor) -> Scanned:
+    """The scan in which the rows that are not allowed have no score."""
+    if scanned.sub is not None:
+        off = torch.where(allowed, scanned.sub, float("inf"))
+        return replace(scanned, sub=off, some_off=True)
+    sub = torch.full(allowed.shape, float("inf"), dtype=torch.float32, device=allowed.device)
+    return replace(scanned, sub=sub.masked_fill_(allowed, 0.0), some_off=True)
+
+
 def _stats(name: str, counts: torch.Tensor, k: int, group: int, capacity: int) -> SearchStats:
     """What the lists of a batch say. counts: int32 [B, 2], single rows and whole groups."""
     single, whole = counts.long().unbind(1)
@@ -95,23 +110,32 @@ def item_topk(
     similarity: str,
     temperature: float,
     exclude: TensorExclude,
+    include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
     excluded = exclusions(exclude, queries.shape[0], items.shape[0], items.device)
-    scanned = scan_rows(items, similarity)
+    included = normalize_include(include, items.shape[0], items.device)
+    table, place = Table(items), None
+    if included is not None and is_gathered(table, included):
+        table, place = gather(table, included, None)
+    elif included is not None:
+        table = Table(items, allowed=as_mask(included, items.shape[0]))
+    scanned = scan_rows(table.rows, similarity)
+    table = replace(table, rows=scanned.codes)
     query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
-    scores, ids, _ = search(scanned, query, Table(scanned.codes), k, excluded, "triton")
+    scores, ids, _ = search(scanned, query, table, k, excluded, "triton", place)
     return scores, ids
 
 
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     from ..._scan import triton_exclusions, triton_queries
-    from . import triton_shipped
+    from . import triton_factors, triton_shipped
 
     return [
         *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
+        *triton_factors.aot_configs(),
         *triton_shipped.aot_configs(),
         *triton_candidates.aot_configs(),
         *triton_rescore.aot_configs(),

@@ -18,19 +18,21 @@ import triton
 import triton.language as tl
 
 from ..._scan.triton_queries import DeviceQueries
-from .triton_kernels import GROUPS, LOWEST, PACK_UNIT, GroupBest, Scanned, product_unit
+from .triton_groups import (
+    GROUPS,
+    LOWEST,
+    PACK_UNIT,
+    GroupBest,
+    Scanned,
+    product_unit,
+    row_of,
+    unpack,
+)
 
 _PACK_UNIT = tl.constexpr(PACK_UNIT)
 GIVEN_UP = tl.constexpr(1 << 29)  # added to the count of a query that has no cut
+_LEAST = tl.constexpr(-(2.0 - 2.0**-23) * 2.0**127)  # of finite float32 numbers
 _BLOCK_GROUPS = 1024  # groups of a program of ``_reach``
-
-
-@triton.jit
-def unpack(packed, GROUP: tl.constexpr):
-    """Scores of packed values, rounded down to the bits that are left; -inf for no row."""
-    bits = packed & -GROUP
-    score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-    return tl.where(packed == LOWEST, -float("inf"), score)
 
 
 @triton.jit
@@ -73,7 +75,10 @@ def _error(
 @triton.jit
 def _cut(kth, error, GROUP: tl.constexpr):
     """No row whose score is below it can be among the k best; -inf where nothing is known."""
-    cut = unpack(kth, GROUP) - 2.0 * error
+    score = unpack(kth, GROUP)
+    cut = score - 2.0 * error
+    # Fewer than k groups hold a row that counts: all of those reach it. The others have no score.
+    cut = tl.where((error < float("inf")) & ((score > -float("inf")) == 0), _LEAST, cut)
     return tl.where((cut == cut) & (cut < float("inf")), cut, -float("inf"))
 
 
@@ -98,6 +103,7 @@ def _reach_kernel(
     SIMILARITY: tl.constexpr,
     CODES: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
     """A part of a query's groups.
@@ -126,7 +132,7 @@ def _reach_kernel(
         if num_single > 0:
             start = tl.atomic_add(count_ptr + 2 * i_m, num_single)
             o_out = start + tl.cumsum(b_single.to(tl.int32), 0) - 1
-            b_row = o_g * GROUP + (b_first & (GROUP - 1))
+            b_row = row_of(o_g, b_first & (GROUP - 1), GROUP, SPAN)
             tl.store(rows_ptr + i_m * capacity + o_out, b_row, mask=b_single & (o_out < capacity))
         num_whole = tl.sum(b_whole.to(tl.int32), axis=0)
         if num_whole > 0:
@@ -183,6 +189,7 @@ def reach(
         SIMILARITY=query.similarity,
         CODES=scanned.coded,
         GROUP=group,
+        SPAN=found.span,
         BLOCK_G=_BLOCK_GROUPS,
         num_warps=4,
     )
@@ -200,7 +207,7 @@ def aot_configs() -> list[dict[str, Any]]:
     shipped = (("dot", False), ("l2", False), ("cosine", True), ("l2", True))
     for (similarity, coded), group in itertools.product(shipped, GROUPS):
         constants = {"SIMILARITY": similarity, "CODES": coded, "GROUP": group}
-        constants["BLOCK_G"] = _BLOCK_GROUPS
+        constants |= {"SPAN": 128, "BLOCK_G": _BLOCK_GROUPS}
         names = _reach_kernel.arg_names
         found.append(
             {
@@ -213,6 +220,14 @@ def aot_configs() -> list[dict[str, Any]]:
                 "num_warps": 4,
                 "num_stages": 1,
                 "uses_tensor_cores": False,
+                # few groups reach the cut, whose second score and place in a list are 8 bytes more
+                "work": {
+                    "sizes": f"groups={_BLOCK_GROUPS}",
+                    "bytes": 4 * _BLOCK_GROUPS,
+                    "flops": 0,
+                    "straight": True,
+                },
+                "budget": {"loop": 1150, "registers": 64},
             }
         )
     return found

@@ -1,4 +1,4 @@
-"""The coarse scan on tensor cores: the two best scores of every group of rows, in one kernel.
+"""The coarse scan for few queries: the two best scores of every group of rows, in one kernel.
 
 For queries Q [M, d] (M = B) and the rows X [N, d] of a copy of the table it computes
 
@@ -22,24 +22,14 @@ bounds the error, of tensor-core sums that may truncate and of the packing. Excl
 sorted by program, so each program visits its own and they cost no kept score.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ..._numbers import HUGE
-from ..._scan.triton_exclusions import Exclusions, TilePairs, pair_places, pairs_by_tile
-from .launch import Launch, choose
-
-GROUPS = (32, 128)  # rows of a group
-LOWEST = tl.constexpr(-(2**31))
-_HUGE = tl.constexpr(HUGE)
-PACK_UNIT = 2.0**-15  # group index in the low bits of a score: at most 7 bits of 24
-_TENSOR_CORE_UNIT = 2.0**-22  # a term of a tensor-core sum, which may be truncated, not rounded
-_SPLIT_UNIT = 2.0**-15  # float32 operands as sums of two bfloat16
+from ..._scan.triton_exclusions import TilePairs, pair_places
+from .launch import Launch
+from .triton_factors import inverse_norm, norm_bound
+from .triton_groups import LOWEST, Scanned
 
 
 @triton.jit
@@ -110,22 +100,12 @@ def group_best_kernel(
     # [BLOCK_N]
     if TAKE_NORM:
         b_norm = tl.sqrt(b_square)
-        b_bound = tl.where(b_norm <= _HUGE, b_norm, float("inf"))
-        if BY_NORM == "cosine":
-            # A zero row scores 0 by the product alone; one too small for float32 has no bound.
-            m_small = m_n & (b_norm < 1.0 / _HUGE)
-            if tl.sum(m_small.to(tl.int32), axis=0) > 0:
-                b_largest = tl.zeros([BLOCK_N], dtype=tl.float32)
-                for k in range(0, d, BLOCK_K):
-                    m_k = k + o_k < d
-                    b_x = tl.load(p_x + k, mask=m_n[:, None] & m_k[None, :], other=0)
-                    b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x.to(tl.float32)), axis=1))
-                b_bound = tl.where(m_small & (b_largest > 0), float("inf"), b_bound)
+        b_bound = norm_bound(b_norm, m_n, p_x, d, BY_NORM, BLOCK_N, BLOCK_K)
         tl.store(tile_norm_ptr + i_n, tl.max(b_bound, axis=0))
     elif BY_NORM != "none":
         b_norm = tl.load(norm_ptr + o_n, mask=m_n, other=0)
     if BY_NORM == "cosine":
-        b_s = b_s * tl.where(b_norm > 0, 1.0 / tl.where(b_norm > 0, b_norm, 1.0), 0.0)[:, None]
+        b_s = b_s * inverse_norm(b_norm)[:, None]
     elif BY_NORM == "l2":
         b_s = b_s - (0.5 * b_norm * b_norm)[:, None]
     if HAS_MUL:
@@ -156,115 +136,7 @@ def group_best_kernel(
     tl.store(second_ptr + o_out, b_second, mask=m_g)
 
 
-@dataclass(frozen=True)
-class Scanned:
-    """What the kernel multiplies, and what its scores may be off by.
-
-    Attributes:
-        codes: [N, >= d], float32, bfloat16, float16 or int8: the rows, or what stands for them.
-        mul, sub: float32 [N] or None: score = product * mul - sub.
-        by_norm: what the rows' norms do to their scores: "none", "cosine" or "l2".
-        norms: float32 [N], of the rows; None where the kernel takes them, or none are wanted.
-        coded: whether the codes only stand for the rows, and have residuals.
-        limits: float32 [3]: the largest residual, size and norm of the rows (``index.quantize``),
-            the norm infinite where a row has no bound; None where the kernel takes the norms.
-    """
-
-    codes: torch.Tensor
-    mul: torch.Tensor | None = None
-    sub: torch.Tensor | None = None
-    by_norm: str = "none"
-    norms: torch.Tensor | None = None
-    coded: bool = False
-    limits: torch.Tensor | None = None
-
-    @property
-    def takes_norms(self) -> bool:
-        return self.limits is None
-
-
-class GroupBest(NamedTuple):
-    """What the kernel leaves: int32 [B, groups], packed; float32 [3], see ``Scanned.limits``."""
-
-    first: torch.Tensor
-    second: torch.Tensor
-    limits: torch.Tensor
-
-
-def product_unit(codes: torch.Tensor, d: int) -> float:
-    """Relative error, to |q| |x|, of the kernel's scores beyond ``_exact.bounds.float32_unit``."""
-    split = _SPLIT_UNIT if codes.dtype == torch.float32 else 0.0
-    return (d + 32) * _TENSOR_CORE_UNIT + split + PACK_UNIT
-
-
-def operand_type(codes: torch.Tensor) -> torch.dtype:
-    """The type of the queries that the kernel multiplies codes with."""
-    return torch.bfloat16 if codes.dtype == torch.int8 else codes.dtype
-
-
-def scan_rows(rows: torch.Tensor, similarity: str) -> Scanned:
-    """What scans the rows [N, d] themselves, whose norms are not known."""
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    return Scanned(rows, by_norm="none" if similarity == "dot" else similarity)
-
-
-def group_best(
-    scanned: Scanned,
-    operand: torch.Tensor,
-    group: int,
-    excluded: Exclusions | None = None,
-    place: torch.Tensor | None = None,
-) -> GroupBest:
-    """Packed first and second scores of every group of rows, for each query of ``operand`` [B, d].
-
-    place: int64, the row of each excluded id; None: ids are rows.
-    """
-    codes = scanned.codes
-    batch, count = operand.shape[0], codes.shape[0]
-    groups = triton.cdiv(count, group)
-    first = torch.empty(batch, groups, dtype=torch.int32, device=codes.device)
-    second = torch.empty_like(first)
-    config = choose_launch(scanned, operand, group, first, second)
-    row_tiles = triton.cdiv(count, config.block_n)
-    tile_norms = None
-    if scanned.takes_norms:
-        tile_norms = torch.empty(row_tiles, dtype=torch.float32, device=codes.device)
-    pairs = None
-    if excluded is not None:
-        pairs = pairs_by_tile(
-            excluded,
-            batch,
-            tile_rows=config.block_n,
-            tile_queries=config.block_m,
-            row_tiles=row_tiles,
-            place=place,
-        )
-    _launch(scanned, operand, group, first, second, tile_norms, pairs, config)
-    limits = scanned.limits
-    if limits is None:
-        assert tile_norms is not None
-        limits = torch.nn.functional.pad(tile_norms.amax(0, keepdim=True), (2, 0))
-    return GroupBest(first, second, limits)
-
-
-def choose_launch(
-    scanned: Scanned, operand: torch.Tensor, group: int, first: torch.Tensor, second: torch.Tensor
-) -> Launch:
-    """The configuration to launch with; measured under ``R2EC_AUTOTUNE=1``."""
-    codes = scanned.codes
-
-    def seconds(config: Launch) -> float:
-        tiles = triton.cdiv(codes.shape[0], config.block_n)
-        norms = torch.empty(tiles, device=codes.device) if scanned.takes_norms else None
-        run = partial(_launch, scanned, operand, group, first, second, norms, None, config)
-        return triton.testing.do_bench(run)
-
-    return choose(
-        operand.shape[0], codes.element_size(), codes.device, seconds, scanned.takes_norms
-    )
-
-
-def _launch(
+def run_tiles(
     scanned: Scanned,
     operand: torch.Tensor,
     group: int,
@@ -274,6 +146,7 @@ def _launch(
     pairs: TilePairs | None,
     config: Launch,
 ) -> None:
+    """Fill first and second [B, groups], and the tiles' largest norms, for ``operand`` [B, d]."""
     codes, d = scanned.codes, operand.shape[1]
     batch, count = operand.shape[0], codes.shape[0]
     programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
@@ -293,13 +166,13 @@ def _launch(
         d=d,
         stride_x=codes.stride(0),
         stride_q=operand.stride(0),
-        **constants(config, group, d, codes.dtype, scanned, pairs is not None),
+        **_constants(config, group, d, codes.dtype, scanned, pairs is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
-def constants(
+def _constants(
     config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: bool
 ) -> dict[str, object]:
     """The compile-time arguments of the kernel."""
@@ -319,8 +192,3 @@ def constants(
         "PRECISION": "bf16x3" if split else "ieee",
         "WIDEN": interpreted,
     }
-
-
-def group_size(num_rows: int, k: int) -> int:
-    """Rows of a group: about sqrt(2 N / k), of the sizes that the kernel has."""
-    return GROUPS[num_rows >= 8192 * k]

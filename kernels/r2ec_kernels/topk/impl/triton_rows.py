@@ -19,6 +19,7 @@ def row_keys(
     ids_ptr,
     exclude_ptr,
     exclude_start_ptr,
+    allowed_ptr,
     stride_x,
     temperature,
     ROWS: tl.constexpr,
@@ -27,13 +28,16 @@ def row_keys(
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Order keys int64 [ROWS] of a query's rows; PADDING where masked or excluded. Also whether
-    some score that counts is infinite: those are ties that the bounds do not see."""
+    """Order keys int64 [ROWS] of a query's rows; PADDING where masked, excluded or not allowed.
+    Also whether some score that counts is infinite: those are ties that the bounds do not see."""
     b_id = b_row.to(tl.int64)
     if HAS_IDS:
         b_id = tl.load(ids_ptr + b_id, mask=m_row, other=0)
+    if HAS_ALLOWED:
+        m_row = m_row & (tl.load(allowed_ptr + b_row, mask=m_row, other=0) != 0)
     if HAS_EXCLUDE:
         m_row = m_row & ~excluded_ids(b_id, i_m, exclude_ptr, exclude_start_ptr, BLOCK_E)
     p_x = x_ptr + b_row.to(tl.int64)[:, None] * stride_x + o_d[None, :]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..._exact.triton_scores import PADDING, float64_of, halving_places
-from .triton_candidates import unpack
+from .triton_groups import row_of, unpack
 from .triton_rows import row_keys
 
 
@@ -53,6 +53,7 @@ def search_all_kernel(
     ids_ptr,
     exclude_ptr,
     exclude_start_ptr,
+    allowed_ptr,
     first_ptr,
     count_ptr,
     cut_ptr,
@@ -66,12 +67,14 @@ def search_all_kernel(
     k,
     temperature,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     SIMILARITY: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -96,7 +99,7 @@ def search_all_kernel(
             best = unpack(tl.load(first_ptr + i_m * num_groups + i_g), GROUP)
             if (cut == -float("inf")) | (best >= cut):
                 for start in range(0, GROUP, ROWS):
-                    b_row = i_g * GROUP + start + tl.arange(0, ROWS)
+                    b_row = row_of(i_g, start + tl.arange(0, ROWS), GROUP, SPAN)
                     b_keys, _ = row_keys(
                         i_m,
                         b_row,
@@ -108,6 +111,7 @@ def search_all_kernel(
                         ids_ptr,
                         exclude_ptr,
                         exclude_start_ptr,
+                        allowed_ptr,
                         stride_x,
                         temperature,
                         ROWS,
@@ -116,6 +120,7 @@ def search_all_kernel(
                         SIMILARITY,
                         HAS_IDS,
                         HAS_EXCLUDE,
+                        HAS_ALLOWED,
                         BLOCK_E,
                     )
                     num_better = tl.sum((b_keys > least).to(tl.int32), axis=0)
