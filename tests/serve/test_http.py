@@ -425,6 +425,9 @@ def test_a_deadline_ends_a_request_in_the_queue_and_under_way(monkeypatch):
         )
         found = events(under_way.text)
         assert found[-2][0] == "error" and found[-2][1]["status"] == 504
+        until = time.monotonic() + 10  # the client is told first
+        while len(service.worker._decoder) and time.monotonic() < until:
+            time.sleep(0.01)
         assert len(service.worker._decoder) == 0
     service.close()
 
