@@ -311,6 +311,7 @@ def serve(
     cache_entries: int = 10_000,
     cache_seconds: float = 3600.0,
     table_copies: int = 2,
+    engine: str = "transformers",
     drain_seconds: float = 30.0,
 ) -> None:
     """Serve a model over HTTP: recommendations with reasonings, a live catalog, a page to try it.
@@ -332,6 +333,8 @@ def serve(
         cache_entries: user states that are kept.
         cache_seconds: how long they are kept.
         table_copies: 2; or 1 for half of the table's memory: searches then wait for changes.
+        engine: what writes reasonings: transformers, or vllm:http://HOST:PORT, a vLLM server of the
+            same weights.
         drain_seconds: most time to answer what is under way after SIGTERM.
     """
     from r2ec_fast.serve.numerics import ask_for_strict_products
@@ -358,6 +361,7 @@ def serve(
         cache_entries=cache_entries,
         cache_seconds=cache_seconds,
         copies=table_copies,
+        engine=engine,
         observe=metrics.observe,
     )
     app = create_app(service, metrics=metrics, state=state, keys=keys, timeout=timeout_s)

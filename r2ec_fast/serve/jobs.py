@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ class ShuttingDown(RuntimeError):
 
 class DeadlineExceeded(RuntimeError):
     """A request's time was over before it was answered."""
+
+
+class EngineUnavailable(ConnectionError):
+    """The server that writes reasonings is away, or refused one."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,30 @@ class UserState:
     finish_reason: str
     completion_tokens: int
 
+    @classmethod
+    def of(cls, state: torch.Tensor, written: Written | None) -> UserState:
+        """A state read after what was written, if anything was."""
+        if written is None:
+            return cls(state, None, "direct", 0)
+        return cls(state, written.text, written.finish_reason, written.completion_tokens)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A reasoning that a `Writer` brings.
+
+    Attributes:
+        tokens: all that is read between the prompt and the state, the marker included.
+        text, finish_reason, completion_tokens: see `UserState`.
+        state: [d]; None: it is yet to be read.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    state: torch.Tensor | None = None
+
 
 @dataclass
 class Answer:
@@ -92,6 +120,7 @@ class Job:
         deadline: of `time.monotonic`; None: none.
         on_text: called in the worker's thread with each new piece of the reasoning.
         future: cancelled by whoever does not want the answer any more.
+        written: what a `Writer` wrote.
     """
 
     prompt: np.ndarray
@@ -101,6 +130,7 @@ class Job:
     on_text: Callable[[str], None] | None = None
     future: Future[Answer] = field(default_factory=Future)
     user: UserState | None = None
+    written: Written | None = None
     cached: bool = False
     shown: int = 0  # characters of the reasoning that on_text has had
     marks: dict[str, float] = field(default_factory=lambda: {"arrived": time.monotonic()})
@@ -115,6 +145,11 @@ class Job:
         """Whether nobody waits for it any more."""
         return self.future.done()
 
+    def row(self, marker: Sequence[int]) -> np.ndarray:
+        """All that is read before its state."""
+        rest = marker if self.written is None else self.written.tokens
+        return np.concatenate([self.prompt, np.asarray(rest, np.int64)])
+
     def mark(self, name: str) -> None:
         self.marks.setdefault(name, time.monotonic())
 
@@ -125,7 +160,7 @@ class Job:
         return self.future.done()
 
     def fail(self, error: BaseException) -> None:
-        if self.future.set_running_or_notify_cancel():
+        if not self.over and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
     def finish(self, found: Found | None, version: int | None) -> None:
@@ -142,3 +177,20 @@ class Job:
             at = self.marks.get(end, before)
             seconds[stage], before = at - before, at
         return seconds
+
+
+class Writer(Protocol):
+    """Writes reasonings outside the worker's thread.
+
+    Attributes:
+        slots: jobs it works at together.
+    """
+
+    slots: int
+
+    def start(self, job: Job, done: Callable[[Job], None]) -> None:
+        """Give the job its ``written``, or fail it, and then call ``done`` in any thread; a job
+        that is cancelled or whose time is over is given up."""
+
+    def close(self) -> None:
+        """End its threads; nothing is under way any more."""

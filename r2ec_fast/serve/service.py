@@ -19,7 +19,7 @@ from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout.continuous.decoder import ContinuousDecoder
 from r2ec_fast.serve.item_records import Fields, log_header
-from r2ec_fast.serve.jobs import Job, Search
+from r2ec_fast.serve.jobs import Job, Search, Writer
 from r2ec_fast.serve.live_catalog import LiveCatalog
 from r2ec_fast.serve.state_cache import StateCache
 from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings, invariant
@@ -78,11 +78,14 @@ class Service:
         settings: of the worker.
         cache_entries, cache_seconds: of user states.
         copies: of the item table: 2, or 1 for half of the memory.
+        engine: what writes reasonings: "transformers", the model itself, or "vllm:URL", a vLLM
+            server of the same weights (`engines.vllm.VLLMWriter`).
         observe: see `Worker`.
 
     Raises:
         ValueError: the table is that of another catalog, the log that of another table, or the
-            model's architecture cannot decode continuously.
+            model's architecture cannot decode continuously, or the engine serves other weights.
+        EngineUnavailable: the engine is away.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Service:
         cache_entries: int = 10_000,
         cache_seconds: float = 3600.0,
         copies: int = 2,
+        engine: str = "transformers",
         observe: Observe = lambda name, value: None,
     ) -> None:
         model.check_catalog(catalog)
@@ -120,6 +124,7 @@ class Service:
         decoder: ContinuousDecoder[Job] = ContinuousDecoder(
             model, self._builder.marker_ids, _end_of_text(model), prefix
         )
+        self._writer = self._writer_of(engine)
         settings = settings or WorkerSettings()
         if settings.together and model.device.type == "cpu":
             settings = self._checked_company(settings, prefix)
@@ -129,6 +134,7 @@ class Service:
             marker_ids=self._builder.marker_ids,
             prefix=prefix,
             decoder=decoder,
+            writer=self._writer,
             settings=settings,
             cache=StateCache(cache_entries, cache_seconds),
             observe=observe,
@@ -159,6 +165,8 @@ class Service:
     def close(self) -> None:
         """Answer what waits, and stop."""
         self.worker.close()
+        if self._writer is not None:
+            self._writer.close()
         if self.log is not None:
             self.log.close()
 
@@ -282,6 +290,19 @@ class Service:
         worker to encode them, and for the disk."""
         rows = self.worker.encode(items).result()
         return self.catalog.put(items, rows)
+
+    def _writer_of(self, engine: str) -> Writer | None:
+        if engine == "transformers":
+            return None
+        kind, _, url = engine.partition(":")
+        if kind != "vllm" or not url:
+            raise ValueError(f"engine: expected transformers or vllm:URL, got {engine!r}")
+        from r2ec_fast.serve.engines.vllm import VLLMWriter
+
+        shown = np.arange(min(4, len(self._builder.titles)))
+        probe = self._builder.user_ids(History(shown))
+        eos = _end_of_text(self.model)
+        return VLLMWriter(url, self.model, self._builder.marker_ids, eos, probe)
 
     def _checked_company(self, settings: WorkerSettings, prefix: Any) -> WorkerSettings:
         """Prompts share passes where that does not change their states."""

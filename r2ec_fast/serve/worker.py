@@ -8,12 +8,15 @@ A turn of the worker is
     items       new items' texts are encoded, a pass a turn
 
 so a direct answer waits for one token of the reasonings, never for a reasoning. States that are
-known, from the cache, only search. Searches of a turn are made together.
+known, from the cache, only search. Searches of a turn are made together. With a `Writer` reasonings
+are written elsewhere: their jobs come back with their states, or to the direct lane to have them
+read.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -27,7 +30,8 @@ import torch
 
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout.continuous.decoder import ContinuousDecoder, Row
-from r2ec_fast.serve.jobs import Job, QueueFull, ShuttingDown, UserState
+from r2ec_fast.serve.jobs import Job, QueueFull, ShuttingDown, UserState, Writer
+from r2ec_fast.serve.reasoning_text import ReasoningText
 from r2ec_fast.serve.state_cache import StateCache
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ class Worker:
         marker_ids: tokens of the marker.
         prefix: what all prompts begin with.
         decoder: writes reasonings.
+        writer: writes them in its place.
         cache: of states.
         observe: told of figures: "batch_tokens" of each pass, "step_rows" of each decoding step.
     """
@@ -81,6 +86,7 @@ class Worker:
         marker_ids: Sequence[int],
         prefix: KnownPrefix | None,
         decoder: ContinuousDecoder[Job],
+        writer: Writer | None = None,
         settings: WorkerSettings | None = None,
         cache: StateCache | None = None,
         observe: Observe = lambda name, value: None,
@@ -90,12 +96,15 @@ class Worker:
         self.cache = StateCache(0, 0) if cache is None else cache
         self.observe = observe
         self._marker = list(marker_ids)
-        self._prefix, self._decoder = prefix, decoder
+        self._prefix, self._decoder, self._writer = prefix, decoder, writer
+        self._text = ReasoningText(model.tokenizer, model.prompts.emb_token)
         self._known = 0 if prefix is None else len(prefix)
         self._direct: deque[Job] = deque()
         self._reasoned: deque[Job] = deque()
         self._ready: list[Job] = []  # with states
         self._items: deque[tuple[Any, Future[torch.Tensor]]] = deque()
+        self._away = 0  # reasonings with the writer
+        self._error: BaseException | None = None  # the thread ended of
         self._changed = threading.Condition()
         self._closing = False
         self._pace = 0.0  # seconds between answers, smoothed
@@ -142,7 +151,7 @@ class Worker:
     @property
     def running(self) -> int:
         """Reasonings under way."""
-        return len(self._decoder)
+        return len(self._decoder) + self._away
 
     @property
     def alive(self) -> bool:
@@ -163,7 +172,7 @@ class Worker:
         except BaseException as error:  # nothing is left that could answer
             log.critical("the worker has failed", exc_info=error)
             with self._changed:
-                self._closing = True
+                self._closing, self._error = True, error
                 jobs = [*self._direct, *self._reasoned, *self._ready]
             for job in [*jobs, *(row.owner for row in self._decoder.rows)]:
                 job.fail(error)
@@ -173,7 +182,9 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._has_work())
+                self._changed.wait_for(
+                    lambda: self._has_work() or (self._closing and not self._away)
+                )
                 if not self._has_work():
                     return
             self._gather()
@@ -182,9 +193,8 @@ class Worker:
             self._turn_items()
 
     def _has_work(self) -> bool:
-        return bool(
-            self._direct or self._reasoned or self._ready or self._items or len(self._decoder)
-        )
+        reasoned = self._reasoned and (self._writer is None or self._away < self._writer.slots)
+        return bool(self._direct or reasoned or self._ready or self._items or len(self._decoder))
 
     def _gather(self) -> None:
         """Wait for company for a first direct request, where nothing else is to be done."""
@@ -203,7 +213,7 @@ class Worker:
             while queue and (most is None or len(found) < most):
                 job = queue[0]
                 if not job.expire(now):
-                    tokens -= len(job.prompt) + len(self._marker) - self._known
+                    tokens -= len(job.row(self._marker)) - self._known
                     if found and tokens < 0:
                         break
                     found.append(job)
@@ -216,7 +226,7 @@ class Worker:
         jobs = self._taken(self._direct, self.settings.max_batch_tokens, most)
         if not jobs:
             return
-        rows = Ragged.of([job.prompt for job in jobs]).append(self._marker)
+        rows = Ragged.of([job.row(self._marker) for job in jobs])
         self.observe("batch_tokens", float(rows.lengths.sum() - self._known * len(jobs)))
         try:
             states = self.model.encode_rows(rows, self._budget(rows), self._prefix)
@@ -224,10 +234,13 @@ class Worker:
             self._failed(jobs, error)
             return
         for job, state in zip(jobs, states, strict=True):
-            job.mark("read")
-            self._keep(job, UserState(state, None, "direct", 0))
+            job.mark("read" if job.written is None else "written")
+            self._keep(job, UserState.of(state, job.written))
 
     def _turn_reasoned(self) -> None:
+        if self._writer is not None:
+            self._hand_over(self._writer)
+            return
         self._drop_over()
         room = self.settings.max_cache_tokens - sum(
             len(row.owner.prompt) - self._known + row.limit for row in self._decoder.rows
@@ -248,10 +261,30 @@ class Worker:
             self._failed([row.owner for row in rows], error)
             return
         for row in self._decoder.rows:
-            if row.owner.on_text is not None:
-                self._show(row)
+            self._text.show(row.owner, row.tokens)
         for row in finished:
             self._finish_reasoning(row)
+
+    def _hand_over(self, writer: Writer) -> None:
+        free = writer.slots - self._away
+        jobs = self._taken(self._reasoned, sys.maxsize, free) if free > 0 else []
+        with self._changed:
+            self._away += len(jobs)
+        for job in jobs:
+            writer.start(job, self._returned)
+
+    def _returned(self, job: Job) -> None:
+        """A job comes back, in a thread of the writer."""
+        with self._changed:
+            self._away -= 1
+            if not job.over:
+                if self._error is not None:
+                    job.fail(self._error)
+                elif job.written is not None and job.written.state is not None:
+                    self._keep(job, UserState.of(job.written.state, job.written))
+                else:
+                    self._direct.append(job)
+            self._changed.notify_all()
 
     def _join(self, jobs: list[Job]) -> None:
         rows = Ragged.of([job.prompt for job in jobs])
@@ -274,28 +307,9 @@ class Worker:
         job = row.owner
         assert row.state is not None and row.finish_reason is not None
         job.mark("written")
-        text = self._text(row).strip()
-        if job.on_text is not None:
-            self._show(row, whole=True)
+        text = self._text.of(row.tokens).strip()
+        self._text.show(job, row.tokens, whole=True)
         self._keep(job, UserState(row.state, text, row.finish_reason, len(row.tokens)))
-
-    def _text(self, row: Row[Job]) -> str:
-        text = self.model.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text.split(self.model.prompts.emb_token)[0]
-
-    def _show(self, row: Row[Job], whole: bool = False) -> None:
-        """Hand on what is new of a reasoning, without what may be the beginning of the marker or
-        a part of a character."""
-        job, text = row.owner, self._text(row)
-        if not whole:
-            marker = self.model.prompts.emb_token
-            held = next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)
-            text = text[: len(text) - held].rstrip("\ufffd").rstrip()
-        if len(text) > job.shown:
-            new, job.shown = text[job.shown :], len(text)
-            assert job.on_text is not None
-            job.on_text(new)
 
     def _keep(self, job: Job, user: UserState) -> None:
         """A job's state is there: it searches next."""

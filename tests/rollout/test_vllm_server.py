@@ -1,6 +1,8 @@
 """VLLMServerEngine against a stand-in HTTP server, and (mark vllm) a real one that is killed."""
 
+import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -11,13 +13,18 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from _support.rollout_cases import EOS, PIECES, random_prompts
+from _support.toy import toy_dataset, toy_model
+from _support.vllm_stand_in import stand_in
 
+from r2ec_fast.eval.ranking import server_engine, transformers_engine, user_states
 from r2ec_fast.model.r2ec import R2ecModel
+from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import RolloutServerError, VLLMServerEngine, score_rollouts
 
 MARKER = "b>"
@@ -139,6 +146,43 @@ def test_failures_name_the_server_and_the_way_on(server, tokenizer):
         port = free.getsockname()[1]
     with pytest.raises(RolloutServerError, match=f":{port} does not answer.*vllm serve MODEL"):
         VLLMServerEngine(f"http://127.0.0.1:{port}", "base", tokenizer, MARKER)
+
+
+@pytest.mark.parametrize("kind", ["extracts", "extracts another layer", "extracts none"])
+def test_states_are_those_of_the_model(tmp_path, caplog, kind):
+    caplog.set_level(logging.INFO)
+    data, model = toy_dataset(), toy_model(dtype=torch.float32)
+    model.add_lora(r=2)
+    with torch.no_grad():
+        for name, weight in model.backbone.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    builder = model.eval().prompt_builder(data.data.catalog)
+    prompts = PromptAssembler(builder).example_rows(data, data.test)
+    with stand_in(model) as server:
+        server.takes_adapters = True
+        server.folder = None if kind == "extracts none" else tmp_path
+        if kind == "extracts another layer":
+            states = server.states
+            server.states = lambda tokens: (states(tokens)[0].roll(1, -1), states(tokens)[1])
+        engine = server_engine(model, builder, server.url, max_tokens=4096)
+        server.calls.clear()
+        limit = {"max_completion_length": 5}
+        with mock.patch.object(model, "encode_rows", wraps=model.encode_rows) as second_pass:
+            found = user_states(model, builder, prompts, engine=engine, **limit)
+        assert second_pass.called is (kind != "extracts")
+        assert len(server.bodies()) == len(prompts) * (1 if server.folder is None else 2) + (
+            server.folder is None
+        )
+    own = transformers_engine(model, builder)
+    expected = user_states(model, builder, prompts, engine=own, **limit)
+    assert found.finish_reason == expected.finish_reason
+    np.testing.assert_array_equal(found.reasoning.values, expected.reasoning.values)
+    torch.testing.assert_close(found.states, expected.states, atol=1e-4, rtol=1e-4)
+    assert ("states are computed by the model here" in caplog.text) is (kind != "extracts")
+    del engine
+    gc.collect()
+    assert not os.listdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

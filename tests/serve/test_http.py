@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from _support.serving import DATA, client_of, events, toy_service
@@ -125,17 +126,17 @@ def test_a_stream_is_the_reasoning_then_the_items_then_the_end(client):
 
 def test_the_end_of_a_reasoning_is_never_shown_with_its_marker(service):
     """Pieces end where a marker may begin; whatever the text, they add up to it."""
-    from types import SimpleNamespace
+    from r2ec_fast.serve.jobs import Job
+    from r2ec_fast.serve.reasoning_text import ReasoningText
 
     marker, shown = service.model.prompts.emb_token, []
     texts = ["a", "a <", "a <b", "a <b <answ", f"a <b {marker}", f"a <b {marker} more"]
-    job = SimpleNamespace(shown=0, on_text=shown.append)
-    row = SimpleNamespace(owner=job)
-    worker = SimpleNamespace(model=service.model)
+    reader = ReasoningText(service.model.tokenizer, marker)
+    job = Job(np.zeros(1), 1, None, on_text=shown.append)
     for text in texts:
-        worker._text = lambda row, text=text: text.split(marker)[0]
-        type(service.worker)._show(worker, row)
-    type(service.worker)._show(worker, row, whole=True)
+        reader.of = lambda tokens, text=text: text.split(marker)[0]
+        reader.show(job, [])
+    reader.show(job, [], whole=True)
     assert "".join(shown).strip() == "a <b" and all(piece for piece in shown)
 
 
@@ -424,6 +425,9 @@ def test_a_deadline_ends_a_request_in_the_queue_and_under_way(monkeypatch):
         )
         found = events(under_way.text)
         assert found[-2][0] == "error" and found[-2][1]["status"] == 504
+        until = time.monotonic() + 10  # the client is told first
+        while len(service.worker._decoder) and time.monotonic() < until:
+            time.sleep(0.01)
         assert len(service.worker._decoder) == 0
     service.close()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -87,7 +88,7 @@ class VLLMBase(ABC):
     ) -> Rollouts:
         """Sample `num_generations` completions of every prompt (`TransformersEngine.generate`).
 
-        vLLM shows no states: `states` changes nothing, and `Rollouts.states` is None.
+        `Rollouts.states` is None where vLLM shows none, whatever `states` says.
 
         Raises:
             ValueError: bad arguments, or `top_k > 0` without a scorer.
@@ -111,6 +112,8 @@ class VLLMBase(ABC):
             )
         ]
         rollouts = assemble(rows, self.marker_ids)
+        if states:
+            rollouts = dataclasses.replace(rollouts, states=self._states(prompts, rollouts))
         if self.scorer is None:
             return rollouts
         exact = self.scorer(prompts, rollouts, temperature)
@@ -126,6 +129,10 @@ class VLLMBase(ABC):
         params: SamplingParams,
     ) -> list[Completion]:
         """B * G completions in order; an end-of-text token that ended one is its last token."""
+
+    def _states(self, prompts: Ragged, rollouts: Rollouts) -> torch.Tensor | None:
+        """[B * G, d], after the final norm at the end of each row; None: they are not shown."""
+        return None
 
     @abstractmethod
     def _install_adapter(self, version: int, folder: Path) -> None:

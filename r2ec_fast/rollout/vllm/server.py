@@ -1,8 +1,10 @@
 """Rollouts on a running vLLM server (its OpenAI-compatible HTTP interface)."""
 
 import json
+import logging
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -10,14 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from r2ec_fast.model.hf_compat import base_causal_lm
 from r2ec_fast.packing.ragged import Ragged
+from r2ec_fast.rollout.base import Rollouts
 from r2ec_fast.rollout.sampling import SamplingParams
 from r2ec_fast.rollout.vllm.common import Completion, Scorer, VLLMBase
+from r2ec_fast.rollout.vllm.states import StateFiles
+
+log = logging.getLogger(__name__)
 
 COMMAND = "vllm serve MODEL --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 8"
+
+
+COMPLETIONS = "/v1/completions"
+
+
+class _NoStatesError(Exception):
+    """States do not come from the server, and why."""
 
 
 class RolloutServerError(ConnectionError):
@@ -26,6 +41,9 @@ class RolloutServerError(ConnectionError):
 
 class VLLMServerEngine(VLLMBase):
     """Samples from a vLLM server; the protocol and the log-probabilities are `VLLMEngine`'s.
+
+    A server that extracts states (docs/guides/rollout.md) shows a policy's to
+    `generate(states=True)`.
 
     Start it as `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --logprobs-mode
     processed_logprobs --enable-lora --max-lora-rank 8`. The server reads the adapter from
@@ -63,6 +81,9 @@ class VLLMServerEngine(VLLMBase):
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.concurrency = concurrency
+        self._files = StateFiles()
+        weakref.finalize(self, self._files.close)
+        self._extracts = True  # until it is seen not to
         self.model = self._served = model or self._base_model()
         self._check_mode()
 
@@ -80,14 +101,16 @@ class VLLMServerEngine(VLLMBase):
         listed = json.loads(self._ask("/v1/models"))["data"]
         return next(one["id"] for one in listed if one.get("parent") is None)
 
-    def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        return self._ask(path, json.dumps(body).encode())
+    def _post(self, path: str, body: dict[str, Any], id_: str | None = None) -> bytes:
+        return self._ask(path, json.dumps(body).encode(), id_)
 
-    def _ask(self, path: str, body: bytes | None = None) -> bytes:
-        """The answer to a GET, or to a POST of ``body``."""
-        request = urllib.request.Request(
-            self.url + path, data=body, headers={"Content-Type": "application/json"}
-        )
+    def _ask(self, path: str, body: bytes | None = None, id_: str | None = None) -> bytes:
+        """The answer to a GET, or to a POST of ``body``; ``id_`` becomes a part of the request's
+        id there."""
+        headers = {"Content-Type": "application/json"}
+        if id_ is not None:
+            headers["X-Request-Id"] = id_
+        request = urllib.request.Request(self.url + path, data=body, headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return answer.read()
@@ -111,30 +134,81 @@ class VLLMServerEngine(VLLMBase):
         params: SamplingParams,
     ) -> list[Completion]:
         def ask(prompt: np.ndarray, seed: int) -> list[Completion]:
-            body = {
-                "model": self._served,
-                "prompt": prompt.tolist(),
+            body = self._body(prompt, max_completion_length) | {
                 "n": num_generations,
                 "temperature": 0.0 if params.greedy else params.temperature,
                 "top_k": 0 if params.greedy else params.top_k,
-                "top_p": 1.0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "max_tokens": max_completion_length,
                 "seed": None if params.greedy else seed,
                 "logprobs": 0,
                 "stop": [self.stop.marker],
                 "include_stop_str_in_output": True,
                 "stop_token_ids": sorted(self.eos_token_ids),
-                "skip_special_tokens": False,
-                "return_token_ids": True,
             }
-            choices = json.loads(self._post("/v1/completions", body))["choices"]
-            choices.sort(key=lambda choice: choice["index"])
+            id_ = self._files.new_id()
+            answer = json.loads(self._post(COMPLETIONS, body, id_))
+            self._files.discard(id_, answer)
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             return [(one["token_ids"], one["logprobs"]["token_logprobs"]) for one in choices]
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             return [row for rows in pool.map(ask, prompts, seeds) for row in rows]
+
+    def _body(self, prompt: np.ndarray, max_tokens: int) -> dict[str, Any]:
+        return {
+            "model": self._served,
+            "prompt": prompt.tolist(),
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": max_tokens,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+        }
+
+    def _states(self, prompts: Ragged, rollouts: Rollouts) -> torch.Tensor | None:
+        """By a request of one token a row, of which the server has nearly all in its cache."""
+        if not self._extracts or self.policy is None:
+            return None
+        group = len(rollouts) // len(prompts)
+        rows = prompts.select(np.arange(len(prompts)).repeat(group)).join(rollouts.tokens)
+
+        def ask(row: np.ndarray) -> tuple[torch.Tensor, int]:
+            answer = json.loads(self._post(COMPLETIONS, self._body(row, 1), self._files.new_id()))
+            try:
+                state = self._files.read(answer, len(row))
+            except (OSError, ValueError) as error:
+                raise _NoStatesError(str(error)) from error
+            return state, answer["choices"][0]["token_ids"][0]
+
+        try:
+            found = [ask(rows[0])]
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                found += pool.map(ask, rows[1:])
+            return self._normed([state for state, _ in found], [token for _, token in found])
+        except _NoStatesError as reason:
+            log.info("states are computed by the model here, not by the vLLM server: %s", reason)
+            self._extracts = False
+            return None
+
+    @torch.no_grad()
+    def _normed(self, found: list[torch.Tensor], tokens: list[int]) -> torch.Tensor:
+        """States after the norm, which predict the tokens that the server wrote next."""
+        assert self.policy is not None
+        model = base_causal_lm(self.policy)
+        norm = getattr(model.get_decoder(), "norm", None)
+        if norm is None:
+            raise _NoStatesError(f"{type(model).__name__} has no final norm that is known here")
+        states: torch.Tensor = norm(torch.stack(found).to(norm.weight.device, norm.weight.dtype))
+        likely = model.get_output_embeddings()(states).argmax(-1).tolist()
+        wrong = sum(one != token for one, token in zip(likely, tokens, strict=True))
+        if 4 * wrong > len(tokens):  # rounding may turn near ties
+            raise _NoStatesError(
+                f"{wrong} of {len(tokens)} do not predict the server's next token; is the layer "
+                "num_hidden_layers the last of those extracted?"
+            )
+        return states
 
     def _install_adapter(self, version: int, folder: Path) -> None:
         name = f"policy-{version}"

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from r2ec_fast.data import UnknownIdError
-from r2ec_fast.serve.jobs import DeadlineExceeded, QueueFull, ShuttingDown
+from r2ec_fast.serve.jobs import DeadlineExceeded, EngineUnavailable, QueueFull, ShuttingDown
 from r2ec_fast.serve.live_catalog import VersionGone
 from r2ec_fast.serve.service import BadRequest
 
@@ -57,7 +57,7 @@ def of_exception(error: BaseException) -> ProblemResponse:
     if isinstance(error, QueueFull):
         after = str(math.ceil(error.retry_after))
         return problem(429, str(error), headers={"Retry-After": after})
-    if isinstance(error, ShuttingDown):
+    if isinstance(error, ShuttingDown | EngineUnavailable):
         return problem(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, DeadlineExceeded):
         return problem(504, str(error), field="timeout_s")
@@ -78,7 +78,7 @@ def add_handlers(app: FastAPI) -> None:
         return of_exception(error)
 
     kinds = (BadRequest, UnknownIdError, QueueFull, ShuttingDown, DeadlineExceeded, VersionGone)
-    for kind in (*kinds, OSError, Exception):
+    for kind in (*kinds, EngineUnavailable, OSError, Exception):
         app.add_exception_handler(kind, failed)
 
     async def invalid(request: Request, error: Exception) -> ProblemResponse:

@@ -1,0 +1,1 @@
+"""Other programs that write reasonings for the server."""
