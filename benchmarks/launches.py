@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import r2ec_kernels
 from r2ec_kernels import ItemIndex, ops
 
-NUM_ITEMS, DIM, K, HISTORY = 4096, 64, 20, 20
+NUM_ITEMS, DIM, K, HISTORY = 2048, 64, 20, 20
 BATCHES = (1, 16, 64, 256)
 SCANS = ("none", "bf16", "int8")
 GENERATIONS = 4  # reasonings of a group

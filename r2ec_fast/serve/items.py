@@ -102,14 +102,15 @@ class Items:
     def search(self, text: str, limit: int) -> list[Item]:
         """Items whose title holds ``text`` (case is ignored), in the order of the table."""
         wanted, found = text.casefold(), []
-        with self.lock:
-            for row, title in enumerate(self.titles):
-                if wanted in title.casefold():
-                    item = self.item(self.ids[row])
-                    if item is not None and item.row == row:
-                        found.append(item)
-                        if len(found) == limit:
-                            break
+        for row in range(len(self.titles)):  # no lock: texts of rows stay as they are
+            if wanted in self.titles[row].casefold():
+                with self.lock:
+                    there = row < len(self.ids) and self._is_now(row)
+                    item = self.item(self.ids[row]) if there else None
+                if item is not None:
+                    found.append(item)
+                    if len(found) == limit:
+                        break
         return found
 
     def key(self, given: Hashable) -> Hashable:
@@ -193,6 +194,14 @@ class Items:
                     return own
         return None
 
+    def _is_now(self, row: int) -> bool:
+        """Whether an item has this row now."""
+        key = self.ids[row]
+        if key not in self._changed:
+            return row < len(self._base)
+        item = self._changed[key]
+        return item is not None and item.row == row
+
     def _base_row(self, key: Hashable) -> int:
         return int(self._base.ids.encode([key])[0])
 
@@ -200,9 +209,8 @@ class Items:
         if self._by_title is None:
             self._by_title = {}
             for row, text in enumerate(self.titles):
-                item = self.item(self.ids[row])
-                if item is not None and item.row == row:
-                    self._by_title.setdefault(text.casefold(), set()).add(item.id)
+                if self._is_now(row):
+                    self._by_title.setdefault(text.casefold(), set()).add(self.ids[row])
         return self._by_title.get(title, set())
 
     def _retitle(self, key: Hashable, old: Item | None, title: str | None) -> None:

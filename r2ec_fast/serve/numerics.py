@@ -9,6 +9,14 @@ could be measured.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from r2ec_fast.model.prefix_cache import KnownPrefix
+    from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_fast.packing.ragged import Ragged
 
 VARIABLE = "MKL_CBWR"
 
@@ -27,3 +35,15 @@ def strict_products() -> dict[str, str]:
 def ask_for_strict_products() -> None:
     """Set what :func:`strict_products` says; call it before the first product."""
     os.environ.update(strict_products())
+
+
+def invariant(model: R2ecModel, prompts: Ragged, prefix: KnownPrefix | None) -> bool:
+    """Whether a prompt's state is the same, bit for bit, alone and beside others, as far as these
+    prompts show."""
+    together = model.encode_rows(prompts, prefix=prefix)
+    for size in (1, 2, 3):
+        for start in range(0, len(prompts), size):
+            part = np.arange(start, min(start + size, len(prompts)))
+            if not model.encode_rows(prompts.select(part), prefix=prefix).equal(together[part]):
+                return False
+    return True

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from r2ec_fast.serve.http.app import create_app
+from r2ec_fast.serve.http.guard import read_keys
 from r2ec_fast.serve.numerics import ask_for_strict_products
 from r2ec_fast.serve.service import Service
 from r2ec_fast.serve.write_ahead import Record, WriteAheadLog
@@ -72,7 +73,7 @@ class SharedLog:
         """It stays open for the others."""
 
 
-def build(model: str, keeper: Any, data: str | None) -> FastAPI:
+def build(model: str, keeper: Any, data: str | None, keys: Sequence[str]) -> FastAPI:
     """A replica's application."""
     ask_for_strict_products()
     logs: list[SharedLog] = []
@@ -89,17 +90,19 @@ def build(model: str, keeper: Any, data: str | None) -> FastAPI:
             time.sleep(FOLLOW)
 
     threading.Thread(target=follow, name="r2ec-follow", daemon=True).start()
-    return create_app(service)
+    return create_app(service, keys=keys)
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
-    """``model`` and ``items_log`` are needed; ``data``, ``replicas`` (default 2) and ``cpus`` (of
-    a replica, default 1) may be given."""
+    """``model`` and ``items_log`` are needed; ``data``, ``api_key_file``, ``replicas`` (default 2)
+    and ``cpus`` (of a replica, default 1) may be given."""
     keeper = ray.remote(num_cpus=0, max_restarts=-1)(LogKeeper).options(
         name="r2ec-items-log", get_if_exists=True
     )
     log = keeper.remote(arguments["items_log"])
-    wrapped = serve.ingress(lambda: build(arguments["model"], log, arguments.get("data")))()
+    model, data, file = arguments["model"], arguments.get("data"), arguments.get("api_key_file")
+    keys = [] if file is None else read_keys(file)
+    wrapped = serve.ingress(lambda: build(model, log, data, keys))()
     replicas = int(arguments.get("replicas", 2))
     return serve.deployment(
         wrapped,

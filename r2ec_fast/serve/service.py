@@ -21,8 +21,9 @@ from r2ec_fast.rollout.continuous.decoder import ContinuousDecoder
 from r2ec_fast.serve.item_records import Fields, log_header
 from r2ec_fast.serve.jobs import Job, Search, Writer
 from r2ec_fast.serve.live_catalog import LiveCatalog
+from r2ec_fast.serve.numerics import invariant
 from r2ec_fast.serve.state_cache import StateCache
-from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings, invariant
+from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings
 from r2ec_fast.serve.write_ahead import ChangeLog, Record, WriteAheadLog
 
 if TYPE_CHECKING:

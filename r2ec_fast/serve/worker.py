@@ -2,9 +2,10 @@
 
 A turn of the worker is
 
-    direct      the prompts that wait, in one packed pass of at most ``max_batch_tokens``
-    reasoned    some new prompts are read (one while direct requests wait), then one token is
-                written for every reasoning under way
+    direct      the prompts that wait, in one packed pass of at most ``max_batch_tokens``; and those
+                that came meanwhile, up to `DIRECT_IN_A_ROW` passes
+    reasoned    some new prompts are read (not while direct requests wait, unless one has waited for
+                `PATIENCE`), then one token is written for every reasoning under way
     items       new items' texts are encoded, a pass a turn
 
 so a direct answer waits for one token of the reasonings, never for a reasoning. States that are
@@ -25,7 +26,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from r2ec_fast.packing.ragged import Ragged
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Observe = Callable[[str, float], None]
+DIRECT_IN_A_ROW = 4
+PATIENCE = 1.0  # seconds
+EXPIRE_SECONDS = 0.25  # between looks at the deadlines of jobs that cannot begin
 
 
 @dataclass(frozen=True)
@@ -182,15 +185,21 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._has_work() or (self._closing and not self._away)
-                )
-                if not self._has_work():
-                    return
+                while not self._has_work():
+                    if self._closing and not self._away:
+                        return
+                    # with all of the writer's slots taken, jobs wait whose time may run out
+                    self._changed.wait(EXPIRE_SECONDS if self._reasoned else None)
+                    for job in self._reasoned:
+                        job.expire(time.monotonic())
             self._gather()
-            for turn in (self._turn_direct, self._turn_reasoned, self._turn_search):
+            for _ in range(DIRECT_IN_A_ROW):
+                self._turn_direct()
+                self._turn_search()
+                if not self._direct:
+                    break
+            for turn in (self._turn_reasoned, self._turn_search, self._turn_items):
                 turn()
-            self._turn_items()
 
     def _has_work(self) -> bool:
         reasoned = self._reasoned and (self._writer is None or self._away < self._writer.slots)
@@ -235,7 +244,7 @@ class Worker:
             return
         for job, state in zip(jobs, states, strict=True):
             job.mark("read" if job.written is None else "written")
-            self._keep(job, UserState.of(state, job.written))
+            self._keep(job, UserState.of(state.clone(), job.written))
 
     def _turn_reasoned(self) -> None:
         if self._writer is not None:
@@ -245,7 +254,7 @@ class Worker:
         room = self.settings.max_cache_tokens - sum(
             len(row.owner.prompt) - self._known + row.limit for row in self._decoder.rows
         )
-        if self._reasoned and (room > 0 or not len(self._decoder)):
+        if self._may_join() and (room > 0 or not len(self._decoder)):
             tokens = min(self.settings.max_batch_tokens, max(1, room))
             jobs = self._taken(self._reasoned, tokens, 1 if self._direct else None)
             if jobs:
@@ -264,6 +273,12 @@ class Worker:
             self._text.show(row.owner, row.tokens)
         for row in finished:
             self._finish_reasoning(row)
+
+    def _may_join(self) -> bool:
+        """Whether to read prompts of reasonings now: a pass as long as a direct request's."""
+        if not self._reasoned or not self._direct:
+            return bool(self._reasoned)
+        return time.monotonic() - self._reasoned[0].marks["arrived"] > PATIENCE
 
     def _hand_over(self, writer: Writer) -> None:
         free = writer.slots - self._away
@@ -381,15 +396,3 @@ class Worker:
         log.exception("%d requests failed", len(jobs), exc_info=error)
         for job in jobs:
             job.fail(error)
-
-
-def invariant(model: R2ecModel, prompts: Ragged, prefix: KnownPrefix | None) -> bool:
-    """Whether a prompt's state is the same, bit for bit, alone and beside others, as far as these
-    prompts show."""
-    together = model.encode_rows(prompts, prefix=prefix)
-    for size in (1, 2, 3):
-        for start in range(0, len(prompts), size):
-            part = np.arange(start, min(start + size, len(prompts)))
-            if not model.encode_rows(prompts.select(part), prefix=prefix).equal(together[part]):
-                return False
-    return True

@@ -19,7 +19,7 @@ from r2ec_fast.model.r2ec import R2ecModel
 from r2ec_fast.model.hf_compat import eval_mode
 from r2ec_fast.packing.packer import pack_histories
 from r2ec_fast.packing.ragged import Ragged
-from r2ec_fast.serve.worker import invariant
+from r2ec_fast.serve.numerics import invariant
 
 torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[1]))

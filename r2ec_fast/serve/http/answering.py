@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -74,12 +75,13 @@ class Answering:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
-        def on_text(text: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, text)
+        def tell(piece: str | None) -> None:  # in the worker's thread
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         # refusals come before the stream begins, with their own status
-        job = await run_in_threadpool(self.service.submit, request, on_text)
-        job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(pieces.put_nowait, None))
+        job = await run_in_threadpool(self.service.submit, request, tell)
+        job.future.add_done_callback(lambda _: tell(None))
 
         async def events() -> AsyncIterator[bytes]:
             first = True

@@ -113,7 +113,7 @@ def test_opcheck_of_the_items(jacobian):
     exclude = torch.tensor([[3, -1]]).expand(4, 2).contiguous()
     library.opcheck(
         ops.target_stats.default,
-        (queries, items, torch.arange(4), "dot", 1.0, exclude, None, "torch"),
+        (queries, items, torch.arange(4), "dot", 1.0, exclude, None, None, "torch"),
     )
 
 

@@ -9,7 +9,7 @@ from r2ec_kernels import target_stats
 from r2ec_kernels._block_sizes import block_sizes
 
 INTERPRETED_TYPES = ("float32", "bfloat16")  # the kernel multiplies in float32
-INTERPRETED_SHARE = 3
+INTERPRETED_SHARE = 5
 KINDS = ("normal", "integers", "copies", "row scales", "all equal", "near ties", "zero rows")
 
 

@@ -11,6 +11,8 @@ from _support.search_cases import KINDS, SIMILARITIES, assert_same, make, make_e
 
 from r2ec_kernels import ItemIndex, item_topk
 
+INTERPRETED_SHARE = 2
+
 INTERPRETED_TYPES = ("float32",)
 SCANS = ("none", "bf16", "int8")
 

@@ -17,6 +17,8 @@ from _support.search_cases import (
 from r2ec_kernels import ItemIndex, item_topk
 from r2ec_kernels._exact import included
 
+INTERPRETED_SHARE = 2
+
 DTYPES = (torch.float32, torch.float16)  # what the interpreter multiplies rightly
 KINDS = ("normal", "90% copies", "near ties", "wild scales", "zero rows")
 SIZES = (130, 1, 260, 40)  # of allow-lists of 260 ids

@@ -148,7 +148,8 @@ def _fused(
     """One kernel for a narrow head; splits of the vocabulary are merged by their maxima."""
     num, d = states.shape
     vocab = weight.shape[0]
-    row_tile = FUSED_ROWS if settings.softcap is None else FUSED_ROWS_SOFTCAP
+    width = max(16, triton.next_power_of_2(d))
+    row_tile, warps = _fused_tile(width, settings.softcap is not None, _is_small(states.device))
     tiles = triton.cdiv(num, row_tile)
     splits = max(1, min(FUSED_PROGRAMS // tiles, triton.cdiv(vocab, 8 * FUSED_COLUMNS)))
     per_split = triton.cdiv(triton.cdiv(vocab, splits), FUSED_COLUMNS) * FUSED_COLUMNS
@@ -181,14 +182,28 @@ def _fused(
         PRECISION="ieee",
         BLOCK_M=row_tile,
         BLOCK_N=FUSED_COLUMNS,
-        BLOCK_D=max(16, triton.next_power_of_2(d)),
-        num_warps=4,
+        BLOCK_D=width,
+        num_warps=warps,
         num_stages=2,
     )
     top = m.amax(0)
     scale = (m - top).exp2()
     l = (l * scale).sum(0)
     return OnlineSoftmax(top, l, None, picked.sum(0), (acc * scale[..., None]).sum(0))
+
+
+def _fused_tile(width: int, softcap: bool, small: bool) -> tuple[int, int]:
+    """Rows and warps of the fused kernel's tiles for ``width`` columns, so that registers hold
+    them; ``small``: on a card without the products of a warpgroup."""
+    if softcap:
+        return FUSED_ROWS_SOFTCAP, 8 if width == FUSED_WIDTH else 4
+    return FUSED_ROWS_SOFTCAP if small and width == FUSED_WIDTH else FUSED_ROWS, 4
+
+
+def _is_small(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] < 9
 
 
 def head_backward(
@@ -273,7 +288,7 @@ def aot_configs() -> list[dict[str, Any]]:
     tile = {"HAS_BIAS": True, "PRECISION": "ieee", "BLOCK_N": FUSED_COLUMNS}
     found = []
     for compute in ("bf16", "fp16", "fp32"):
-        for rows, softcap in ((FUSED_ROWS, False), (FUSED_ROWS_SOFTCAP, True)):
+        for softcap in (False, True):
             cap = {"SOFTCAP": softcap}
             row = _row_work(4 if compute == "fp32" else 2)
             for kernel, constants in ((update_kernel, update), (grad_kernel, grad)):
@@ -281,11 +296,14 @@ def aot_configs() -> list[dict[str, Any]]:
                 case = _aot(kernel, compute, constants | cap, 8, 1, False)
                 found.append(case | {"work": row, "budget": budget})
             for d in (16, 32, 64, FUSED_WIDTH) if compute != "fp32" else ():
-                shape = tile | cap | {"BLOCK_M": rows, "BLOCK_D": d}
-                case = _aot(fused_kernel, compute, shape, 4, 2, True)
-                budget = {"loop": _FUSED_BUDGET[d][softcap], "epilogue_shuffles": 0}
-                budget["wgmma"] = not softcap
-                found.append(case | {"work": _fused_work(rows, d), "budget": budget})
+                for small in (False, True):
+                    rows, warps = _fused_tile(d, softcap, small)
+                    shape = tile | cap | {"BLOCK_M": rows, "BLOCK_D": d}
+                    case = _aot(fused_kernel, compute, shape, warps, 2, True)
+                    case["targets"] = ("sm_80",) if small else ("sm_90", "sm_100", "gfx942")
+                    budget = {"loop": _FUSED_BUDGET[d][softcap], "epilogue_shuffles": 0}
+                    budget["wgmma"] = not softcap
+                    found.append(case | {"work": _fused_work(rows, d), "budget": budget})
     return found
 
 

@@ -289,7 +289,7 @@ class _Call:
             HAS_EXCLUDE=excluded is not None,
             HAS_ALLOWED=self.allowed is not None,
             BLOCK_E=_BLOCK_EXCLUDED,
-            **self._shared(),
+            **self._shared() | {"num_warps": max(self.warps, _every_warps(self.width["WIDTH"]))},
         )
         exact.finish_kernel[(batch,)](
             counts_ptr=counts,
@@ -317,6 +317,11 @@ class _Call:
 def _rows_of_tile(width: int, columns: int) -> int:
     """Rows of ``width`` columns that a program scores at once, of about ``columns`` in all."""
     return min(_MAX_ROWS, max(1, columns // width))
+
+
+def _every_warps(width: int) -> int:
+    """Of ``every_kernel``, so that registers hold a row of so many columns."""
+    return 8 if width >= 1024 else 4
 
 
 def aot_configs() -> list[dict[str, Any]]:
@@ -362,7 +367,8 @@ def _exact_configs() -> list[dict[str, Any]]:
             named = {n: v for n, v in (sizes | rows).items() if n in kernel.arg_names}
             # the target and the query, or one pass over a tile of rows
             moved = named.get("ROWS", 2) * d * (4 if kind == "fp32" else 2)
-            found.append(_exact_case(kernel, types, named, 4, moved, d))
+            warps = _every_warps(width) if kernel is exact.every_kernel else 4
+            found.append(_exact_case(kernel, types, named, warps, moved, d))
             key = found[-1]["name"], kind, d
             found[-1]["budget"] = {"loop": _BUDGET[key]}
     return found
