@@ -31,30 +31,11 @@ ROOM = 2048  # near-ties of a query; more for few queries
 MOST_ROOM = 1 << 20  # near-ties of a batch, where that is more
 BLOCK_ITEMS = BLOCK_QUERIES = None  # of a tile; None: those of ``triton_scan.TILES``
 BLOCK_SIZES = ("BLOCK_ITEMS", "BLOCK_QUERIES", "PROGRAMS", "ROOM", "MOST_ROOM")  # for tests
-_TILE = 4096  # columns of the rows that a program scores at once
-_EVERY_TILE = 1024  # the same, where there is more to remember
+SCORED_TILE = 4096  # columns of the rows that a program scores at once
+EVERY_TILE = 1024  # the same, where there is more to remember
 _MAX_ROWS = 32
-_BLOCK_EXCLUDED = 64
-_BLOCK_SPLITS = 128
-# Of ``aot --budget``, on sm_90: all instructions, by kernel, type and columns. What the code holds,
-# 3 to 5% above.
-_BUDGET = {
-    ("rank.origin", "bf16", 128): 461,
-    ("rank.origin", "bf16", 1000): 602,
-    ("rank.origin", "bf16", 4096): 1160,
-    ("rank.origin", "fp32", 1000): 550,
-    ("rank.origin", "fp16", 1000): 465,
-    ("rank.compare", "bf16", 128): 6160,
-    ("rank.compare", "bf16", 1000): 1362,
-    ("rank.compare", "bf16", 4096): 1214,
-    ("rank.compare", "fp32", 1000): 990,
-    ("rank.compare", "fp16", 1000): 837,
-    ("rank.every", "bf16", 128): 2560,
-    ("rank.every", "bf16", 1000): 870,
-    ("rank.every", "bf16", 4096): 1494,
-    ("rank.every", "fp32", 1000): 714,
-    ("rank.every", "fp16", 1000): 687,
-}
+BLOCK_EXCLUDED = 64
+BLOCK_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -139,8 +120,8 @@ class _Call:
         self.near, self.state = zeros[batch:].view(torch.int32).tensor_split([batch])
         width = triton.next_power_of_2(max(1, query.original.shape[1]))
         self.width = {"WIDTH": width, "LEVELS": width.bit_length() - 1}
-        self.tile_rows = _rows_of_tile(width, _TILE)
-        self.warps = 4 if width <= _TILE else 8 if width <= 2 * _TILE else 16
+        self.tile_rows = rows_of_tile(width, SCORED_TILE)
+        self.warps = 4 if width <= SCORED_TILE else 8 if width <= 2 * SCORED_TILE else 16
 
     def _shared(self) -> dict[str, Any]:
         """The arguments of the kernels that score rows canonically."""
@@ -263,13 +244,13 @@ class _Call:
             room=self.room,
             num_queries=batch,
             num_splits=self.splits,
-            BLOCK_S=_BLOCK_SPLITS,
+            BLOCK_S=BLOCK_SPLITS,
             num_warps=4,
         )
 
     def search_every(self, rank: torch.Tensor, log_prob: torch.Tensor) -> None:
         batch, count, device = len(self.query), len(self.table), rank.device
-        tile_rows = _rows_of_tile(self.width["WIDTH"], _EVERY_TILE)
+        tile_rows = rows_of_tile(self.width["WIDTH"], EVERY_TILE)
         splits = min(EVERY_SPLITS, triton.cdiv(count, tile_rows))
         counts = torch.empty(batch, splits, 4, dtype=torch.int64, device=device)
         sums = torch.empty(batch, splits, 2, dtype=torch.float64, device=device)
@@ -288,8 +269,8 @@ class _Call:
             HAS_IDS=self.table.ids is not None,
             HAS_EXCLUDE=excluded is not None,
             HAS_ALLOWED=self.allowed is not None,
-            BLOCK_E=_BLOCK_EXCLUDED,
-            **self._shared() | {"num_warps": max(self.warps, _every_warps(self.width["WIDTH"]))},
+            BLOCK_E=BLOCK_EXCLUDED,
+            **self._shared() | {"num_warps": max(self.warps, every_warps(self.width["WIDTH"]))},
         )
         exact.finish_kernel[(batch,)](
             counts_ptr=counts,
@@ -314,92 +295,18 @@ class _Call:
         )
 
 
-def _rows_of_tile(width: int, columns: int) -> int:
+def rows_of_tile(width: int, columns: int) -> int:
     """Rows of ``width`` columns that a program scores at once, of about ``columns`` in all."""
     return min(_MAX_ROWS, max(1, columns // width))
 
 
-def _every_warps(width: int) -> int:
+def every_warps(width: int) -> int:
     """Of ``every_kernel``, so that registers hold a row of so many columns."""
     return 8 if width >= 1024 else 4
 
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    return [*triton_scan.aot_configs(), *_exact_configs()]
+    from . import triton_shipped
 
-
-def _exact_configs() -> list[dict[str, Any]]:
-    kinds = {"temperature": "i64", "moved_ptr": "*fp64", "sums_ptr": "*fp64"}
-    for name in (
-        "wanted",
-        "place",
-        "targets",
-        "ids",
-        "exclude",
-        "exclude_start",
-        "counts",
-        "wins",
-        "rank",
-    ):
-        kinds[f"{name}_ptr"] = "*i64"
-    kinds["allowed_ptr"] = "*i8"
-    for name in ("state", "ahead", "near", "near_row"):
-        kinds[f"{name}_ptr"] = "*i32"
-    names = ("HAS_IDS", "HAS_PLACE", "HAS_EXCLUDE", "HAS_ALLOWED")
-    flags = {**dict.fromkeys(names, True), "BLOCK_E": _BLOCK_EXCLUDED}
-    block = {"BLOCK_S": _BLOCK_SPLITS}
-    found = [_exact_case(exact.merge_kernel, kinds, block, 4, 12 * _BLOCK_SPLITS)]
-    block = {"BLOCK_S": triton.next_power_of_2(EVERY_SPLITS)}
-    # two counts and a sum a split
-    found.append(_exact_case(exact.finish_kernel, kinds, block, 1, 24 * EVERY_SPLITS))
-    for kind, similarity, d in (
-        *(("bf16", "cosine", d) for d in (128, 1000, 4096)),
-        ("fp32", "l2", 1000),
-        ("fp16", "dot", 1000),
-    ):
-        width = triton.next_power_of_2(d)
-        sizes = {"WIDTH": width, "LEVELS": width.bit_length() - 1, "SIMILARITY": similarity}
-        types = kinds | dict.fromkeys(("q_ptr", "x_ptr"), f"*{kind}")
-        for kernel in (exact.origin_kernel, exact.compare_kernel, exact.every_kernel):
-            columns = _EVERY_TILE if kernel is exact.every_kernel else _TILE
-            rows = {"ROWS": _rows_of_tile(width, columns), **flags}
-            named = {n: v for n, v in (sizes | rows).items() if n in kernel.arg_names}
-            # the target and the query, or one pass over a tile of rows
-            moved = named.get("ROWS", 2) * d * (4 if kind == "fp32" else 2)
-            warps = _every_warps(width) if kernel is exact.every_kernel else 4
-            found.append(_exact_case(kernel, types, named, warps, moved, d))
-            key = found[-1]["name"], kind, d
-            found[-1]["budget"] = {"loop": _BUDGET[key]}
-    return found
-
-
-def _exact_case(
-    kernel: Any,
-    kinds: dict[str, str],
-    constants: dict[str, Any],
-    warps: int,
-    moved: int,
-    d: int | None = None,
-) -> dict[str, Any]:
-    """moved: bytes of a pass."""
-    signature = {}
-    for name in kernel.arg_names:
-        kind = "*fp32" if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in constants else kinds.get(name, kind)
-    return {
-        "name": f"rank.{kernel.fn.__name__.removesuffix('_kernel')}",
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": constants,
-        "num_warps": warps,
-        "num_stages": 1,
-        "uses_tensor_cores": False,
-        "work": {
-            "sizes": "a query" if d is None else f"d={d}",
-            "bytes": moved,
-            "flops": 0,
-            "straight": True,
-        },
-        "budget": {} if d is not None else {"loop": 600},
-    }
+    return [*triton_scan.aot_configs(), *triton_shipped.aot_configs()]
