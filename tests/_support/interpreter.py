@@ -6,7 +6,8 @@ interpreter when it is imported, so the second kind cannot run in this process: 
 of a file run in one process of their own, by pytest with TRITON_INTERPRET=1, and each of them
 passes or fails here with what it did there.
 
-Large cases carry the mark gpu themselves and have no second kind. A module with many cases may set
+Large cases carry the mark gpu themselves and have no second kind; a test that is about the
+interpreter alone carries its mark and has no kind on a GPU. A module with many cases may set
 INTERPRETED_SHARE = n: about one in n, drawn by the hash of its name, runs in the interpreter by
 default, and the others with -m slow.
 """
@@ -44,6 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" not in metafunc.fixturenames:
         return
     kinds = [("cuda", CUDA_TYPES, pytest.mark.gpu)]
+    if metafunc.definition.get_closest_marker("interpreter"):
+        kinds = []  # it is about the interpreter alone
     if metafunc.definition.get_closest_marker("gpu") is None:
         types = getattr(metafunc.module, "INTERPRETED_TYPES", DEFAULT_TYPES)
         kinds.append(("interpreter", types, pytest.mark.interpreter))

@@ -98,10 +98,9 @@ def tables(kind: str, count: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:6].contiguous(), rows[6:].contiguous()
 
 
+@pytest.mark.interpreter
 def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
     """Exact results follow from either; here both leave the same best rows of every group."""
-    if device != "cpu":
-        pytest.skip("the stand-in runs on a CPU")
     from r2ec_kernels._scan.triton_queries import prepare_on_device
     from r2ec_kernels.topk.impl.triton.groups import scan_rows
     from r2ec_kernels.topk.impl.triton.scan import group_best
@@ -117,12 +116,11 @@ def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
 @pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("kind", ["random", "shared mean"])
 @pytest.mark.parametrize(("count", "d", "k"), [(100_000, 128, 10), (200_000, 64, 100)])
 def test_no_query_is_searched_densely(count, d, k, kind, scan, device, monkeypatch):
-    if device != "cpu":
-        pytest.skip("the stand-in runs on a CPU")
     from r2ec_kernels.topk.impl.triton import topk
 
     monkeypatch.setattr(topk, "group_best", stand_in)
