@@ -434,11 +434,13 @@ def test_a_deadline_ends_a_request_in_the_queue_and_under_way(monkeypatch):
 
 def test_a_client_that_leaves_takes_its_reasoning_with_it(monkeypatch):
     service = toy_service()
+    step = service.worker._decoder.step
+    monkeypatch.setattr(service.worker._decoder, "step", lambda: time.sleep(0.02) or step())
     job = service.submit(_long_request())
     while not len(service.worker._decoder):
         time.sleep(0.005)
     job.future.cancel()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 2  # its 190 steps would take twice as long
     while len(service.worker._decoder) and time.monotonic() < until:
         time.sleep(0.005)
     assert len(service.worker._decoder) == 0
