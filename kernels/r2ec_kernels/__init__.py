@@ -16,7 +16,7 @@ from .logprob.impl.common import LogProb
 from .loss.api import recpo_loss
 from .loss.config import RecPOLoss, RecPOLossConfig
 from .rank.api import TargetStats, target_stats
-from .topk.api import TopK, item_topk, sharded_topk
+from .topk.api import TopK, item_topk, merge_topk, sharded_topk
 from .topk.impl.common import SearchStats
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "grouped_advantage",
     "item_topk",
     "linear_logprob",
+    "merge_topk",
     "recpo_loss",
     "recpo_reward",
     "reward_and_advantage",

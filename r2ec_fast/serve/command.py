@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 
 def serve(
     model: str,
@@ -55,6 +57,7 @@ def serve(
         from r2ec_fast.serve.http.server import run
     except ImportError as error:
         raise ImportError(f"serve needs {error.name}: pip install 'r2ec-fast[serve]'") from error
+    from r2ec_fast.serve.catalog.table import LocalTable
     from r2ec_fast.serve.http.app import create_app
     from r2ec_fast.serve.service import Service
     from r2ec_fast.serve.worker import WorkerSettings
@@ -69,7 +72,7 @@ def serve(
         settings=WorkerSettings(max_batch_tokens, max_cache_tokens, max_wait_ms / 1e3, max_queue),
         cache_entries=cache_entries,
         cache_seconds=cache_seconds,
-        copies=table_copies,
+        table=partial(LocalTable, copies=table_copies),
         engine=engine,
         observe=metrics.observe,
     )

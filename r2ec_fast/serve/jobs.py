@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from r2ec_fast.serve.live_catalog import Found
+from r2ec_fast.serve.catalog.live import Found
 
 
 class QueueFull(RuntimeError):

@@ -18,16 +18,18 @@ import numpy as np
 from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
 from r2ec_fast.packing.ragged import Ragged
 from r2ec_fast.rollout.continuous.decoder import ContinuousDecoder
-from r2ec_fast.serve.item_records import Fields, log_header
+from r2ec_fast.serve.catalog.live import LiveCatalog
+from r2ec_fast.serve.catalog.records import Fields, log_header
+from r2ec_fast.serve.catalog.table import LiveTable, LocalTable
+from r2ec_fast.serve.catalog.write_ahead import ChangeLog, Record, WriteAheadLog
 from r2ec_fast.serve.jobs import Job, Search, Writer
-from r2ec_fast.serve.live_catalog import LiveCatalog
 from r2ec_fast.serve.numerics import invariant
 from r2ec_fast.serve.state_cache import StateCache
 from r2ec_fast.serve.worker import Observe, Worker, WorkerSettings
-from r2ec_fast.serve.write_ahead import ChangeLog, Record, WriteAheadLog
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
+    from r2ec_kernels import ItemIndex
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Service:
             with the process.
         settings: of the worker.
         cache_entries, cache_seconds: of user states.
-        copies: of the item table: 2, or 1 for half of the memory.
+        table: makes the table that is searched of the model's; default: `LocalTable`.
         engine: what writes reasonings: "transformers", the model itself, or "vllm:URL", a vLLM
             server of the same weights (`engines.vllm.VLLMWriter`).
         observe: see `Worker`.
@@ -100,7 +102,7 @@ class Service:
         settings: WorkerSettings | None = None,
         cache_entries: int = 10_000,
         cache_seconds: float = 3600.0,
-        copies: int = 2,
+        table: Callable[[ItemIndex], LiveTable] = LocalTable,
         engine: str = "transformers",
         observe: Observe = lambda name, value: None,
     ) -> None:
@@ -115,7 +117,9 @@ class Service:
         if items_log is not None:
             opened = items_log if callable(items_log) else partial(WriteAheadLog, items_log)
             self.log = opened(log_header(model, catalog))
-        self.catalog = LiveCatalog(model, catalog, log=self.log, copies=copies)
+        assert model.index is not None
+        self.catalog = LiveCatalog(model, catalog, table(model.index), self.log)
+        model.index = None  # the table's, which may not be in this process
         # a tokenizer serves one thread at a time; the worker has the model's own
         self._builder = copy.copy(model.prompt_builder(catalog))
         self._builder.tokenizer = copy.deepcopy(model.tokenizer)

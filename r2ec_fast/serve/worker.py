@@ -37,7 +37,7 @@ from r2ec_fast.serve.state_cache import StateCache
 if TYPE_CHECKING:
     from r2ec_fast.model.prefix_cache import KnownPrefix
     from r2ec_fast.model.r2ec import R2ecModel
-    from r2ec_fast.serve.live_catalog import LiveCatalog
+    from r2ec_fast.serve.catalog.live import LiveCatalog
 
 log = logging.getLogger(__name__)
 

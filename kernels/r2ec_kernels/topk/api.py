@@ -1,11 +1,12 @@
 """Exact top-K: which items of a table score highest for each query."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .. import _dispatch
-from .._checks import MAX_ITEMS, as_int, check_scoring, check_vectors
+from .._checks import MAX_ITEMS, as_int, check_float, check_scoring, check_shape, check_vectors
 from .._exact.excluded import (
     Exclude,
     TensorExclude,
@@ -146,6 +147,32 @@ def sharded_topk(
 
     gathered = gather_keys(keys, group)
     return TopK(*from_order_keys(gathered.topk(k, dim=1).values))
+
+
+def merge_topk(parts: Sequence[TopK], k: int) -> TopK:
+    """The k best of searches of parts of a table: ``sharded_topk`` without a process group.
+
+    Where every part was searched for at least min(k, its rows) items, the result is bit for bit
+    that of the whole table.
+
+    Args:
+        parts: one or more, each scores [B, k_i] and indices [B, k_i] (global ids; -1 for none),
+            as ``item_topk`` returns them.
+        k: items to keep, padded with (-1, -inf) where the parts have fewer.
+
+    Raises:
+        TypeError, ValueError: no part, or parts of different B, shapes or types.
+    """
+    k = check_search(k, "dot", 1.0)
+    if not parts:
+        raise ValueError("parts: expected at least one TopK, got none")
+    for place, (scores, ids) in enumerate(parts):
+        check_float(f"parts[{place}].scores", scores, 2)
+        check_shape(f"parts[{place}].scores", scores, [len(parts[0].scores), scores.shape[1]])
+        check_shape(f"parts[{place}].indices", ids, list(scores.shape))
+    keys = [order_keys(s, i).masked_fill(i < 0, PADDING_KEY) for s, i in parts]
+    found = torch.cat([*keys, keys[0].new_full((len(keys[0]), k), PADDING_KEY)], dim=1)
+    return TopK(*from_order_keys(found.topk(k, dim=1).values))
 
 
 def check_search(k: int, similarity: str, temperature: float) -> int:

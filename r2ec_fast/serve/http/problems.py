@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from r2ec_fast.data import UnknownIdError
+from r2ec_fast.serve.catalog.live import VersionGone
 from r2ec_fast.serve.jobs import DeadlineExceeded, EngineUnavailable, QueueFull, ShuttingDown
-from r2ec_fast.serve.live_catalog import VersionGone
 from r2ec_fast.serve.service import BadRequest
 
 log = logging.getLogger(__name__)

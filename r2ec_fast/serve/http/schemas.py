@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from r2ec_fast.serve.items import Item
+from r2ec_fast.serve.catalog.items import Item
 from r2ec_fast.serve.jobs import Answer
 from r2ec_fast.serve.service import Event, Request
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from r2ec_fast.serve.write_ahead import WriteAheadLog
+from r2ec_fast.serve.catalog.write_ahead import WriteAheadLog
 
 HEADER = {"table": "abc", "format": 1}
 RECORDS = [{"put": [{"id": i, "title": f"tï{i}\n"}]} for i in range(5)]

@@ -7,12 +7,14 @@ import threading
 
 import pytest
 import torch
+from _support.shards import Shards
 from _support.toy import toy_dataset, toy_model
 
 from r2ec_fast.data import UnknownIdError
-from r2ec_fast.serve.item_records import log_header
-from r2ec_fast.serve.live_catalog import KEPT_VERSIONS, LiveCatalog, VersionGone
-from r2ec_fast.serve.write_ahead import WriteAheadLog
+from r2ec_fast.serve.catalog.live import LiveCatalog, VersionGone
+from r2ec_fast.serve.catalog.records import log_header
+from r2ec_fast.serve.catalog.table import KEPT_VERSIONS, LocalTable
+from r2ec_fast.serve.catalog.write_ahead import WriteAheadLog
 
 CATALOG = toy_dataset().data.catalog
 
@@ -20,25 +22,28 @@ CATALOG = toy_dataset().data.catalog
 class Opened:
     """A catalog over a log, as a process has it; `again` is the next process."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, shards):
+        self.path, self.shards = path, shards
         model = toy_model(dtype=torch.float32).eval()
         model.set_items(model.encode_items(CATALOG))
         self.log = WriteAheadLog(path, log_header(model, CATALOG))
-        self.catalog = LiveCatalog(model, CATALOG, log=self.log)
+        rows = LocalTable(model.index)
+        if shards:
+            rows = Shards(model.index, shards).table(self.log)
+        self.catalog = LiveCatalog(model, CATALOG, rows, self.log)
 
     def again(self) -> Opened:
         self.log.close()
-        return Opened(self.path)
+        return Opened(self.path, self.shards)
 
     def put(self, *items, **fields) -> int:
         given = [(i, {"title": f"item {i}"} | fields) for i in items]
         return self.catalog.put(given, self.catalog.encode(given))
 
 
-@pytest.fixture
-def opened(tmp_path):
-    return Opened(tmp_path / "items.log")
+@pytest.fixture(params=[0, 3], ids=["in this process", "three shards"])
+def opened(tmp_path, request):
+    return Opened(tmp_path / "items.log", request.param)
 
 
 def table(catalog: LiveCatalog) -> dict:
@@ -132,7 +137,7 @@ def test_versions_that_are_too_old_are_gone(opened):
 def test_a_change_that_fails_leaves_nothing(opened, monkeypatch, call):
     opened.put("n1")
     before = table(opened.catalog)
-    target = opened.log if call == "append" else opened.catalog._index
+    target = opened.log if call == "append" else opened.catalog._table
 
     def failing(*_):
         raise OSError(28, "No space left") if call == "append" else MemoryError("no room")
@@ -170,7 +175,7 @@ def test_filters(tmp_path, wanted, expected):
 
     priced = Catalog(CATALOG.ids, CATALOG.fields.with_columns(pl.lit(1.0).alias("price")))
     model.set_items(model.encode_items(priced))
-    catalog = LiveCatalog(model, priced)
+    catalog = LiveCatalog(model, priced, LocalTable(model.index))
     new = [("n1", {"title": "item n1", "price": 3.5})]
     catalog.put(new, catalog.encode(new))
     found, _ = catalog.search(torch.ones(1, catalog.width), 50, exclude=[[]], wanted=wanted)

@@ -6,7 +6,7 @@ written meanwhile. A change is
 
     encoded     by the model                            (the caller)
     logged      with its rows, and synced to the disk   (`write_ahead`)
-    applied     to the copy of the table that nobody searches, which then takes over (`LiveIndex`)
+    applied     to the table (`table`), whose searches see all of it or nothing
 
 and only then acknowledged. At the start the log is read again over the table on disk.
 """
@@ -15,25 +15,26 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
 
 from r2ec_fast.data import Catalog, IdMap
-from r2ec_fast.serve.filters import matching
-from r2ec_fast.serve.item_records import Fields, of_record, to_record
-from r2ec_fast.serve.items import Item, Items
-from r2ec_kernels import ItemIndex, LiveIndex, TopK
+from r2ec_fast.serve.catalog.filters import matching
+from r2ec_fast.serve.catalog.items import Item, Items
+from r2ec_fast.serve.catalog.records import Fields, of_record, to_record
+from r2ec_fast.serve.catalog.table import KEPT_VERSIONS, LiveTable, TableMoved
 
 if TYPE_CHECKING:
     from r2ec_fast.model.r2ec import R2ecModel
-    from r2ec_fast.serve.write_ahead import ChangeLog, Record
+    from r2ec_fast.serve.catalog.write_ahead import ChangeLog
 
-KEPT_VERSIONS = 64  # that a rollback can reach
 KEPT_MASKS = 64  # of filters
+SEARCHES = 100  # of a table that others change, before one is given up
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class LiveCatalog:
     """A model's items.
 
     Args:
-        model: with its item table, which this object owns from now on.
-        catalog: the items, in the order of the table.
+        model: encodes new items.
+        catalog: the items at the beginning, in the order of the table.
+        table: their rows.
         log: where changes are kept; its records are applied now. None: changes are lost with the
             process.
-        copies: of the table, see `LiveIndex`.
 
     Attributes:
         items: texts, by id and by row.
@@ -72,11 +73,9 @@ class LiveCatalog:
         self,
         model: R2ecModel,
         catalog: Catalog,
-        *,
+        table: LiveTable,
         log: ChangeLog | None = None,
-        copies: int = 2,
     ) -> None:
-        assert model.index is not None  # the caller has encoded the catalog
         self._model, self._log = model, log
         builder = model.prompt_builder(catalog)
         self.items = Items(catalog, builder.titles, builder.clean_title)
@@ -85,7 +84,7 @@ class LiveCatalog:
         self._masks: OrderedDict[str, tuple[int, torch.Tensor]] = OrderedDict()
         self._mask_lock = threading.Lock()
         self._writing = threading.Lock()  # a change after the other
-        self._index = LiveIndex(model.index, copies=copies)
+        self._table = table
         for record in log or ():
             self._apply(*of_record(record))
 
@@ -94,16 +93,15 @@ class LiveCatalog:
     @property
     def version(self) -> int:
         """Number of changes since the table on disk."""
-        return self._index.version
+        return self._table.version.number
 
     @property
     def width(self) -> int:
         """Numbers of a state."""
-        with self._index.snapshot() as (table, _):
-            return table.dim
+        return self._table.dim
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._table.version.live
 
     def search(
         self,
@@ -122,26 +120,24 @@ class LiveCatalog:
             wanted: a filter on the items' columns (`filters`).
             include: external ids of the only items that may be found; unknown ones are ignored.
         """
-        with self._index.snapshot() as (table, version):
-            allowed = self._allowed(table, wanted, include)
-            settings: dict[str, Any] = {"exclude": [list(rows) for rows in exclude]}
-            if allowed is not None:
-                settings["include"] = allowed
-            best = table.search(states, k, **settings)
-            log_probs = _log_probs(table, states, best, settings)
-        rows = best.indices.tolist()
-        found = []
-        for place, scores in enumerate(best.scores.tolist()):
-            kept = [row for row in rows[place] if row >= 0]
-            found.append(
-                Found(
-                    ids=[self.items.ids[row] for row in kept],
-                    titles=[self.items.titles[row] for row in kept],
-                    scores=scores[: len(kept)],
-                    log_probs=log_probs[place][: len(kept)],
-                )
-            )
-        return found, version
+        allowed = partial(self._allowed, wanted, include)
+        for _ in range(SEARCHES):
+            try:
+                hits, version = self._table.search(states, k, exclude, allowed)
+                users = zip(*(values.tolist() for values in hits), strict=True)
+                return [self._found(*user) for user in users], version
+            except TableMoved:
+                self.follow()
+        raise RuntimeError(f"the item table changed during each of {SEARCHES} searches")
+
+    def _found(self, ids: list[int], scores: list[float], log_probs: list[float]) -> Found:
+        kept = [row for row in ids if row >= 0]
+        return Found(
+            ids=[self.items.ids[row] for row in kept],
+            titles=[self.items.titles[row] for row in kept],
+            scores=scores[: len(kept)],
+            log_probs=log_probs[: len(kept)],
+        )
 
     def check_filter(self, wanted: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the column, where a filter does not fit the items."""
@@ -158,9 +154,7 @@ class LiveCatalog:
             {name: [fields.get(name) for _, fields in items] for name in columns}, strict=False
         )
         catalog = Catalog(IdMap([id_ for id_, _ in items]), table)
-        rows = self._model.encode_items(catalog, max_tokens=max_tokens)
-        with self._index.snapshot() as (index, _):
-            return rows.to(index.dtype)
+        return self._model.encode_items(catalog, max_tokens=max_tokens).to(self._table.dtype)
 
     def put(self, items: Sequence[tuple[Hashable, Fields]], rows: torch.Tensor) -> int:
         """Add items, or change those whose ids are known; returns the version that holds them."""
@@ -196,10 +190,10 @@ class LiveCatalog:
             rows = torch.stack([row for _, _, row in kept]) if kept else None
             return self._change([(key, fields) for key, fields, _ in kept], rows, gone, held=True)
 
-    def follow(self, news: Callable[[], Iterable[Record]]) -> None:
+    def follow(self) -> None:
         """Make the changes that others have logged since; no change of ours comes between."""
         with self._writing:
-            for record in news():
+            for record in self._log.news() if self._log is not None else ():
                 self._apply(*of_record(record))
 
     def _change(
@@ -235,11 +229,11 @@ class LiveCatalog:
         # before the table has the rows: a search that finds one finds its text too
         first = self.items.add_rows(items)
         try:
-            ids, version = self._index.change(rows, removed or None)
+            begin, version = self._table.change(rows, removed)
         except BaseException:
             self.items.drop_rows(first)
             raise
-        assert ids.tolist() == list(range(first, first + len(items)))
+        assert begin == first
         self.items.settle(items, first, gone, version)
         self._history.append((version, earlier))
         return version
@@ -249,8 +243,7 @@ class LiveCatalog:
     ) -> dict[Hashable, tuple[Fields, torch.Tensor] | None]:
         """What a rollback needs of items that are about to change: their fields and rows."""
         present = [item for item in items.values() if item is not None]
-        with self._index.snapshot() as (table, _):
-            rows = table.rows([item.row for item in present]) if present else ()
+        rows = self._table.rows([item.row for item in present]) if present else ()
         states: dict[Hashable, tuple[Fields, torch.Tensor] | None] = dict.fromkeys(items)
         states |= {item.id: (item.fields, row) for item, row in zip(present, rows, strict=True)}
         return states
@@ -259,19 +252,19 @@ class LiveCatalog:
 
     def _allowed(
         self,
-        table: ItemIndex,
         wanted: Mapping[str, Any] | None,
         include: Sequence[Hashable] | None,
+        num_ids: int,
     ) -> torch.Tensor | None:
         """The rows that a filter and an allow-list leave, bool by row or int64; None: all."""
         rows = None
         if include is not None:
             found = [self.items.item(self.items.key(given)) for given in include]
-            known = [item.row for item in found if item is not None and item.row < table.num_ids]
+            known = [item.row for item in found if item is not None and item.row < num_ids]
             rows = torch.tensor(known, dtype=torch.int64)
         if wanted is None:
             return rows
-        mask = self._mask(wanted)[: table.num_ids]  # rows may have been added since
+        mask = self._mask(wanted)[:num_ids]  # rows may have been added since
         return mask if rows is None else rows[mask[rows]]
 
     def _mask(self, wanted: Mapping[str, Any]) -> torch.Tensor:
@@ -287,22 +280,3 @@ class LiveCatalog:
             while len(self._masks) > KEPT_MASKS:
                 self._masks.popitem(last=False)
             return mask
-
-
-def _log_probs(
-    table: ItemIndex, states: torch.Tensor, best: TopK, settings: dict[str, Any]
-) -> list[list[float]]:
-    """Log-probability of each item found, among all items that may be found."""
-    first = best.indices[:, :1].clamp(min=0)
-    if not best.indices.shape[1] or not len(table):
-        return best.scores.tolist()
-    some = best.indices[:, 0] >= 0
-    log_probs = best.scores.new_full(best.scores.shape, -torch.inf)
-    if bool(some.any()):
-        own = dict(settings)
-        own["exclude"] = [
-            e for e, kept in zip(settings["exclude"], some.tolist(), strict=True) if kept
-        ]
-        top = table.target_stats(states[some], first[some, 0], **own).log_prob
-        log_probs[some] = top[:, None] + (best.scores[some] - best.scores[some, :1])
-    return log_probs.tolist()

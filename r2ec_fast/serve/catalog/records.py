@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from r2ec_fast.data import Catalog
     from r2ec_fast.model.r2ec import R2ecModel
-    from r2ec_fast.serve.write_ahead import Record
+    from r2ec_fast.serve.catalog.write_ahead import Record
 
 FORMAT = "r2ec-fast item changes 1"
 _SAMPLED_ROWS = 64  # of a table, in its fingerprint

@@ -31,6 +31,9 @@ class ChangeLog(Protocol):
         """Keep a record, and return those that others have appended since this process looked last:
         they come before it. Raises OSError where it cannot be kept."""
 
+    def news(self) -> Sequence[Record]:
+        """The records that others have appended since this process looked last."""
+
     def drop_last(self) -> None:
         """Take back the record that was appended last: what it says could not be done."""
 
@@ -78,6 +81,10 @@ class WriteAheadLog:
         before = self._end
         self._write(record)
         self._previous_end = before
+        return self.news()
+
+    def news(self) -> Sequence[Record]:
+        """None: there is one writer."""
         return ()
 
     def drop_last(self) -> None:

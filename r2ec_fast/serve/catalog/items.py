@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from r2ec_fast.data import Catalog, UnknownIdError
-from r2ec_fast.serve.item_records import Fields
+from r2ec_fast.serve.catalog.records import Fields
 
 
 @dataclass(frozen=True)
