@@ -264,6 +264,8 @@ def recommend(
     items: list[str] | None = None,
     k: int = 10,
     reasoning: bool = True,
+    include: list[str] | None = None,
+    filter: dict[str, Any] | None = None,
     max_completion_length: int = 512,
 ) -> None:
     """Recommend items to users of a data set, or for a list of items.
@@ -275,6 +277,9 @@ def recommend(
         items: one history: item ids or titles, oldest first, e.g. `--items '[i1, i7]'`.
         k: items a user.
         reasoning: write a reasoning first.
+        include: ids or titles of the only items that may be recommended.
+        filter: only items whose columns fit, e.g. `--filter '{genres: [Comedy, Drama]}'` or
+            `--filter '{price: {max: 20}}'`.
         max_completion_length: longest reasoning (tokens).
     """
     from r2ec_fast.serve.recommender import Recommender
@@ -289,7 +294,12 @@ def recommend(
     names = [*(f"user {user}" for user in users or []), *(["the items given"] if items else [])]
     recommender = Recommender.from_pretrained(model, data=data)
     results = recommender.recommend(
-        histories, k, reasoning, max_completion_length=max_completion_length
+        histories,
+        k,
+        reasoning,
+        include=include,
+        filter=filter,
+        max_completion_length=max_completion_length,
     )
     for name, result in zip(names, results, strict=True):
         show_recommendations(name, result)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from r2ec_fast.data import Catalog, History, RecDataset, UnknownIdError
+from r2ec_fast.data.filters import matching
 from r2ec_fast.eval.ranking import transformers_engine, user_states
 from r2ec_fast.model.hf_compat import exclusive
 from r2ec_fast.packing.ragged import Ragged
@@ -133,6 +134,8 @@ class Recommender:
         k: int = 10,
         reasoning: bool = True,
         *,
+        include: Sequence[Hashable] | None = None,
+        filter: Mapping[str, Any] | None = None,
         max_completion_length: int = 512,
         batch_size: int = 64,
         now: int | None = None,
@@ -144,6 +147,9 @@ class Recommender:
                 user is the history), or a list of item ids or titles, oldest first, or a `History`.
             k: items a user.
             reasoning: write a greedy reasoning first; False reads the state right after the prompt.
+            include: ids or titles of the only items that may be recommended; None: all may.
+            filter: only items whose columns fit it, such as ``{"genres": ["Comedy", "Drama"]}`` or
+                ``{"price": {"max": 20}}`` (`r2ec_fast.data.filters`); with ``include``, both hold.
             max_completion_length: longest reasoning (tokens).
             batch_size: users computed together.
             now: unix seconds that the ages in the prompt are counted from; default: the time of
@@ -154,7 +160,8 @@ class Recommender:
             has no more unseen ones.
 
         Raises:
-            ValueError: k or batch_size below 1, an empty history, a title that several items have.
+            ValueError: k or batch_size below 1, an empty history, a title that several items have,
+                a filter that does not fit the catalog's columns.
             UnknownIdError: an unknown user or item. TypeError: `histories` is a single text.
         """
         for name, value in (("k", k), ("batch_size", batch_size)):
@@ -166,6 +173,7 @@ class Recommender:
             raise TypeError(
                 f"histories: expected a list of user ids or of item lists, got {histories!r}"
             )
+        allowed = self._allowed(include, filter)
         resolved = [self._history(entry, now) for entry in histories]
         with exclusive(self.model):  # a tokenizer serves one thread at a time
             prompts = self.assembler.history_rows(resolved)
@@ -173,15 +181,30 @@ class Recommender:
         for start in range(0, len(resolved), batch_size):
             part = slice(start, start + batch_size)
             out += self._recommend_batch(
-                resolved[part], prompts[part], k, reasoning, max_completion_length
+                resolved[part], prompts[part], k, allowed, reasoning, max_completion_length
             )
         return out
+
+    def _allowed(
+        self, include: Sequence[Hashable] | None, filter: Mapping[str, Any] | None
+    ) -> torch.Tensor | None:
+        """Which items may be recommended, bool [N]; None: all."""
+        if include is None and filter is None:
+            return None
+        if isinstance(include, str | bytes):
+            raise TypeError(f"include: expected a list of items, got {include!r}")
+        allowed = np.full(len(self.catalog), include is None)
+        allowed[[self._item(item) for item in include or ()]] = True
+        if filter is not None:
+            allowed &= matching(self.catalog.fields, filter).to_numpy()
+        return torch.from_numpy(allowed)
 
     def _recommend_batch(
         self,
         histories: Sequence[History],
         prompts: Ragged,
         k: int,
+        allowed: torch.Tensor | None,
         reasoning: bool,
         max_completion_length: int,
     ) -> list[Recommendations]:
@@ -202,7 +225,7 @@ class Recommender:
                 "NaN or infinity; nothing can be recommended from them"
             )
         seen = Ragged.of([np.unique(history.items) for history in histories])
-        best = self.model.top_items(users.states, k, exclude=seen.tensors())
+        best = self.model.top_items(users.states, k, exclude=seen.tensors(), include=allowed)
         titles = self.catalog.titles
         out = []
         for row, history in enumerate(histories):

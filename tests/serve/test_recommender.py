@@ -147,3 +147,36 @@ def test_a_directory_without_a_catalog_is_refused(tmp_path):
     toy_model(dtype=torch.float32).save_pretrained(tmp_path / "bare")
     with pytest.raises(FileNotFoundError, match="holds no catalog.parquet"):
         Recommender.from_pretrained(tmp_path / "bare")
+
+
+def test_only_allowed_items_are_recommended(recommender):
+    whole = recommender.recommend(["u1"], k=16, reasoning=False)[0]
+    lamps = [r for r in whole if "lamp" in r.title.lower()]
+    assert 0 < len(lamps) < len(whole)
+    filtered = recommender.recommend(
+        ["u1"], k=16, reasoning=False, filter={"title": {"contains": "lamp"}}
+    )[0]
+    assert [(r.item_id, r.score) for r in filtered] == [(r.item_id, r.score) for r in lamps]
+    assert [r.rank for r in filtered] == list(range(1, len(lamps) + 1))
+    chosen = [lamps[-1].item_id, whole[0].title, "i0"]
+    some = recommender.recommend(["u1"], k=16, reasoning=False, include=chosen)[0]
+    wanted = {lamps[-1].item_id, whole[0].item_id, "i0"}
+    assert [r.item_id for r in some] == [r.item_id for r in whole if r.item_id in wanted]
+    both = recommender.recommend(
+        ["u1"], k=16, reasoning=False, include=chosen, filter={"title": {"contains": "lamp"}}
+    )[0]
+    assert {r.item_id for r in both} == wanted & {r.item_id for r in lamps}
+    assert len(recommender.recommend(["u1"], k=3, reasoning=False, include=[])[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"include": "i1"}, TypeError, "include: expected a list"),
+        ({"include": ["i1", "nowhere"]}, UnknownIdError, "nowhere"),
+        ({"filter": {"colour": "red"}}, ValueError, "filter: the items have no column 'colour'"),
+    ],
+)
+def test_an_allow_list_that_fits_nothing_is_refused(recommender, settings, error, message):
+    with pytest.raises(error, match=message):
+        recommender.recommend(["u1"], k=3, reasoning=False, **settings)

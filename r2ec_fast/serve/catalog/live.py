@@ -24,7 +24,7 @@ import polars as pl
 import torch
 
 from r2ec_fast.data import Catalog, IdMap
-from r2ec_fast.serve.catalog.filters import matching
+from r2ec_fast.data.filters import matching
 from r2ec_fast.serve.catalog.items import Item, Items
 from r2ec_fast.serve.catalog.records import Fields, of_record, to_record
 from r2ec_fast.serve.catalog.table import KEPT_VERSIONS, LiveTable, TableMoved

@@ -119,6 +119,13 @@ def test_equal_rows_come_in_the_order_of_their_ids():
     assert hits.ids[0].tolist() == [0, 1, 3, 5, 6, 7, 8, 9, 10, 11] + [-1] * 10
 
 
+def test_new_rows_are_spread_over_the_shards():
+    whole, parts, held, log = pair(6, 3)
+    for _ in range(6):
+        change((whole, parts), log, torch.randn(1, DIM), [])
+    assert [len(part.rows([2 * i, 6 + i, 9 + i])) for i, part in enumerate(held.parts)] == [3, 3, 3]
+
+
 def test_log_probabilities_by_hand():
     # parts with scores (2, 1) and (3): exp(2) / (exp(2) + exp(1)) and 1 are the best rows' shares
     first = Part(
