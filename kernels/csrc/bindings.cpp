@@ -205,8 +205,11 @@ Array<float> pair_scores(const ScoringArrays& arrays, const Array<int64_t>& quer
     constexpr int64_t kPairs = 32;  // taken at a time
     in_parallel((n + kPairs - 1) / kPairs, threads, [&](int64_t, int64_t piece) {
       r2ec::Scorer scorer(view);
-      for (int64_t i = piece * kPairs; i < std::min(n, (piece + 1) * kPairs); ++i)
+      const int64_t end = std::min(n, (piece + 1) * kPairs);
+      for (int64_t i = piece * kPairs; i < end; ++i) {
+        if (i + 1 < end) scorer.ask_for(where[i + 1]);
         out[i] = scorer.score(whose[i], where[i]);
+      }
     });
   }
   return scores;
@@ -235,6 +238,7 @@ Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<
       const int64_t end = std::min(num_queries * width, (piece + 1) * kPairs);
       for (int64_t i = piece * kPairs; i < end; ++i) {
         const int64_t row = from[i];
+        if (i + 1 < end && from[i + 1] >= 0) scorer.ask_for(from[i + 1]);
         if (row >= 0) all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
       }
     });

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "simd/tiles.hpp"
+
 namespace r2ec {
 
 int64_t order_key(float score, int64_t id) {
@@ -39,12 +41,25 @@ double product(const A* a, const B* b, std::vector<double>& terms) {
   return pairwise_sum(terms);
 }
 
+constexpr double kUnit = 1.0 / 9007199254740992.0;  // 2^-53
+
+// The float32 number that every value of low..high becomes; false where they become several.
+bool rounded(double low, double high, double temperature, float& score) {
+  const float first = static_cast<float>(low / temperature);
+  const float last = static_cast<float>(high / temperature);
+  score = first + 0.0f;  // -0.0 becomes 0.0
+  return first == last;
+}
+
 }  // namespace
 
 Scoring::Scoring(FloatTable table, const double* queries, int64_t num_queries,
-                 Similarity similarity, double temperature)
-    : table(table), queries(queries), similarity(similarity), temperature(temperature) {
-  if (similarity != Similarity::kCosine) return;
+                 Similarity similarity, double temperature, const char* cpu)
+    : table(table),
+      queries(queries),
+      similarity(similarity),
+      temperature(temperature),
+      sums(float64_summer(cpu ? cpu : best_kernels().name)) {
   std::vector<double> terms(table.columns);
   for (int64_t q = 0; q < num_queries; ++q) {
     const double* const query = queries + q * table.columns;
@@ -56,9 +71,33 @@ float Scorer::score(int64_t query, int64_t row) {
   const int64_t columns = scoring_.table.columns;
   const double* const q = scoring_.queries + query * columns;
   const float* const x = scoring_.table.rows + row * scoring_.table.stride;
+  const Float64Sums sums = scoring_.sums(q, x, columns);
+  // above what two orders of summing the same terms differ by, relative to the sum of their sizes
+  const double unit = 2.5 * static_cast<double>(columns + 4) * kUnit;
+  const double temperature = scoring_.temperature, norm = scoring_.query_norms[query];
+  float score;
+  bool sure = false;
+  if (scoring_.similarity == Similarity::kL2) {
+    const double error = unit * sums.distance;
+    sure = rounded(-std::sqrt(sums.distance + error), -std::sqrt(sums.distance - error),
+                   temperature, score);
+  } else {
+    const double scale = norm * std::sqrt(sums.square);
+    if (scoring_.similarity == Similarity::kDot) {
+      const double error = unit * scale;
+      sure = rounded(sums.dot - error, sums.dot + error, temperature, score);
+    } else if (scale > 0.0) {
+      const double cosine = sums.dot / scale, error = 2.0 * unit;
+      sure = rounded(cosine - error, cosine + error, temperature, score);
+    }
+  }
+  return sure ? score : defining_score(q, x, norm);
+}
+
+float Scorer::defining_score(const double* q, const float* x, double norm) {
   double value = 0.0;
   if (scoring_.similarity == Similarity::kL2) {
-    for (int64_t c = 0; c < columns; ++c) {
+    for (size_t c = 0; c < terms_.size(); ++c) {
       const double difference = q[c] - static_cast<double>(x[c]);
       terms_[c] = difference * difference;
     }
@@ -66,7 +105,7 @@ float Scorer::score(int64_t query, int64_t row) {
   } else {
     value = product(q, x, terms_);
     if (scoring_.similarity == Similarity::kCosine) {
-      const double scale = scoring_.query_norms[query] * std::sqrt(product(x, x, terms_));
+      const double scale = norm * std::sqrt(product(x, x, terms_));
       value = scale == 0.0 ? 0.0 : value / scale;
     }
   }

@@ -26,6 +26,7 @@ _CODE_BATCH, _CODE_BATCH_AMX = 16, 64  # queries up to which int8 codes are wort
 _cpu = os.environ.get("R2EC_CPU", "")  # "": the best that this one can; "none": torch
 _FLOAT_BATCH, _FLOAT_BATCH_AMX = 8, 1024  # the same of float32 rows
 LOW_PARTS = 254  # of a step of an int8 code: the steps of a second one (kLowParts in C++)
+_KINDS: list[str] = [] if _native is None else _native.cpu_kinds()
 _ROUNDING = 2.0**-22  # of a bound's own arithmetic, relative to the score
 
 
@@ -36,12 +37,12 @@ def available(device: torch.device) -> bool:
 
 def cpu_kind() -> str | None:
     """What the compiled scans run as: "amx", "avx512", "avx2" or "portable"; None without them."""
-    return None if _native is None or _cpu == "none" else _cpu or _native.cpu_kinds()[0]
+    return None if _native is None or _cpu == "none" else _cpu or _KINDS[0]
 
 
 def cpu_kinds() -> list[str]:
     """What they can run as on this CPU, the best first, and "none": torch does the work."""
-    return [*([] if _native is None else _native.cpu_kinds()), "none"]
+    return [*_KINDS, "none"]
 
 
 @contextmanager

@@ -185,6 +185,12 @@ class ExcludedPairs:
         order = torch.argsort(rows)
         return cls(of[order], rows[order], batch)
 
+    @classmethod
+    def none(cls, batch: int, device: torch.device) -> "ExcludedPairs":
+        """No pairs of ``batch`` queries."""
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(nothing, nothing, batch)
+
     @property
     def empty(self) -> bool:
         return self.rows.numel() == 0

@@ -82,7 +82,8 @@ def certified_topk(
     width = min(k, count)
     if batch == 0 or width == 0:
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
-    todo = ~(query.dense | (count - excluded.counts < _DENSE_SHARE * width))
+    left_rows = count if excluded.empty else count - excluded.counts
+    todo = ~(query.dense | (left_rows < _DENSE_SHARE * width))
     candidates, looked_into, name, left = 0, 0, "dense", []
     for make in scans:
         if not bool(todo.any()):
@@ -134,7 +135,7 @@ def _scan(
     else:
         found, unbounded = _collect(table, scan, blocks, k, excluded)
     rows, failed, met = found
-    if unbounded is not None:
+    if unbounded is not None and unbounded.numel():
         if unbounded.numel() > _MAX_UNBOUNDED:
             everyone = torch.ones(batch, dtype=torch.bool, device=device)
             nothing = torch.full((batch, k), PADDING_KEY, dtype=torch.int64, device=device)

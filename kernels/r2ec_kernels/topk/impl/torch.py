@@ -23,9 +23,12 @@ def item_topk(
     include: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores float32 [B, k], indices int64 [B, k]); padded with (-inf, -1)."""
-    values, offsets = normalize_exclude(exclude, queries.shape[0], items.shape[0], items.device)
+    if exclude is None:
+        excluded = ExcludedPairs.none(queries.shape[0], items.device)
+    else:
+        values, offsets = normalize_exclude(exclude, len(queries), len(items), items.device)
+        excluded = ExcludedPairs.from_offsets(values, offsets)
     included = normalize_include(include, items.shape[0], items.device)
-    excluded = ExcludedPairs.from_offsets(values, offsets)
     table, excluded, _ = restrict(Table(items), included, excluded)
     query = prepare_queries(queries, similarity, temperature)
     scan = partial(Float32Scan, table.rows, None)
