@@ -28,17 +28,21 @@ RANDOM = ((12_101, 128, 22_363), (200_000, 128, 2000), (200_000, 512, 1000))  # 
 
 
 class ExactRanker(ImplicitRanker):
-    """Inner products without a whitelist, ranked by item_topk."""
-
     def rank(self, subject_ids, k=None, filter_pairs_csr=None, sorted_object_whitelist=None):
-        ids, seen, exclude = np.asarray(subject_ids), filter_pairs_csr, None
+        ids, seen = np.asarray(subject_ids), filter_pairs_csr
         queries, items = map(torch.from_numpy, (self.subjects_factors[ids], self.objects_factors))
-        if seen is not None:
-            exclude = tuple(torch.from_numpy(x).long() for x in (seen.indices, seen.indptr))
-        top = item_topk(queries, items, k or len(items), exclude=exclude)
+        far = self.distance == Distance.EUCLIDEAN
+        top = item_topk(
+            queries,
+            items,
+            k or len(items),
+            similarity="l2" if far else self.distance.value,
+            exclude=None if seen is None else (seen.indices, seen.indptr),
+            include=sorted_object_whitelist,
+        )
         found = top.indices >= 0
-        users = ids.repeat(found.sum(1).numpy())
-        return users, top.indices[found].numpy(), top.scores[found].numpy()
+        users, scores = ids.repeat(found.sum(1).numpy()), top.scores[found].numpy()
+        return users, top.indices[found].numpy(), -scores if far else scores
 
 
 def compare(name: str, run: Callable[[type], np.ndarray], repeats: int) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"r2ec_fast": ROOT / "r2ec_fast", "r2ec_kernels": ROOT / "kernels" / "r2ec_kernels"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # folders of tests that follow something else than a package
-OTHERS = {"_support", "benchmarks", "csrc", "kernels"}
+OTHERS = {"_support", "benchmarks", "csrc", "kernels", "peers"}
 PRIVATE = {"cpu": "_cpu", "exact": "_exact"}  # tests/kernels/cpu tests r2ec_kernels._cpu
 
 

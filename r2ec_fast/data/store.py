@@ -123,9 +123,26 @@ def save_catalog(catalog: Catalog, path: str | Path) -> None:
 
 
 def load_catalog(path: str | Path) -> Catalog:
-    """Read the items back. Raises FileNotFoundError where there is no such file."""
-    items = pl.read_parquet(path)
-    return Catalog(IdMap(items["item_id"].to_list()), items.drop("item_id"))
+    """Read the items back.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: the file is damaged, or holds no catalog.
+    """
+    try:
+        items = pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    absent = items["item_id"].null_count() if "item_id" in items.columns else None
+    if absent != 0:
+        found = f"columns {items.columns}" if absent is None else f"{absent} missing"
+        raise ValueError(
+            f"{path}: expected a column 'item_id' with an id for every item, got {found}"
+        )
+    try:
+        return Catalog(IdMap(items["item_id"].to_list()), items.drop("item_id"))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

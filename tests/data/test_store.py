@@ -13,6 +13,7 @@ import pytest
 from _support.generated import generated_dataset
 
 from r2ec_fast.data import IdMap, InteractionData, RecDataset, make_splits
+from r2ec_fast.data.store import load_catalog, save_catalog
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,27 @@ def test_catalog_columns_of_any_type_survive(dataset, tmp_path):
     )  # fmt: skip
     make_splits(richer).save(tmp_path / "set")
     assert RecDataset.load(tmp_path / "set").data.catalog.fields.equals(fields)
+
+
+def test_a_catalog_that_others_wrote(dataset, tmp_path):
+    """Read as it is, or refused by name: a model's catalog.parquet has no manifest."""
+    catalog, path = dataset.data.catalog, tmp_path / "catalog.parquet"
+    save_catalog(catalog, path)
+    table, whole = pl.read_parquet(path), path.read_bytes()
+    read = load_catalog(path)
+    assert read.ids.ids == catalog.ids.ids and read.fields.equals(catalog.fields)
+    missing = table.with_columns(
+        item_id=pl.when(pl.int_range(pl.len()) != 1).then(pl.col("item_id"))
+    )
+    for other, words in (
+        (table.drop("item_id"), "a column 'item_id' with an id for every item, got columns"),
+        (missing, "a column 'item_id' with an id for every item, got 1 missing"),
+        (table.drop("title"), "fields: expected a column 'title'"),
+    ):
+        other.write_parquet(path)
+        with pytest.raises(ValueError, match=f"(?s)catalog.parquet: .*{words}"):
+            load_catalog(path)
+    for damaged in (whole[:-5], whole[:3], b"", b"item_id,title\n1,a\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"catalog.parquet: not a readable Parquet file"):
+            load_catalog(path)

@@ -303,21 +303,8 @@ class ItemIndex:
         Raises:
             ValueError: the file is truncated, changed, or not an index.
         """
-        tensors, settings = files.read_tensors(path)
-        wanted = {"similarity", "temperature", "scan", "next_id"}
-        if not wanted <= settings.keys() or tensors.keys() != {"ids", "rows"}:
-            raise ValueError(f"{path}: expected an ItemIndex, found {sorted(tensors)}")
-        ids, rows = tensors["ids"].to(device), tensors["rows"].to(device)
-        return cls._of(
-            {
-                "similarity": settings["similarity"],
-                "temperature": float(settings["temperature"]),
-                "scan": settings["scan"],
-            },
-            ids,
-            rows,
-            int(settings["next_id"]),
-        )
+        settings, ids, rows, next_id = files.read_index(path)
+        return cls._of(settings, ids.to(device), rows.to(device), next_id)
 
     @classmethod
     def _of(
