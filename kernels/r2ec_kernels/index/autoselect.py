@@ -14,7 +14,7 @@ _SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's c
 _REPEATS = 3
 _HOPELESS = 3.0  # times the best on a small sample: not tried on a large one
 
-_timings: dict[tuple, str] = {}
+_timings: dict[tuple, dict[str, float]] = {}
 _lock = threading.Lock()
 
 
@@ -23,14 +23,13 @@ def batch_class(batch: int) -> int:
     return 1 << max(0, batch - 1).bit_length()
 
 
-def fastest(
+def seconds_per_row(
     key: tuple,
     runs: Mapping[str, Callable[[], Callable[[int], int]]],
     rows: int,
     row_bytes: int,
-    weights: Mapping[str, float],
-) -> str:
-    """The name of the candidate that takes the least time per row.
+) -> Mapping[str, float]:
+    """What a row costs each candidate, by name, without those that are far too slow.
 
     Args:
         key: what a measurement may be reused for.
@@ -38,25 +37,21 @@ def fastest(
             batch and returns how many it took.
         rows: rows there are.
         row_bytes: bytes of the widest candidate's row.
-        weights: by name, a factor for what the rows it leaves to rescore cost beside; 1 where none.
     """
     if len(runs) == 1:
-        return next(iter(runs))
+        return dict.fromkeys(runs, 0.0)
     with _lock:
         if key not in _timings:
             ready = {name: prepare() for name, prepare in runs.items()}
-            _timings[key] = _measure(ready, rows, row_bytes, weights)
+            _timings[key] = _measure(ready, rows, row_bytes)
         return _timings[key]
 
 
-def _measure(
-    runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int, weights: Mapping[str, float]
-) -> str:
+def _measure(runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> dict[str, float]:
     small = {name: _seconds_per_row(run, min(rows, 128)) for name, run in runs.items()}
     limit = _HOPELESS * min(small.values())
     sample = min(rows, _SAMPLE_BYTES // row_bytes)
-    large = {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}
-    return min(large, key=lambda name: large[name] * weights.get(name, 1.0))
+    return {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}
 
 
 def _seconds_per_row(run: Callable[[int], int], rows: int) -> float:

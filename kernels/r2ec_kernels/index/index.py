@@ -166,7 +166,7 @@ class ItemIndex:
             return search_storage(self._storage, kind, *settings, exclude, include)
         table, excluded, _ = selected(self._storage, exclude, include, queries.shape[0])
         query = prepare_queries(queries, self.similarity, self.temperature)
-        product, scans = self._scans.of_search(query, table)
+        product, scans = self._scans.of_search(query, table, k)
         scores, ids, stats = certified_topk(table, scans, query, k, excluded)
         self._scans.observe(product, stats)
         return scores, ids, lambda: stats

@@ -51,7 +51,7 @@ class Product(Generic[C, V]):
         supports: (codes, batch) -> whether it can run here.
         block: rows that are multiplied together.
         addition: relative error of adding one term to a float32 sum.
-        rescoring: what it costs more than float32 by the rows it leaves to rescore, a factor.
+        candidates: rows that it leaves to rescore for a result, on well-spread rows.
         fused: whether the C++ extension offers its scores as it makes them.
     """
 
@@ -63,7 +63,7 @@ class Product(Generic[C, V]):
     block: int = GROUP
     addition: float = 2 * UNIT
     rounding: float = 0.0
-    rescoring: float = 1.18
+    candidates: float = 3.0
     fused: bool = False
 
 
@@ -190,7 +190,7 @@ PRODUCTS: dict[str, tuple[Product[Any, Any], ...]] = {
             _anywhere,
             block=fbgemm.BLOCK,
             addition=UNIT,  # fused multiply-adds
-            rescoring=1.02,
+            candidates=1.05,
         ),
     ),
     "bf16": (
@@ -205,7 +205,7 @@ PRODUCTS: dict[str, tuple[Product[Any, Any], ...]] = {
             2.0**-22,  # an exact sum, three roundings
             _compiled,
             addition=0.0,
-            rescoring=1.3,
+            candidates=4.0,
             fused=True,
         ),
         Product(

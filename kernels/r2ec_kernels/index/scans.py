@@ -20,7 +20,7 @@ from ..rank.impl.common import raw_per_score
 from ..rank.impl.torch import RankScan, row_scans
 from ..topk.impl.common import SearchStats
 from . import fbgemm, fine
-from .autoselect import batch_class, fastest
+from .autoselect import batch_class, seconds_per_row
 from .code_scan import CodeScan
 from .products import PRODUCTS, Product, has_bf16_tiles, measured_run
 from .storage import Storage
@@ -28,6 +28,7 @@ from .storage import Storage
 SCANS = ("auto", "none", "fp16", "bf16", "int8")
 _PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
 _UNFIT_SHARE = 1 / 8  # of a search's queries
+_RESCORING = 1.2e-9  # seconds for a column of a row that is kept and rescored, on one core
 _LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
 
 
@@ -53,18 +54,19 @@ class ScanChoice:
         self.scan, self._storage = scan, storage
         self._kinds = storage.kinds  # to search with; the storage may keep a "fine" copy beside
         self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
+        self._candidates: dict[str, float] = {}  # of a result, by product, as searches found them
 
     def of_search(
-        self, query: Queries, table: Table
+        self, query: Queries, table: Table, k: int
     ) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
-        """The name of the product to scan with, and the scans of a search of ``table``: the
-        storage's, or one that was gathered of it, whose rows are scanned themselves."""
+        """The name of the product to scan with, and the scans of a search of ``table`` for k rows:
+        the storage's, or one that was gathered of it, whose rows are scanned themselves."""
         storage = self._storage
         if not self._is_whole(table):
             return "float32", [partial(Float32Scan, table.rows, None)]
         if not storage.size or not len(query.scaled):
             return "none", []
-        kind, product = self._product(query)
+        kind, product = self._product(query, k)
         rows = partial(Float32Scan, storage.live("rows"), storage.live("norm"))
         if product is None:
             return "float32", [rows]
@@ -75,7 +77,10 @@ class ScanChoice:
         return product.name, [codes, rows]
 
     def observe(self, name: str, stats: SearchStats) -> None:
-        """Take a product out of the choice that left many of a search's queries to another scan."""
+        """Remember how many rows a product left to rescore, and take one out of the choice that
+        left many of a search's queries to another scan."""
+        if stats.dense_rows < stats.queries and not stats.scanned_again:
+            self._candidates[name] = stats.candidates_per_k
         if self.scan == "auto" and stats.scanned_again > stats.queries * _UNFIT_SHARE:
             self._unfit |= {name}
 
@@ -135,8 +140,9 @@ class ScanChoice:
             storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
         )
 
-    def _product(self, query: Queries) -> tuple[str, Product[Any, Any] | None]:
-        """The copy and the product a search of this batch scans; ("none", None): the rows."""
+    def _product(self, query: Queries, k: int) -> tuple[str, Product[Any, Any] | None]:
+        """The copy and the product a search of this batch for k rows scans; ("none", None): the
+        rows."""
         storage, batch = self._storage, query.scaled.shape[0]
         runs: dict[str, Callable[[], Callable[[int], int]]] = {}
         products: dict[str, tuple[str, Product[Any, Any] | None]] = {}
@@ -152,8 +158,16 @@ class ScanChoice:
         machine = (extension.cpu_kind(), torch.get_num_threads())
         dtype, width = storage.fields["rows"].dtype, storage.width
         key = (self.scan, dtype, storage.device, width, batch_class(batch), machine, self._unfit)
-        weights = {name: product.rescoring for name, (_, product) in products.items() if product}
-        return products[fastest(key, runs, storage.size, 4 * width, weights)]
+        times = seconds_per_row(key, runs, storage.size, 4 * width)
+        pair = _RESCORING * width / torch.get_num_threads()
+
+        def seconds(name: str) -> float:
+            product = products[name][1]
+            usual = 1.0 if product is None else product.candidates
+            candidates = self._candidates.get(name, usual) * batch * min(k, storage.size)
+            return times[name] * storage.size + pair * candidates
+
+        return products[min(times, key=seconds)]
 
 
 def _measured_rows(rows: torch.Tensor, query: Queries) -> Callable[[int], int]:
