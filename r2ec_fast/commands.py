@@ -10,19 +10,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r2ec_fast.eval.command import evaluate as evaluate
 from r2ec_fast.serve.command import serve as serve
 from r2ec_fast.serve.display import show_recommendations
 from r2ec_fast.utils.atomic_files import check_directory, check_writable, write_whole
 from r2ec_fast.utils.terminal import say
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from r2ec_fast.config import ModelConfig, RecPOConfig
     from r2ec_fast.data import RecDataset
     from r2ec_fast.model.r2ec import R2ecModel
 
-MODES = ("direct", "reasoned")
 SHOWN_TEXTS = 5  # of the reasonings that are written
 
 
@@ -65,115 +63,6 @@ def train(data: str, model: ModelConfig, config: RecPOConfig) -> dict[str, float
         say(f"{key}: {value:.4f}")
     say(f"wrote {config.output_dir}")
     return metrics
-
-
-def evaluate(
-    model: str,
-    data: str,
-    *,
-    split: str = "test",
-    modes: list[str] = list(MODES),  # noqa: B006 (jsonargparse shows it; it is never changed)
-    samples: int = 0,
-    baselines: bool = True,
-    exclude_window: bool = False,
-    max_completion_length: int = 512,
-    max_tokens: int = 16384,
-    batch_size: int = 64,
-    seed: int = 42,
-    allow_non_finite: bool = False,
-    dtype: str = "auto",
-    gguf_file: str | None = None,
-    output_file: str | None = None,
-    ranks_file: str | None = None,
-    compare_with: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Rank the whole catalog for the examples of a split and print hit_rate, ndcg and mrr.
-
-    Args:
-        model: directory that a training run exported, or any causal language model (untrained: its
-            item table is then encoded first).
-        data: prepared data set (directory).
-        split: train, valid or test.
-        modes: any of direct (no reasoning) and reasoned (greedy reasoning first).
-        samples: examples, a seeded sample; 0 = all.
-        baselines: also popularity, Markov-1 and ItemKNN, on the same examples.
-        exclude_window: exclude only the events shown in the prompt, not all earlier ones.
-        max_completion_length: longest reasoning (tokens).
-        max_tokens: token budget of a forward pass.
-        batch_size: users computed together.
-        seed: of the sample.
-        allow_non_finite: rank the targets of states that hold NaN or infinity last, instead of an
-            error.
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        gguf_file: read the weights from this GGUF file of the model's directory.
-        output_file: also write the metrics, and the paired differences, as JSON.
-        ranks_file: also write every example's rank by every method, as CSV.
-        compare_with: ranks_file of another evaluation of the same examples; prints how much better
-            each method is now, by the examples' own differences.
-    """
-    from r2ec_fast.data import RecDataset
-    from r2ec_fast.data.splits import sample_examples
-    from r2ec_fast.eval.baselines import counting_baselines
-    from r2ec_fast.eval.comparison import check_examples, load_ranks, ranks_table
-    from r2ec_fast.eval.ranking import rank_examples, transformers_engine
-    from r2ec_fast.prompts.segments import PromptAssembler
-
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"modes: expected any of {', '.join(MODES)}, got {mode!r}")
-    check_writable(output_file, "output_file")
-    check_writable(ranks_file, "ranks_file")
-    before = None if compare_with is None else load_ranks(compare_with, "compare_with")
-    dataset = RecDataset.load(data)
-    examples = sample_examples(dataset, split, samples, seed)
-    if len(examples) == 0:
-        raise ValueError(f"split: {split} of {data} holds no example")
-    if before is not None:
-        check_examples(ranks_table(dataset, examples, {}), before, "compare_with")
-    r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
-    _give_items(r2ec, dataset, max_tokens)
-    window = r2ec.prompts.window if exclude_window else None
-    fitted = counting_baselines(dataset) if baselines else []
-    ranks = {b.name: b.ranks(examples, window=window) for b in fitted}
-    builder = r2ec.prompt_builder(dataset.data.catalog)
-    engine = transformers_engine(r2ec, builder)
-    assembler = PromptAssembler(builder)
-    for mode in modes:
-        ranks[mode], _ = rank_examples(
-            r2ec,
-            assembler,
-            dataset,
-            examples,
-            engine=engine if mode == "reasoned" else None,
-            max_completion_length=max_completion_length,
-            max_tokens=max_tokens,
-            exclude_window=exclude_window,
-            batch_size=batch_size,
-            allow_non_finite=allow_non_finite,
-        )
-    return _report_ranks(ranks_table(dataset, examples, ranks), before, output_file, ranks_file)
-
-
-def _report_ranks(
-    table: pl.DataFrame,
-    before: pl.DataFrame | None,
-    output_file: str | None,
-    ranks_file: str | None,
-) -> dict[str, dict[str, float]]:
-    from r2ec_fast.eval.comparison import differences, methods_of, save_ranks
-    from r2ec_fast.eval.metrics import metrics_table, ranking_metrics
-
-    users = table["user_id"].to_numpy()
-    rows = {m: ranking_metrics(table[m].to_numpy(), users=users) for m in methods_of(table)}
-    say(metrics_table(rows))
-    if ranks_file is not None:
-        save_ranks(table, ranks_file, "ranks_file")
-    if compared := differences(table, before, "compare_with"):
-        say("\n" + metrics_table(compared, differences=True))
-    if output_file is not None:
-        text = json.dumps(rows | compared, indent=2)
-        write_whole(output_file, text + "\n", "output_file")
-    return rows | compared
 
 
 def diagnose(
@@ -220,6 +109,7 @@ def diagnose(
     from r2ec_fast.eval.ranking import transformers_engine
     from r2ec_fast.eval.readiness import advice, concerns, readiness_table
     from r2ec_fast.eval.reasoning import ReasoningProbe
+    from r2ec_fast.model.loading import give_items, load_model
     from r2ec_fast.prompts.segments import PromptAssembler
 
     config = RecPOConfig(
@@ -234,8 +124,8 @@ def diagnose(
     examples = sample_examples(dataset, split, samples, seed)
     if len(examples) == 0:
         raise ValueError(f"split: {split} of {data} holds no example")
-    r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
-    _give_items(r2ec, dataset, max_tokens)
+    r2ec = load_model(model, dtype=dtype, gguf_file=gguf_file)
+    give_items(r2ec, dataset.data.catalog, max_tokens)
     builder = r2ec.prompt_builder(dataset.data.catalog)
     probe = ReasoningProbe(
         r2ec,
@@ -327,13 +217,14 @@ def index(
         gguf_file: read the weights from this GGUF file of the model's directory.
     """
     from r2ec_fast.data import RecDataset
+    from r2ec_fast.model.loading import load_model
 
     target = output_dir or model
     if output_dir is None and not Path(model).is_dir():
         raise ValueError(f"output_dir: needed, because {model!r} is not a directory")
     check_directory(target, "output_dir")
     catalog = RecDataset.load(data).data.catalog
-    r2ec = _load_model(model, dtype=dtype, gguf_file=gguf_file)
+    r2ec = load_model(model, dtype=dtype, gguf_file=gguf_file)
     r2ec.set_items(r2ec.encode_items(catalog, max_tokens=max_tokens), scan=scan)
     if output_dir is None and gguf_file is None:
         r2ec.save_items(target, catalog)  # the weights are there already
@@ -368,27 +259,13 @@ def quickstart(output_dir: str = "runs/quickstart", seed: int = 42) -> None:
 # ---- what the commands share --------------------------------------------------------------------
 
 
-def _load_model(name_or_path: str, *, dtype: str, gguf_file: str | None) -> R2ecModel:
-    import torch
-
-    from r2ec_fast.model.r2ec import R2ecModel
-
-    names = {"dtype": dtype} | ({} if gguf_file is None else {"gguf_file": gguf_file})
-    try:
-        model = R2ecModel.from_pretrained(name_or_path, **names)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"model: cannot load {name_or_path!r}: {reason}") from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval()
-
-
 def _model_to_train(config: ModelConfig, dataset: RecDataset) -> R2ecModel:
     """The model with the configured settings. One left at its default stays as a model that was
     trained before has it; the category's words are then the data set's."""
     from r2ec_fast.config import ModelConfig
+    from r2ec_fast.model.loading import load_model
 
-    model = _load_model(config.name_or_path, dtype=config.dtype, gguf_file=config.gguf_file)
+    model = load_model(config.name_or_path, dtype=config.dtype, gguf_file=config.gguf_file)
     usual = ModelConfig()
     if config.similarity != usual.similarity:
         model.similarity = config.similarity
@@ -401,11 +278,3 @@ def _model_to_train(config: ModelConfig, dataset: RecDataset) -> R2ecModel:
         model.prompts = dataclasses.replace(model.prompts, **words)
     model.index = None  # its rows may be another catalog's
     return model
-
-
-def _give_items(model: R2ecModel, dataset: RecDataset, max_tokens: int) -> None:
-    """Encode the catalog unless the model brings its table; ValueError for another catalog's."""
-    catalog = dataset.data.catalog
-    model.check_catalog(catalog, "data")
-    if model.index is None:
-        model.set_items(model.encode_items(catalog, max_tokens=max_tokens))

@@ -124,16 +124,60 @@ def test_evaluate_prints_baselines_and_both_modes(folder, capsys):
     output = folder / "metrics.json"
     arguments = ["--model", folder / "model", "--data", folder / "data"]
     assert run("evaluate", *arguments, "--max_completion_length", 4, "--output_file", output) == 0
-    out = capsys.readouterr().out
-    rows = [line.split("|")[1].strip() for line in out.splitlines() if line]
-    compared = ["paired difference", "---", "reasoned - direct"]
+    tables = [
+        [line.split("|")[1].strip() for line in table.splitlines()]
+        for table in capsys.readouterr().out.strip().split("\n\n")
+    ]
     methods = ["popularity", "markov-1", "item-knn", "direct", "reasoned"]
-    assert rows == ["method", "---", *methods, *compared]
+    strata = ["history 1-4", "history 5-19", "history 20+"]
+    targets = ["target in the head", "target in the tail", "cold target"]
+    assert tables == [
+        ["method", "---", *methods],
+        ["method", "---", *methods],
+        ["ndcg@10", "---", "all", *strata, *targets],
+        ["baseline", "---", *methods[:3]],
+        ["paired difference", "---", "reasoned - direct"],
+    ]
     written = json.loads(output.read_text())
     assert written["direct"]["examples"] == 5
     assert 0 <= written["reasoned"]["ndcg@10"] <= 1
     gap = written["reasoned"]["ndcg@10"] - written["direct"]["ndcg@10"]
     assert written["reasoned - direct"]["ndcg@10"] == pytest.approx(gap, abs=1e-12)
+    assert 0 < written["reasoned"]["coverage@10"] <= 1
+    assert sum(written["direct"][f"{name}/examples"] for name in strata) == 5
+    assert sum(written["direct"][f"{name}/examples"] for name in targets) == 5
+    assert written["baselines"]["item-knn"]["settings"] == {"neighbours": 100}
+    # without what lies beyond accuracy
+    assert run("evaluate", *arguments, "--modes", "[direct]", "--beyond_accuracy", "false") == 0
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2 and tables[1].startswith("| baseline |")
+
+
+def test_evaluate_chooses_baselines_and_needs_no_model(folder, capsys, tmp_path):
+    def methods(*arguments) -> list[str]:
+        assert run("evaluate", "--data", folder / "data", *arguments) == 0
+        table = capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]
+        return [line.split("|")[1].strip() for line in table]
+
+    counting = ["popularity", "markov-1", "item-knn"]
+    assert (
+        methods() == methods("--baselines", "true") == methods("--baselines=counting") == counting
+    )
+    assert methods("--baselines", "item-knn,popularity") == ["item-knn", "popularity"]
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("baselines: [markov-1]\nbaseline_settings: {}\n")
+    assert methods("--config", file) == ["markov-1"]
+    arguments = ["evaluate", "--data", folder / "data"]
+    for none in ("none", "false"):
+        message = error_line(capsys, *arguments, "--baselines", none)
+        assert message == "model, baselines: expected a model or baselines, got neither"
+    message = error_line(capsys, *arguments, "--baselines", "sasrek")
+    assert message.startswith("baselines: expected counting, all, none, or any of popularity, ")
+    message = error_line(capsys, *arguments, "--exclude_window", "true")
+    assert message == "exclude_window: needs a model, which says how many events are shown"
+    given = ["--baselines", "als", "--baseline_settings", "{als: {factor: 3}}"]
+    message = error_line(capsys, *arguments, *given)
+    assert message.startswith("baseline_settings: expected any of factors, regularization, ")
 
 
 def test_diagnose_prints_a_table_and_what_is_wrong(folder, capsys):
@@ -191,7 +235,8 @@ def test_ranks_of_other_examples_are_not_compared(folder, capsys):
 def test_evaluate_takes_a_sample_and_a_model_without_table(folder, capsys):
     toy_model(dtype=torch.float32).save_pretrained(folder / "bare")
     arguments = ["--model", folder / "bare", "--data", folder / "data"]
-    assert run("evaluate", *arguments, "--modes", "[direct]", "--samples", 3) == 0
+    arguments += ["--modes", "[direct]", "--samples", 3, "--beyond_accuracy", "false"]
+    assert run("evaluate", *arguments, "--baselines", "none") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("| direct |") and last.endswith("| 3 |")
 

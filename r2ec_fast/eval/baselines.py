@@ -9,8 +9,9 @@ Equal scores are ordered by popularity, then by the lower internal id. Scores ar
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -25,30 +26,42 @@ ITEMS_PER_BLOCK = 1024
 
 
 class Baseline(ABC):
-    """A scorer fitted on the training events of `dataset`; scores are non-negative and zero where
-    nothing is known.
+    """A method fitted on the training events of `dataset`.
+
+    Attributes:
+        settings: its hyper-parameters; plain JSON values.
+        fit_seconds, fit_cpu_seconds: how long fitting took, and the processor time of it.
+        order, place: [N] the items in the order of popularity (equal: lower id first), and where in
+            it an item stands: the tie-break of all baselines.
     """
 
     name: str
 
-    def __init__(self, dataset: RecDataset) -> None:
+    def __init__(self, dataset: RecDataset, settings: dict[str, Any] | None = None) -> None:
         self.dataset = dataset
+        self.settings = settings or {}
         users, items, positions = training_events(dataset)
         self.num_items = len(dataset.data.catalog)
         counts = np.bincount(items, minlength=self.num_items)
-        # place of every item in the popularity order: the tie-break of all baselines
-        order = np.lexsort((np.arange(self.num_items), -counts))
+        self.order = np.lexsort((np.arange(self.num_items), -counts))
         self.place = np.empty(self.num_items, dtype=np.int64)
-        self.place[order] = np.arange(self.num_items)
+        self.place[self.order] = np.arange(self.num_items)
+        start, start_cpu = time.perf_counter(), time.process_time()
         self._fit(users, items, positions)
+        self.fit_seconds = time.perf_counter() - start
+        self.fit_cpu_seconds = time.process_time() - start_cpu
 
     @abstractmethod
     def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
         """Learn from training events [E], ordered by (user, position)."""
 
     @abstractmethod
-    def scores(self, examples: Examples) -> sp.csr_array:
-        """Scores [X, N] float64, sparse: an entry that is not stored is 0."""
+    def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
+        """`ranks` of a block of examples."""
+
+    @abstractmethod
+    def _block_lists(self, examples: Examples, k: int, window: int | None) -> np.ndarray:
+        """`top_items` of a block of examples."""
 
     def ranks(self, examples: Examples, *, window: int | None = None) -> np.ndarray:
         """Rank (from 1) of each example's target, int64 [X].
@@ -58,11 +71,26 @@ class Baseline(ABC):
             window: None excludes all earlier events of the user, a number only the newest `window`
                 ones.
         """
-        blocks = [
-            self._block_ranks(examples[start : start + EXAMPLES_PER_BLOCK], window)
-            for start in range(0, len(examples), EXAMPLES_PER_BLOCK)
-        ]
+        blocks = [self._block_ranks(part, window) for part in _blocks(examples)]
         return np.concatenate(blocks) if blocks else np.empty(0, dtype=np.int64)
+
+    def top_items(self, examples: Examples, k: int, *, window: int | None = None) -> np.ndarray:
+        """The k best items of each example, int64 [X, k], best first; -1 where fewer are left.
+
+        Unlike in `ranks`, a target that the user had before is excluded as any other item is.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        blocks = [self._block_lists(part, k, window) for part in _blocks(examples)]
+        return np.concatenate(blocks) if blocks else np.empty((0, k), dtype=np.int64)
+
+
+class CountingBaseline(Baseline):
+    """A baseline whose scores are non-negative and zero where nothing is known."""
+
+    @abstractmethod
+    def scores(self, examples: Examples) -> sp.csr_array:
+        """Scores [X, N] float64, sparse: an entry that is not stored is 0."""
 
     def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
         targets = self.dataset.target(examples)
@@ -71,8 +99,25 @@ class Baseline(ABC):
         excluded = np.setdiff1d(excluded, own)
         return _ranks_from_sparse(self.scores(examples).tocsr(), targets, excluded, self.place)
 
+    def _block_lists(self, examples: Examples, k: int, window: int | None) -> np.ndarray:
+        scores = self.scores(examples).tocsr()
+        seen, offsets = (np.asarray(part) for part in self.dataset.exclude(examples, window))
+        lists = np.full((len(examples), k), -1, dtype=np.int64)
+        value = np.zeros(self.num_items)
+        for row in range(len(examples)):
+            stored = slice(scores.indptr[row], scores.indptr[row + 1])
+            scored, excluded = scores.indices[stored], seen[offsets[row] : offsets[row + 1]]
+            value[scored] = scores.data[stored]
+            # the most popular items: enough of them though all the others stand among them
+            popular = self.order[: k + len(scored) + len(excluded)]
+            allowed = np.setdiff1d(np.union1d(scored, popular), excluded)
+            best = allowed[np.lexsort((self.place[allowed], -value[allowed]))][:k]
+            lists[row, : len(best)] = best
+            value[scored] = 0
+        return lists
 
-class Popularity(Baseline):
+
+class Popularity(CountingBaseline):
     """Number of training events of the item."""
 
     name = "popularity"
@@ -84,7 +129,7 @@ class Popularity(Baseline):
         return sp.csr_array((len(examples), self.num_items), dtype=np.float64)
 
 
-class Markov(Baseline):
+class Markov(CountingBaseline):
     """How often the item directly followed the user's last item in the training events."""
 
     name = "markov-1"
@@ -101,7 +146,7 @@ class Markov(Baseline):
         return self.transitions[last]
 
 
-class ItemKNN(Baseline):
+class ItemKNN(CountingBaseline):
     """Sum, over the user's past items, of the cosine similarity of the two items' sets of training
     users.
 
@@ -116,7 +161,7 @@ class ItemKNN(Baseline):
         if neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {neighbours}")
         self.neighbours = neighbours
-        super().__init__(dataset)
+        super().__init__(dataset, {"neighbours": neighbours})
 
     def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
         shape = (self.dataset.data.num_users, self.num_items)
@@ -152,9 +197,19 @@ class ItemKNN(Baseline):
         return history @ self.similarity
 
 
-def counting_baselines(dataset: RecDataset) -> list[Baseline]:
+COUNTING: dict[str, type[CountingBaseline]] = {
+    kind.name: kind for kind in (Popularity, Markov, ItemKNN)
+}
+
+
+def counting_baselines(dataset: RecDataset) -> list[CountingBaseline]:
     """Popularity, Markov-1 and ItemKNN, fitted on the training events of `dataset`."""
-    return [Popularity(dataset), Markov(dataset), ItemKNN(dataset)]
+    return [kind(dataset) for kind in COUNTING.values()]
+
+
+def _blocks(examples: Examples) -> list[Examples]:
+    starts = range(0, len(examples), EXAMPLES_PER_BLOCK)
+    return [examples[start : start + EXAMPLES_PER_BLOCK] for start in starts]
 
 
 def _keys(values: object, offsets: object, num_items: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def ranking_metrics(
             another shape, or a cut-off is below 1.
     """
     ranks = _checked("ranks", ranks)
-    return _summary(_gains(ranks, ks), len(ranks), users, prefix)
+    return means_with_errors(_gains(ranks, ks), len(ranks), users, prefix)
 
 
 def paired_differences(
@@ -69,7 +69,7 @@ def paired_differences(
     if len(ranks) != len(other):
         raise ValueError(f"other must have shape [{len(ranks)}] like ranks, got [{len(other)}]")
     gains, others = _gains(ranks, ks), _gains(other, ks)
-    return _summary({key: gains[key] - others[key] for key in gains}, len(ranks), users)
+    return means_with_errors({key: gains[key] - others[key] for key in gains}, len(ranks), users)
 
 
 def _checked(name: str, ranks: ArrayLike) -> np.ndarray:
@@ -95,9 +95,17 @@ def _gains(ranks: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
     return out
 
 
-def _summary(
-    values: Mapping[str, np.ndarray], examples: int, users: ArrayLike | None, prefix: str = ""
+def means_with_errors(
+    values: Mapping[str, np.ndarray],
+    examples: int,
+    users: ArrayLike | None = None,
+    prefix: str = "",
 ) -> dict[str, float]:
+    """Mean of each named quantity [X] over the X = `examples` examples, and its standard error.
+
+    Keys as `ranking_metrics` gives them: `{prefix}{name}`, `{prefix}{name}/se`, `{prefix}examples`.
+    With `users` [X] only users are independent. Raises ValueError where `users` has another shape.
+    """
     cluster = np.arange(examples)
     if users is not None:
         users = np.asarray(users)
@@ -147,12 +155,13 @@ def metrics_table(
         "|---|" + "---:|" * (len(columns) + 1),
     ]
     for name, metrics in rows.items():
-        cells = [_cell(metrics, column, "+" if differences else "") for column in columns]
+        cells = [metric_cell(metrics, column, "+" if differences else "") for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {metrics['examples']:.0f} |")
     return "\n".join(lines)
 
 
-def _cell(metrics: Mapping[str, float], column: str, sign: str) -> str:
+def metric_cell(metrics: Mapping[str, float], column: str, sign: str = "") -> str:
+    """`mean ± standard error` of one metric, a dash where it is missing; `sign` "+" shows one."""
     if column not in metrics:
         return "–"
     error = metrics.get(f"{column}{STDERR}", math.nan)

@@ -179,6 +179,29 @@ def _check_ends(model: R2ecModel, reasonings: Ragged) -> None:
             )
 
 
+class TopItems:
+    """Collects the k best items of every row that :func:`rank_examples` reports (``on_states``).
+
+    A target that the user had before is excluded here as any other item is.
+    """
+
+    def __init__(self, model: R2ecModel, k: int) -> None:
+        self.model, self.k = model, k
+        self._found: list[np.ndarray] = []
+
+    def __call__(self, states: torch.Tensor, exclude: Ragged) -> None:
+        finite = torch.isfinite(states).all(1)
+        states = torch.where(finite[:, None], states, 0.0)
+        found = self.model.top_items(states, self.k, exclude.tensors()).indices
+        # a state that is no number names nothing: its list is the first items left, as ties rank
+        self._found.append(found.cpu().numpy())
+
+    @property
+    def lists(self) -> np.ndarray:
+        """int64 [X * G, k], best first; -1 where fewer items are left."""
+        return np.concatenate([np.empty((0, self.k), np.int64), *self._found])
+
+
 @torch.no_grad()
 def rank_examples(
     model: R2ecModel,
@@ -195,6 +218,7 @@ def rank_examples(
     batch_size: int = 64,
     allow_non_finite: bool = False,
     progress: Callable[[int], object] | None = None,
+    on_states: Callable[[torch.Tensor, Ragged], object] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank (from 1) and log-probability of each example's target in the whole catalog.
 
@@ -208,8 +232,9 @@ def rank_examples(
     ``include`` a target is ranked among those items alone, such as the ones of a category or in
     stock: internal ids int64 [S], or a mask of the catalog, bool [N]; the target itself competes
     always. The item table is ``model.index`` as it stands. ``progress`` is called with the number
-    of examples done in each batch. Returns (rank int64 [X * G], log_prob float32 [X * G]); G is 1
-    unless ``reasonings`` are more.
+    of examples done in each batch, ``on_states`` with each batch's user states [b * G, d] and the
+    items excluded for them, b * G rows (:class:`TopItems` makes lists of them). Returns (rank int64
+    [X * G], log_prob float32 [X * G]); G is 1 unless ``reasonings`` are more.
 
     Raises RuntimeError where the model has no item table, and ValueError for ``reasonings`` that
     are not these or come with an engine, and with their number where user states hold NaN or
@@ -238,10 +263,13 @@ def rank_examples(
             states = states_after(model, prompts, rows, max_tokens=max_tokens)
         non_finite += int((~torch.isfinite(states).all(1)).sum())
         exclude = Ragged.of(dataset.exclude(part, window if exclude_window else None))
+        exclude = exclude.select(np.arange(len(part)).repeat(group))
+        if on_states is not None:
+            on_states(states, exclude)
         stats = model.target_stats(
             states,
             torch.from_numpy(dataset.target(part).repeat(group)).to(model.device),
-            exclude=exclude.select(np.arange(len(part)).repeat(group)).tensors(),
+            exclude=exclude.tensors(),
             include=include,
         )
         ranks.append(stats.rank.cpu().numpy())

@@ -3,49 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import polars as pl
 import pytest
+from _support.histories import dataset, examples, random_dataset, training_sequences
 
-from r2ec_fast.data import Catalog, Examples, IdMap, InteractionData, RecDataset
+from r2ec_fast.data import RecDataset
 from r2ec_fast.eval import baselines
 from r2ec_fast.eval.baselines import ItemKNN, Markov, Popularity, counting_baselines
-
-
-def examples(pairs) -> Examples:
-    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return Examples(user=table[:, 0], position=table[:, 1])
-
-
-def dataset(histories, num_items, train, test) -> RecDataset:
-    fields = pl.DataFrame({"title": [f"item {i}" for i in range(num_items)]})
-    data = InteractionData(
-        users=IdMap(range(len(histories))),
-        catalog=Catalog(ids=IdMap(range(num_items)), fields=fields),
-        offsets=np.cumsum([0] + [len(h) for h in histories]),
-        item=np.concatenate(histories).astype(np.int64),
-        timestamp=None,
-        rating=None,
-        report=None,
-    )
-    return RecDataset(data, examples(train), examples([]), examples(test), settings={})
-
-
-def random_dataset(seed, num_users=40, num_items=30, longest=12) -> RecDataset:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, longest, num_users)
-    # squared: few popular items, so that counts differ, and many ties among the rest
-    histories = [(generator.random(n) ** 2 * num_items).astype(int) for n in lengths]
-    train = [(u, p) for u, h in enumerate(histories) for p in range(1, len(h) - 1)]
-    test = [(u, len(h) - 1) for u, h in enumerate(histories)]
-    return dataset(histories, num_items, train, test)
-
-
-def training_sequences(data: RecDataset) -> dict[int, list[int]]:
-    last = {}
-    for user, position in zip(data.train.user, data.train.position, strict=True):
-        last[user] = max(last.get(user, -1), position)
-    start = data.data.offsets
-    return {u: data.data.item[start[u] : start[u] + p + 1].tolist() for u, p in last.items()}
 
 
 def expected_scores(name: str, data: RecDataset, history: list[int]) -> np.ndarray:
@@ -140,3 +103,38 @@ def test_all_three_and_no_examples():
     names = [b.name for b in counting_baselines(data)]
     assert names == ["popularity", "markov-1", "item-knn"]
     assert Popularity(data).ranks(examples([])).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov, ItemKNN])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("k", [1, 7, 30])
+def test_lists_are_the_head_of_a_stable_sort(kind, window, k, monkeypatch):
+    monkeypatch.setattr(baselines, "EXAMPLES_PER_BLOCK", 16)
+    data = random_dataset(5)
+    baseline = kind(data)
+    lists = baseline.top_items(data.test, k, window=window)
+    scores = baseline.scores(data.test).toarray()
+    popularity = np.bincount(np.concatenate(list(training_sequences(data).values())), minlength=30)
+    for i, (user, position) in enumerate(zip(data.test.user, data.test.position, strict=True)):
+        seen = set(data.history(user, position, window).items.tolist())
+        order = sorted(range(30), key=lambda v: (-scores[i, v], -popularity[v], v))
+        expected = [v for v in order if v not in seen][:k]
+        assert lists[i].tolist() == expected + [-1] * (k - len(expected))
+
+
+def test_an_item_stands_in_the_list_where_its_rank_says():
+    data = random_dataset(6)
+    baseline, target = ItemKNN(data), data.target(data.test)
+    ranks, lists = baseline.ranks(data.test), baseline.top_items(data.test, 30)
+    values, offsets = data.exclude(data.test)
+    new = [target[i] not in values[offsets[i] : offsets[i + 1]] for i in range(len(target))]
+    assert 0 < sum(new) < len(new)
+    for i in np.flatnonzero(new):
+        assert lists[i, ranks[i] - 1] == target[i]
+
+
+def test_lists_of_no_examples_and_no_items():
+    data = random_dataset(3)
+    assert Popularity(data).top_items(examples([]), 4).shape == (0, 4)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        Popularity(data).top_items(data.test, 0)
