@@ -180,6 +180,28 @@ def test_evaluate_chooses_baselines_and_needs_no_model(folder, capsys, tmp_path)
     assert message.startswith("baseline_settings: expected any of factors, regularization, ")
 
 
+def test_a_filter_leaves_some_items_and_the_examples_that_fit(folder, capsys, tmp_path):
+    wanted = "{title: {contains: lamp}}"
+    arguments = ["--model", folder / "model", "--data", folder / "data", "--modes", "[direct]"]
+    arguments += ["--ranks_file", tmp_path / "ranks.csv"]
+    assert run("evaluate", *arguments, "--filter", wanted) == 0
+    printed = capsys.readouterr().out
+    items, fitting = (int(found) for found in re.findall(r"(\d+) of \d+", printed)[:2])
+    header, *rows = (tmp_path / "ranks.csv").read_text().splitlines()
+    assert 0 < items < 16 and len(rows) == fitting > 0
+    names = header.split(",")
+    for row in rows:
+        cells = dict(zip(names, row.split(","), strict=True))
+        assert all(1 <= int(cells[m]) <= items for m in ("popularity", "item-knn", "direct"))
+    message = error_line(capsys, "evaluate", *arguments, "--filter", "{colour: red}")
+    assert message.startswith("filter: the items have no column 'colour'")
+    message = error_line(capsys, "evaluate", *arguments, "--filter", "{title: nothing}")
+    assert message == "filter: 0 of 16 items fit, and no example's target"
+    given = ["--model", folder / "model", "--items", "[i1]", "--reasoning", "false"]
+    assert run("recommend", *given, "--k", 16, "--filter", wanted, "--include", "[i3, i1, i2]") == 0
+    assert capsys.readouterr().out.lower().count("lamp") == 1
+
+
 def test_diagnose_prints_a_table_and_what_is_wrong(folder, capsys):
     output = folder / "figures.json"
     arguments = ["diagnose", "--model", folder / "model", "--data", folder / "data"]

@@ -56,33 +56,64 @@ class Baseline(ABC):
         """Learn from training events [E], ordered by (user, position)."""
 
     @abstractmethod
-    def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
+    def _block_ranks(
+        self, examples: Examples, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         """`ranks` of a block of examples."""
 
     @abstractmethod
-    def _block_lists(self, examples: Examples, k: int, window: int | None) -> np.ndarray:
+    def _block_lists(
+        self, examples: Examples, k: int, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         """`top_items` of a block of examples."""
 
-    def ranks(self, examples: Examples, *, window: int | None = None) -> np.ndarray:
+    def ranks(
+        self,
+        examples: Examples,
+        *,
+        window: int | None = None,
+        include: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Rank (from 1) of each example's target, int64 [X].
 
         Args:
             examples: what to predict.
             window: None excludes all earlier events of the user, a number only the newest `window`
                 ones.
+            include: bool [N], the only items that compete with a target; None: all.
         """
-        blocks = [self._block_ranks(part, window) for part in _blocks(examples)]
+        allowed = self._allowed(include)
+        blocks = [self._block_ranks(part, window, allowed) for part in _blocks(examples)]
         return np.concatenate(blocks) if blocks else np.empty(0, dtype=np.int64)
 
-    def top_items(self, examples: Examples, k: int, *, window: int | None = None) -> np.ndarray:
+    def top_items(
+        self,
+        examples: Examples,
+        k: int,
+        *,
+        window: int | None = None,
+        include: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The k best items of each example, int64 [X, k], best first; -1 where fewer are left.
 
-        Unlike in `ranks`, a target that the user had before is excluded as any other item is.
+        Unlike in `ranks`, a target that the user had before, or that is not included, is left out
+        as any other item is.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        blocks = [self._block_lists(part, k, window) for part in _blocks(examples)]
+        allowed = self._allowed(include)
+        blocks = [self._block_lists(part, k, window, allowed) for part in _blocks(examples)]
         return np.concatenate(blocks) if blocks else np.empty((0, k), dtype=np.int64)
+
+    def _allowed(self, include: np.ndarray | None) -> np.ndarray:
+        if include is None:
+            return np.ones(self.num_items, dtype=bool)
+        if include.dtype != bool or include.shape != (self.num_items,):
+            raise ValueError(
+                f"include: expected a bool mask of shape [{self.num_items}], got "
+                f"{include.dtype} {list(include.shape)}"
+            )
+        return include
 
 
 class CountingBaseline(Baseline):
@@ -92,25 +123,32 @@ class CountingBaseline(Baseline):
     def scores(self, examples: Examples) -> sp.csr_array:
         """Scores [X, N] float64, sparse: an entry that is not stored is 0."""
 
-    def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
+    def _block_ranks(
+        self, examples: Examples, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         targets = self.dataset.target(examples)
         excluded = _keys(*self.dataset.exclude(examples, window), self.num_items)
         own = np.arange(len(examples)) * self.num_items + targets
         excluded = np.setdiff1d(excluded, own)
-        return _ranks_from_sparse(self.scores(examples).tocsr(), targets, excluded, self.place)
+        scores = self.scores(examples).tocsr()
+        return _ranks_from_sparse(scores, targets, excluded, self.place, include)
 
-    def _block_lists(self, examples: Examples, k: int, window: int | None) -> np.ndarray:
+    def _block_lists(
+        self, examples: Examples, k: int, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         scores = self.scores(examples).tocsr()
         seen, offsets = (np.asarray(part) for part in self.dataset.exclude(examples, window))
         lists = np.full((len(examples), k), -1, dtype=np.int64)
         value = np.zeros(self.num_items)
+        order = self.order[include[self.order]]
         for row in range(len(examples)):
             stored = slice(scores.indptr[row], scores.indptr[row + 1])
             scored, excluded = scores.indices[stored], seen[offsets[row] : offsets[row + 1]]
             value[scored] = scores.data[stored]
+            competing = scored[include[scored]]
             # the most popular items: enough of them though all the others stand among them
-            popular = self.order[: k + len(scored) + len(excluded)]
-            allowed = np.setdiff1d(np.union1d(scored, popular), excluded)
+            popular = order[: k + len(scored) + len(excluded)]
+            allowed = np.setdiff1d(np.union1d(competing, popular), excluded)
             best = allowed[np.lexsort((self.place[allowed], -value[allowed]))][:k]
             lists[row, : len(best)] = best
             value[scored] = 0
@@ -220,10 +258,14 @@ def _keys(values: object, offsets: object, num_items: int) -> np.ndarray:
 
 
 def _ranks_from_sparse(
-    scores: sp.csr_array, targets: np.ndarray, excluded: np.ndarray, place: np.ndarray
+    scores: sp.csr_array,
+    targets: np.ndarray,
+    excluded: np.ndarray,
+    place: np.ndarray,
+    include: np.ndarray,
 ) -> np.ndarray:
-    """Ranks [B] of `targets` by (score descending, place ascending), without the `excluded` keys
-    row * N + item.
+    """Ranks [B] of `targets` by (score descending, place ascending) among the items in `include`
+    (bool [N]), without the `excluded` keys row * N + item.
     """
     num_rows, num_items = scores.shape
     scores.sum_duplicates()
@@ -237,11 +279,14 @@ def _ranks_from_sparse(
     keys = rows * num_items + items
     ahead = place[items] < place[targets[rows]]
     wins = (values > target_score[rows]) | ((values == target_score[rows]) & ahead)
-    allowed = ~np.isin(keys, excluded, assume_unique=True)
+    allowed = include[items] & ~np.isin(keys, excluded, assume_unique=True)
     ranks = 1 + np.bincount(rows[wins & allowed & ~is_target], minlength=num_rows)
 
     # a target without a score also loses to the items without one that are more popular
     taken_rows, taken_items = np.divmod(np.union1d(keys, excluded), num_items)
-    taken_ahead = place[taken_items] < place[targets[taken_rows]]
-    free = place[targets] - np.bincount(taken_rows[taken_ahead], minlength=num_rows)
+    taken_ahead = include[taken_items] & (place[taken_items] < place[targets[taken_rows]])
+    places = np.zeros(num_items, dtype=np.int64)
+    places[place] = include
+    ahead_of = np.cumsum(places) - places  # included items that are more popular, by place
+    free = ahead_of[place[targets]] - np.bincount(taken_rows[taken_ahead], minlength=num_rows)
     return np.where(target_score > 0, ranks, ranks + free)

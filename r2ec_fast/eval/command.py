@@ -9,8 +9,10 @@ from r2ec_fast.utils.atomic_files import check_writable, write_whole
 from r2ec_fast.utils.terminal import say
 
 if TYPE_CHECKING:
+    import numpy as np
     import polars as pl
 
+    from r2ec_fast.data import Examples, RecDataset
     from r2ec_fast.eval.evaluation import Evaluation
 
 MODES = ("direct", "reasoned")
@@ -26,6 +28,7 @@ def evaluate(
     baselines: bool | str | list[str] = True,
     baseline_settings: dict[str, dict[str, Any]] = {},  # noqa: B006 (as above)
     beyond_accuracy: bool = True,
+    filter: dict[str, Any] | None = None,
     exclude_window: bool = False,
     max_completion_length: int = 512,
     max_tokens: int = 16384,
@@ -53,6 +56,8 @@ def evaluate(
         baseline_settings: of the trained baselines, e.g. {sasrec: {epochs: 20, seed: 1}}.
         beyond_accuracy: also coverage, novelty, diversity and popularity of the ten best items, and
             ndcg by length of the history and popularity of the target, cold targets among them.
+        filter: rank among the items whose columns fit, e.g. `{genres: [Comedy, Drama]}` or
+            `{year: {min: 2000}}`, on the examples whose target is one of them.
         exclude_window: exclude only the events shown in the prompt, not all earlier ones.
         max_completion_length: longest reasoning (tokens).
         max_tokens: token budget of a forward pass.
@@ -69,6 +74,7 @@ def evaluate(
             each method is now, by the examples' own differences.
     """
     from r2ec_fast.data import RecDataset
+    from r2ec_fast.data.filters import matching
     from r2ec_fast.data.splits import sample_examples
     from r2ec_fast.eval.baseline_choice import (
         checked_settings,
@@ -94,13 +100,17 @@ def evaluate(
     examples = sample_examples(dataset, split, samples, seed)
     if len(examples) == 0:
         raise ValueError(f"split: {split} of {data} holds no example")
+    include = None
+    if filter is not None:
+        include = matching(dataset.data.catalog.fields, filter).to_numpy()
+        examples = _with_targets_in(dataset, examples, include)
     if before is not None:
         check_examples(ranks_table(dataset, examples, {}), before, "compare_with")
     r2ec = None if model is None else load_model(model, dtype=dtype, gguf_file=gguf_file)
     if r2ec is not None:
         give_items(r2ec, dataset.data.catalog, max_tokens)
     window = r2ec.prompts.window if r2ec is not None and exclude_window else None
-    evaluation = Evaluation(dataset, examples, beyond_accuracy)
+    evaluation = Evaluation(dataset, examples, beyond_accuracy, include)
     for baseline in fitted_baselines(dataset, names, settings):
         evaluation.add_baseline(baseline, window)
     if r2ec is not None:
@@ -119,6 +129,20 @@ def evaluate(
                 allow_non_finite=allow_non_finite,
             )
     return _report(evaluation, before, output_file, ranks_file)
+
+
+def _with_targets_in(dataset: RecDataset, examples: Examples, include: np.ndarray) -> Examples:
+    """The examples whose targets are among the items, bool [N]."""
+    kept = examples[include[dataset.target(examples)]]
+    if len(kept) == 0:
+        raise ValueError(
+            f"filter: {int(include.sum()):,} of {len(include):,} items fit, and no example's target"
+        )
+    say(
+        f"filter: {int(include.sum()):,} of {len(include):,} items fit, and the targets of "
+        f"{len(kept):,} of {len(examples):,} examples\n"
+    )
+    return kept
 
 
 def _check_methods(model: str | None, baselines: list[str], exclude_window: bool) -> None:

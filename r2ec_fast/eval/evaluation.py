@@ -35,13 +35,21 @@ class Evaluation:
         dataset: catalog and training events.
         examples: whose targets are ranked.
         beyond_accuracy: also keep each method's ten best items, and tell of them and of strata.
+        include: bool [N], the only items that compete with a target and are recommended; None:
+            all.
 
     Attributes:
         fitted: baseline -> its `fit_seconds`, `fit_cpu_seconds` and `settings`.
     """
 
-    def __init__(self, dataset: RecDataset, examples: Examples, beyond_accuracy: bool) -> None:
-        self.dataset, self.examples = dataset, examples
+    def __init__(
+        self,
+        dataset: RecDataset,
+        examples: Examples,
+        beyond_accuracy: bool,
+        include: np.ndarray | None = None,
+    ) -> None:
+        self.dataset, self.examples, self.include = dataset, examples, include
         self.fitted: dict[str, dict[str, Any]] = {}
         self._ranks: dict[str, np.ndarray] = {}
         self._lists: dict[str, np.ndarray] | None = {} if beyond_accuracy else None
@@ -54,15 +62,17 @@ class Evaluation:
             "fit_cpu_seconds": baseline.fit_cpu_seconds,
             "settings": baseline.settings,
         }
-        self._ranks[name] = baseline.ranks(self.examples, window=window)
+        limits: dict[str, Any] = {"window": window, "include": self.include}
+        self._ranks[name] = baseline.ranks(self.examples, **limits)
         if self._lists is not None:
-            self._lists[name] = baseline.top_items(self.examples, LIST_LENGTH, window=window)
+            self._lists[name] = baseline.top_items(self.examples, LIST_LENGTH, **limits)
 
     def add_model(
         self, name: str, model: R2ecModel, assembler: PromptAssembler, **settings: Any
     ) -> None:
         """Add a model; `settings` are those of `rank_examples`."""
-        top = None if self._lists is None else TopItems(model, LIST_LENGTH)
+        top = None if self._lists is None else TopItems(model, LIST_LENGTH, self.include)
+        settings["include"] = self.include
         self._ranks[name], _ = rank_examples(
             model, assembler, self.dataset, self.examples, on_states=top, **settings
         )

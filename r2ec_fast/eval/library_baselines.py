@@ -88,7 +88,9 @@ class VectorBaseline(Baseline):
         values, offsets = self.dataset.exclude(examples, window)
         return torch.from_numpy(self.row[values.numpy()]), offsets  # -1: nothing to exclude
 
-    def _block_ranks(self, examples: Examples, window: int | None) -> np.ndarray:
+    def _block_ranks(
+        self, examples: Examples, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         target = self.dataset.target(examples)
         row = self.row[target]
         ranks = target_stats(
@@ -96,22 +98,26 @@ class VectorBaseline(Baseline):
             self.table,
             torch.from_numpy(np.maximum(row, 0)),
             exclude=self._excluded_rows(examples, window),
+            include=torch.from_numpy(include[self.items]),
         ).rank.numpy()
         values, offsets = (np.asarray(part) for part in self.dataset.exclude(examples, window))
         place = np.where(self.row >= 0, -1, self.place)  # items with a vector come first
         for i in np.flatnonzero(row < 0):
-            ahead = place < place[target[i]]
+            ahead = include & (place < place[target[i]])
             ahead[values[offsets[i] : offsets[i + 1]]] = False
             ranks[i] = 1 + np.count_nonzero(ahead)
         return ranks
 
-    def _block_lists(self, examples: Examples, k: int, window: int | None) -> np.ndarray:
+    def _block_lists(
+        self, examples: Examples, k: int, window: int | None, include: np.ndarray
+    ) -> np.ndarray:
         """Of the items that have a vector."""
         found = item_topk(
             torch.from_numpy(self.queries(examples)),
             self.table,
             k,
             exclude=self._excluded_rows(examples, window),
+            include=torch.from_numpy(include[self.items]),
         ).indices.numpy()
         return np.where(found < 0, -1, self.items[found])
 

@@ -182,17 +182,19 @@ def _check_ends(model: R2ecModel, reasonings: Ragged) -> None:
 class TopItems:
     """Collects the k best items of every row that :func:`rank_examples` reports (``on_states``).
 
-    A target that the user had before is excluded here as any other item is.
+    A target that the user had before is excluded here as any other item is; with ``include``
+    (bool [N]) the lists hold no other items than those.
     """
 
-    def __init__(self, model: R2ecModel, k: int) -> None:
+    def __init__(self, model: R2ecModel, k: int, include: np.ndarray | None = None) -> None:
         self.model, self.k = model, k
+        self.include = None if include is None else torch.from_numpy(include)
         self._found: list[np.ndarray] = []
 
     def __call__(self, states: torch.Tensor, exclude: Ragged) -> None:
         finite = torch.isfinite(states).all(1)
         states = torch.where(finite[:, None], states, 0.0)
-        found = self.model.top_items(states, self.k, exclude.tensors()).indices
+        found = self.model.top_items(states, self.k, exclude.tensors(), self.include).indices
         # a state that is no number names nothing: its list is the first items left, as ties rank
         self._found.append(found.cpu().numpy())
 

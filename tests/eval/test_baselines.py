@@ -42,11 +42,15 @@ def test_scores_are_the_counts(kind, block, monkeypatch):
 @pytest.mark.parametrize("kind", [Popularity, Markov, ItemKNN])
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("block", [3, 1024])
-def test_ranks_are_those_of_a_stable_sort(kind, window, block, monkeypatch):
+@pytest.mark.parametrize("share", [None, 0.0, 0.1, 0.5, 1.0])
+def test_ranks_are_those_of_a_stable_sort(kind, window, block, share, monkeypatch):
     monkeypatch.setattr(baselines, "EXAMPLES_PER_BLOCK", block)
     data = random_dataset(2)
     baseline = kind(data)
-    ranks = baseline.ranks(data.test, window=window)
+    include = None if share is None else np.random.default_rng(3).random(30) < share
+    ranks = baseline.ranks(data.test, window=window, include=include)
+    lists = baseline.top_items(data.test, 5, window=window, include=include)
+    allowed = np.ones(30, dtype=bool) if include is None else include
     scores = baseline.scores(data.test).toarray()
     popularity = np.bincount(np.concatenate(list(training_sequences(data).values())), minlength=30)
     targets, repeats = data.target(data.test), 0
@@ -57,9 +61,11 @@ def test_ranks_are_those_of_a_stable_sort(kind, window, block, monkeypatch):
         order = [
             v
             for v in sorted(range(30), key=lambda v: (-scores[i, v], -popularity[v], v))
-            if v not in seen or v == targets[i]
+            if (v not in seen and allowed[v]) or v == targets[i]
         ]
         assert ranks[i] == 1 + order.index(targets[i])
+        order = [v for v in order if v not in seen and allowed[v]][:5]
+        assert lists[i].tolist() == order + [-1] * (5 - len(order))
     assert repeats > 0  # targets inside their own history are among the cases
 
 

@@ -41,6 +41,15 @@ def test_a_state_that_is_no_number_still_gets_a_list():
     assert not {0, 1} & set(top.lists[1].tolist())
 
 
+def test_lists_hold_included_items_alone():
+    model, _, _ = planted()
+    include = np.zeros(len(model.item_table), dtype=bool)
+    include[[1, 3]] = True
+    top = TopItems(model, 3, include)
+    top(torch.ones(1, model.item_table.shape[1]), Ragged.of([[1]]))
+    assert top.lists.tolist() == [[3, -1, -1]]
+
+
 def test_without_batches_there_are_no_lists():
     model, _, _ = planted()
     assert TopItems(model, 3).lists.shape == (0, 3)
