@@ -16,6 +16,7 @@ from r2ec_fast.serve.http.app import create_app
 from r2ec_fast.serve.service import Service
 
 DATA = toy_dataset()
+SHORT = 6  # tokens of a reasoning
 
 
 def toy_service(items_log: Path | None = None, **settings: Any) -> Service:
@@ -43,3 +44,8 @@ def events(text: str) -> list[tuple[str | None, Any]]:
         if data is not None:
             found.append((name, data if data == "[DONE]" else json.loads(data)))
     return found
+
+
+def recommend(client: TestClient, **body: Any) -> Any:
+    """The response to a request for recommendations."""
+    return client.post("/v1/recommend", json=body)
