@@ -87,7 +87,8 @@ def beyond_accuracy(
 
     Args:
         lists: [X, k] internal ids of the items recommended for each example, distinct in a row;
-            -1 where a list is shorter.
+            -1 where a list is shorter. Empty lists (a filter that leaves a user nothing) count for
+            nothing.
         counts: of the training events.
         vectors: [N, V] of the items' texts, rows of length 1 or 0 (`text_vectors`).
         users: [X], whose example each is; standard errors then count users as independent.
@@ -103,10 +104,12 @@ def beyond_accuracy(
         popularity).
 
     Raises:
-        ValueError: `lists` is not [X, k] with X and k at least 1, a list is empty, or ids lie
-            outside the catalog.
+        ValueError: `lists` is not [X, k] with X and k at least 1, all are empty, or ids lie outside
+            the catalog.
     """
     lists = _checked(lists, len(counts.events))
+    some = (lists >= 0).any(1)
+    lists, users = lists[some], None if users is None else np.asarray(users)[some]
     k, present = lists.shape[1], lists >= 0
     length = present.sum(1)
     row = np.repeat(np.arange(len(lists)), length)
@@ -137,8 +140,8 @@ def _checked(lists: np.ndarray, num_items: int) -> np.ndarray:
             f"lists: expected ids in 0..{num_items - 1}, or -1 for none, "
             f"got {lists.min()}..{lists.max()}"
         )
-    if empty := int((lists < 0).all(1).sum()):
-        raise ValueError(f"lists: expected at least one item a row, got {empty} empty rows")
+    if (lists < 0).all():
+        raise ValueError(f"lists: expected an item in some row, got {len(lists)} empty rows")
     return lists
 
 

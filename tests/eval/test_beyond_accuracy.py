@@ -69,13 +69,21 @@ def test_text_vectors_by_hand():
         (np.zeros((0, 3), int), r"lists must have shape \[X, k\] with X, k >= 1, got shape \[0, 3"),
         (np.zeros(3, int), r"got shape \[3\]"),
         (np.array([[0, 2]]), r"expected ids in 0..1, or -1 for none, got 0..2"),
-        (np.array([[0, 1], [-1, -1]]), "expected at least one item a row, got 1 empty rows"),
+        (np.array([[-1, -1], [-1, -1]]), "expected an item in some row, got 2 empty rows"),
     ],
 )
 def test_errors_say_what_was_wrong(lists, message):
     counts = ItemCounts(np.array([1, 1]), np.array([1, 1]), num_users=1)
     with pytest.raises(ValueError, match=message):
         beyond_accuracy(lists, counts, sp.csr_array(np.eye(2)))
+
+
+def test_empty_lists_count_for_nothing():
+    counts = ItemCounts(np.array([3, 1, 2]), np.array([2, 1, 1]), num_users=2)
+    vectors = sp.csr_array(np.eye(3))
+    some = beyond_accuracy(np.array([[0, 1], [2, 1]]), counts, vectors, users=[5, 6])
+    lists = np.array([[0, 1], [-1, -1], [2, 1]])
+    assert beyond_accuracy(lists, counts, vectors, users=[5, 5, 6]) == some
 
 
 @pytest.mark.peers
