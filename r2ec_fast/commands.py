@@ -263,9 +263,12 @@ def _model_to_train(config: ModelConfig, dataset: RecDataset) -> R2ecModel:
     """The model with the configured settings. One left at its default stays as a model that was
     trained before has it; the category's words are then the data set's."""
     from r2ec_fast.config import ModelConfig
+    from r2ec_fast.model.liger import apply_liger_kernel
     from r2ec_fast.model.loading import load_model
 
     model = load_model(config.name_or_path, dtype=config.dtype, gguf_file=config.gguf_file)
+    if config.use_liger_kernel:
+        apply_liger_kernel(model.backbone)
     usual = ModelConfig()
     if config.similarity != usual.similarity:
         model.similarity = config.similarity

@@ -302,6 +302,8 @@ class ModelConfig:
     """"auto", "float32", "bfloat16" or "float16"."""
     gguf_file: str | None = None
     """Read the weights from this GGUF file of the directory."""
+    use_liger_kernel: bool = False
+    """Liger's kernels for norms, activations and rotary embeddings (GPUs, extra `cuda`)."""
     similarity: str = "cosine"
     """Of the item head: "cosine", "dot" or "l2"."""
     item_temperature: float = 0.02
