@@ -179,10 +179,10 @@ def test_words_give_an_item_a_vector_that_training_never_saw():
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["als", "sasrec"])
 def test_a_user_of_whom_nothing_is_known_gets_the_popular_items(name):
-    data = dataset([[0, 1, 2], [0, 1, 3], [4, 5, 5]], 6, [(0, 1), (1, 1)], [(2, 1), (0, 2)])
-    baseline = fit(name, data)
-    assert baseline.top_items(data.test, 2)[0].tolist() == [0, 1]
-    assert baseline.ranks(data.test)[0] == 5  # after 0 and 1; cold, after 2 and 3 by id
+    histories, train = [[3, 1, 2], [3, 1, 0], [3, 3], [4, 5]], [(0, 1), (1, 1), (2, 1)]
+    baseline = fit(name, data := dataset(histories, 6, train, [(3, 1)]))
+    assert baseline.top_items(data.test, 2).tolist() == [[3, 1]]  # by popularity, not by id
+    assert baseline.ranks(data.test).tolist() == [5]  # after 3 and 1; cold, after 0 and 2 by id
 
 
 @pytest.mark.peers
