@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from r2ec_fast.eval.baselines import COUNTING, Baseline
 from r2ec_fast.eval.library_baselines import (
     ALS,
     BPR,
-    EXTRA,
     ALSSettings,
     BPRSettings,
     VectorBaseline,
@@ -91,8 +89,7 @@ def checked_settings(
                     f"baseline_settings: {name}.{key}: expected a value like {defaults[key]!r}, "
                     f"got {value!r}"
                 )
-        if importlib.util.find_spec(kind.library) is None:
-            raise ImportError(f"baseline {name} needs {kind.library}: {EXTRA}")
+        kind.check_installed()
         out[name] = of_kind(**given)
     return out
 

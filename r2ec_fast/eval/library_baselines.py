@@ -12,6 +12,7 @@ thread on a CPU the same seed gives the same numbers.
 
 from __future__ import annotations
 
+import importlib.util
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,18 +55,23 @@ class BPRSettings:
 class VectorBaseline(Baseline):
     """A method whose score of an item is the product of an example's vector with the item's."""
 
-    library: str  # the module that must be there
+    libraries: tuple[str, ...]  # the modules that must be there
 
     def __init__(self, dataset: RecDataset, settings: Any) -> None:
+        self.check_installed()
         super().__init__(dataset, asdict(settings))
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise ImportError where a library is missing; it says what to install."""
+        for module in cls.libraries:
+            if importlib.util.find_spec(module) is None:
+                raise ImportError(f"baseline {cls.name} needs {module}: {EXTRA}")
 
     def _fit(self, users: np.ndarray, items: np.ndarray, positions: np.ndarray) -> None:
         if len(items) == 0:
             raise ValueError(f"train: {self.name} needs training examples, the data set has none")
-        try:
-            vectors, known = self._train(users, items, positions)
-        except ImportError as error:
-            raise ImportError(f"baseline {self.name} needs {error.name}: {EXTRA}") from error
+        vectors, known = self._train(users, items, positions)
         # the items that have a vector, in the order of popularity: equal scores then rank by row
         self.items = self.order[known[self.order]]
         self.row = np.full(self.num_items, -1, dtype=np.int64)
@@ -126,7 +132,7 @@ class ALS(VectorBaseline):
     """Matrix factorization by alternating least squares (Hu, Koren and Volinsky 2008); the vector
     of an example is solved from the user's history before it."""
 
-    name, library = "als", "implicit"
+    name, libraries = "als", ("implicit",)
 
     def __init__(self, dataset: RecDataset, settings: ALSSettings | None = None) -> None:
         super().__init__(dataset, settings or ALSSettings())
@@ -155,7 +161,7 @@ class BPR(VectorBaseline):
     """Matrix factorization by Bayesian personalized ranking (Rendle et al. 2009). A user without
     training events has no vector: the items' biases alone then rank."""
 
-    name, library = "bpr", "implicit"
+    name, libraries = "bpr", ("implicit",)
 
     def __init__(self, dataset: RecDataset, settings: BPRSettings | None = None) -> None:
         super().__init__(dataset, settings or BPRSettings())

@@ -54,7 +54,7 @@ class SASRec(VectorBaseline):
     """Self-attentive sequential recommendation (Kang and McAuley 2018), with the full softmax over
     the training items as loss unless set otherwise."""
 
-    name, library = "sasrec", "rectools"
+    name, libraries = "sasrec", ("rectools", "pytorch_lightning")
 
     def __init__(self, dataset: RecDataset, settings: SASRecSettings | None = None) -> None:
         super().__init__(dataset, settings or SASRecSettings())

@@ -10,7 +10,7 @@ import torch
 from _support.histories import dataset, random_dataset, training_sequences
 
 from r2ec_fast.data import Catalog, Examples, RecDataset
-from r2ec_fast.eval import baseline_choice
+from r2ec_fast.eval import library_baselines
 from r2ec_fast.eval.baseline_choice import (
     LIBRARY,
     checked_settings,
@@ -19,7 +19,7 @@ from r2ec_fast.eval.baseline_choice import (
     fitted_baselines,
 )
 from r2ec_fast.eval.baselines import COUNTING
-from r2ec_fast.eval.library_baselines import VectorBaseline
+from r2ec_fast.eval.library_baselines import ALS, VectorBaseline
 
 SHORT = {  # of training, so that a test takes a second
     "als": {"factors": 6, "iterations": 3},
@@ -32,7 +32,8 @@ SHORT = {  # of training, so that a test takes a second
 
 
 def fit(name: str, data: RecDataset, **settings) -> VectorBaseline:
-    pytest.importorskip(LIBRARY[name][0].library, reason="needs the extra `baselines`")
+    for module in LIBRARY[name][0].libraries:
+        pytest.importorskip(module, reason="needs the extra `baselines`")
     checked = checked_settings([name], {name: SHORT[name] | settings})
     [baseline] = fitted_baselines(data, [name], checked)
     return baseline
@@ -178,10 +179,10 @@ def test_words_give_an_item_a_vector_that_training_never_saw():
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["als", "sasrec"])
 def test_a_user_of_whom_nothing_is_known_gets_the_popular_items(name):
-    data = dataset([[0, 1, 2], [0, 1, 3], [4, 5, 5]], 6, [(0, 1), (1, 1)], [(2, 1), (0, 2)])
-    baseline = fit(name, data)
-    assert baseline.top_items(data.test, 2)[0].tolist() == [0, 1]
-    assert baseline.ranks(data.test)[0] == 5  # after 0 and 1; cold, after 2 and 3 by id
+    histories, train = [[3, 1, 2], [3, 1, 0], [3, 3], [4, 5]], [(0, 1), (1, 1), (2, 1)]
+    baseline = fit(name, data := dataset(histories, 6, train, [(3, 1)]))
+    assert baseline.top_items(data.test, 2).tolist() == [[3, 1]]  # by popularity, not by id
+    assert baseline.ranks(data.test).tolist() == [5]  # after 3 and 1; cold, after 0 and 2 by id
 
 
 @pytest.mark.peers
@@ -217,9 +218,14 @@ def test_mistakes_in_settings_are_named(given, error, message):
 
 
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(baseline_choice.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"sasrec needs rectools: pip install 'r2ec-fast\[base"):
+    present = ["rectools"]
+    monkeypatch.setattr(
+        library_baselines.importlib.util, "find_spec", lambda name: name in present or None
+    )
+    with pytest.raises(ImportError, match=r"sasrec needs pytorch_lightning: pip install 'r2ec-f"):
         checked_settings(["popularity", "sasrec"], {})
+    with pytest.raises(ImportError, match=r"als needs implicit: pip install 'r2ec-fast\[baseli"):
+        ALS(random_dataset(1))
     assert checked_settings(["popularity"], {"als": {"factors": 3}}) == {}
 
 
