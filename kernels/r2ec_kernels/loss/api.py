@@ -63,8 +63,9 @@ def recpo_loss(
         bias: [V], of the language-model head.
         old_log_prob: [T], stored when the tokens were sampled; None: ratio 1.
         old_item_log_prob: [B*G] or [B, G], stored likewise; None: ratio 1.
-        sampler_log_prob: [T], of a sampler with other numerics: token losses are multiplied by
-            ``min(exp(old_log_prob - sampler_log_prob), importance_cap)``.
+        sampler_log_prob: [T], of a sampler with other numerics: token losses are multiplied by the
+            ratio of ``config.importance_sampling_mode``. NaN, where the sampler has none: as if it
+            were ``old_log_prob``.
         ref_log_prob: [T], of the reference model; required if ``kl_weight > 0``.
         num_tokens: counted tokens of the whole optimiser step, over all calls and ranks; None: of
             this call. Where it is 0 the token loss is 0, with gradients of 0.

@@ -57,7 +57,7 @@ def test_reductions_within_the_error_budget(reduction, level, device, dtype):
         BASE,
         reduction=reduction,
         ratio_level=level,
-        importance_cap=1.3,
+        importance_sampling_clip_max=1.3,
         best=2,
         softcap=3.0,
         kl_weight=0.1,

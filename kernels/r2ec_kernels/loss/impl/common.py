@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..config import RecPOLossConfig
+
 
 class StoredLogProbs(NamedTuple):
     """Constants [T] that came with the tokens; None where not given."""
@@ -17,6 +19,22 @@ class StoredLogProbs(NamedTuple):
         return StoredLogProbs(
             *(None if value is None else value.detach().to(dtype) for value in self)
         )
+
+
+def bounded(ratio: torch.Tensor, config: RecPOLossConfig) -> torch.Tensor:
+    """The importance ratio within the bounds of ``config``: what leaves them becomes the bound, or
+    0 in the modes that mask."""
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if low is None and high is None:
+        return ratio
+    if config.importance_sampling_mode.endswith("truncate"):
+        return ratio.clamp(low, high)
+    out = torch.zeros_like(ratio, dtype=torch.bool)
+    if low is not None:
+        out |= ratio < low
+    if high is not None:
+        out |= ratio > high
+    return ratio.masked_fill(out, 0.0)
 
 
 class Normalizers(NamedTuple):

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs
+from .common import Normalizers, StoredLogProbs, bounded
 
 
 class TokenTerm(NamedTuple):
     loss: torch.Tensor  # scalar
     ratio: torch.Tensor  # [T], 0 where not counted
-    importance_ratio: torch.Tensor | None  # [T], 0 where not counted
+    importance: torch.Tensor | None  # [T], or [R] in the sequence modes
     kl: torch.Tensor | None  # [T], 0 where not counted
     actions: torch.Tensor  # [R], what one action of each trajectory weighs
 
@@ -30,6 +30,8 @@ class Statistics(NamedTuple):
     item_clip_fraction: torch.Tensor
     ratio: torch.Tensor
     importance_ratio: torch.Tensor | None
+    importance_ratio_min: torch.Tensor | None
+    importance_ratio_max: torch.Tensor | None
     kl: torch.Tensor | None
 
 
@@ -90,13 +92,10 @@ def token_term(
         log_ratio = torch.where(counted, mean[trajectory], 0.0)
     ratio = log_ratio.exp()
     loss = -clipped(ratio, advantages[trajectory], config)
-    importance_ratio = None
+    importance = None
     if stored.sampler is not None:
-        importance_ratio = torch.where(counted, old - stored.sampler, 0.0).exp()
-        if config.importance_cap is not None:
-            importance_ratio = importance_ratio.clamp(max=config.importance_cap)
-        loss = loss * importance_ratio
-        importance_ratio = importance_ratio * weight
+        importance = importance_ratios(old - stored.sampler, counted, trajectory, num, config)
+        loss = loss * (importance if of_tokens(config) else importance[trajectory])
     kl = None
     if stored.ref is not None:
         gap = torch.where(counted, stored.ref - log_prob, 0.0)
@@ -104,7 +103,29 @@ def token_term(
         if config.kl_weight:
             loss = loss + config.kl_weight * kl
     total = (loss * weight * actions[trajectory]).sum()
-    return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl, actions)
+    return TokenTerm(total, ratio.detach() * counted, importance, kl, actions)
+
+
+def of_tokens(config: RecPOLossConfig) -> bool:
+    """Whether the importance ratio is one of each token, not of each trajectory."""
+    return config.importance_sampling_mode.startswith("token")
+
+
+def importance_ratios(
+    difference: torch.Tensor,
+    counted: torch.Tensor,
+    trajectory: torch.Tensor,
+    num: int,
+    config: RecPOLossConfig,
+) -> torch.Tensor:
+    """Corrections for the sampler's numerics: [T], or [num] in the sequence modes.
+
+    ``difference`` [T] is the old log-probability minus the sampler's; NaN where that has none.
+    """
+    known = torch.where(counted & ~difference.isnan(), difference, 0.0)
+    if not of_tokens(config):
+        known = sum_by_trajectory(known, trajectory, num)
+    return bounded(known.exp(), config)
 
 
 def item_term(
@@ -142,14 +163,21 @@ def statistics(
     """Scalars for the log, on the device."""
     low, high = _clip_fractions(token.ratio, advantages[trajectory], counted, config)
     item_low, item_high = _clip_fractions(item.ratio, advantages, best, config)
-    correction = token.importance_ratio
+    correction: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if token.importance is not None:
+        among = (
+            counted if of_tokens(config) else torch.ones_like(token.importance, dtype=torch.bool)
+        )
+        correction = spread(token.importance, among)
     return Statistics(
         clip_fraction=low + high,
         clip_fraction_low=low,
         clip_fraction_high=high,
         item_clip_fraction=item_low + item_high,
         ratio=mean(token.ratio, counted),
-        importance_ratio=None if correction is None else mean(correction, counted),
+        importance_ratio=correction[0],
+        importance_ratio_min=correction[1],
+        importance_ratio_max=correction[2],
         kl=None if token.kl is None else mean(token.kl, counted),
     )
 
@@ -157,6 +185,19 @@ def statistics(
 def mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """Mean over the counted entries, 0 if there are none; the others hold 0."""
     return values.detach().sum() / counted.sum().clamp(min=1)
+
+
+def spread(
+    values: torch.Tensor, among: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean, smallest, largest) of the entries that ``among`` marks; 0 where there are none."""
+    if not values.numel():
+        return (values.new_zeros(()),) * 3
+    some = among.any()
+    low = torch.where(among, values, torch.inf).amin()
+    high = torch.where(among, values, -torch.inf).amax()
+    middle = mean(torch.where(among, values, 0.0), among)
+    return middle, torch.where(some, low, 0.0), torch.where(some, high, 0.0)
 
 
 def _clip_fractions(

@@ -1,12 +1,11 @@
 """The terms of the RecPO loss as their equations, one trajectory after another, in any dtype."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs
+from .common import Normalizers, StoredLogProbs, bounded
 
 
 def similarity_matrix(queries: torch.Tensor, items: torch.Tensor, similarity: str) -> torch.Tensor:
@@ -82,13 +81,23 @@ def token_loss(
             log_ratio = (log_ratio.sum() / length).expand_as(log_ratio)
         loss = -clipped(log_ratio.exp(), advantage, config)
         if stored.sampler is not None:
-            cap = math.inf if config.importance_cap is None else config.importance_cap
-            loss = loss * (old[own] - stored.sampler[own]).exp().clamp(max=cap)
+            loss = loss * importance_ratio(old[own], stored.sampler[own], config)
         if config.kl_weight and stored.ref is not None:
             gap = stored.ref[own] - log_prob[own]
             loss = loss + config.kl_weight * (gap.exp() - gap - 1)
         terms.append(loss.sum() / _divisor(length, step, config))
     return torch.stack(terms).sum()
+
+
+def importance_ratio(
+    old: torch.Tensor, sampler: torch.Tensor, config: RecPOLossConfig
+) -> torch.Tensor:
+    """Correction of the tokens [n] of one trajectory: [n], or [] of the trajectory as a whole."""
+    difference = old - sampler
+    difference = torch.where(difference.isnan(), 0.0, difference)
+    if config.importance_sampling_mode.startswith("sequence"):
+        difference = difference.sum()
+    return bounded(difference.exp(), config)
 
 
 def item_loss(
