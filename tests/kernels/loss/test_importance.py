@@ -1,6 +1,7 @@
 """The correction for a sampler with other numerics, in each of its four modes, by hand."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -81,3 +82,16 @@ def test_a_token_that_the_sampler_did_not_score_is_not_corrected(mode, impl):
     equal = recpo_loss(*arguments, **stored, config=config)
     torch.testing.assert_close(unknown.token_loss, equal.token_loss)
     torch.testing.assert_close(unknown.importance_ratio, equal.importance_ratio)
+
+
+def test_the_extremes_are_of_what_is_counted():
+    """All ratios 16 times as large: a token that is not counted has none, an empty trajectory 1."""
+    arguments, stored = case()
+    stored["sampler_log_prob"] -= math.log(16)
+    for mode, expected in (("token_mask", (4.0, 128.0)), ("sequence_mask", (1.0, 4096.0))):
+        config = dataclasses.replace(
+            BASE, importance_sampling_mode=mode, importance_sampling_clip_max=None
+        )
+        found = recpo_loss(*arguments, **stored, config=config)
+        bounds = (float(found.importance_ratio_min), float(found.importance_ratio_max))
+        assert bounds == pytest.approx(expected)
