@@ -1,13 +1,16 @@
 """The RecPO loss of whole groups of trajectories."""
 
+from dataclasses import replace
+
 import torch
 
-from .._checks import IGNORE, as_number, check_float, check_ids, check_shape
-from ..advantage.api import grouped_advantage
+from .._checks import as_number, check_float, check_ids, check_shape
+from ..advantage.api import advantages_of
 from ..logprob.api import check_head, head_logprob, head_settings
+from . import function
 from .config import RecPOLoss, RecPOLossConfig
 from .impl import item_action, objective, reference
-from .impl.common import Normalizers, StoredLogProbs
+from .impl.common import Actions, StepCounts, StoredLogProbs
 
 
 def recpo_loss(
@@ -93,79 +96,56 @@ def recpo_loss(
     settings = head_settings(
         config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
     )
-    plain = settings.impl == "reference"
+    for name, count in (("num_tokens", num_tokens), ("num_selected", num_selected)):
+        _check_count(name, count)
+    fused = settings.impl == "triton" and not torch.compiler.is_compiling()
+    if fused:  # every row takes part, so that nothing waits for the device
+        settings = replace(settings, every_row=True)
 
-    advantages, best = grouped_advantage(
-        rewards.detach(), estimator=config.estimator, best=config.best
+    advantages, best = advantages_of(
+        rewards.detach(), config.estimator, config.best, "triton" if fused else "torch"
     )
-    counted = targets != IGNORE
-    local_tokens = counted.sum()
-    step = _normalizers(rewards, local_tokens, num_tokens, num_selected, config)
-
-    differentiated = None  # rows whose gradient can differ from zero
-    if config.kl_weight == 0:
-        differentiated = advantages.flatten()[trajectory] != 0
-    log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
-    flat = advantages.flatten().to(log_prob.dtype)
-    constants = stored.constants(log_prob.dtype)
-    token = objective.token_term(log_prob, counted, trajectory, flat, constants, step, config)
-    if plain:
-        exact = reference.token_loss(log_prob, counted, trajectory, flat, constants, step, config)
-        token = token._replace(loss=exact)
-
-    item_log_prob = (reference if plain else item_action).item_log_prob(
-        user_states, item_states, item_ids, item_targets, item_table, config
-    )
-    old_items = None
     if old_item_log_prob is not None:
-        old_items = old_item_log_prob.detach().flatten().to(item_log_prob.dtype)
-    chosen = best.flatten()
-    item = objective.item_term(item_log_prob, old_items, flat, chosen, token.actions, config)
-    if plain:
-        lengths = [int((counted & (trajectory == i)).sum()) for i in range(len(flat))]
-        exact = reference.item_loss(item_log_prob, old_items, flat, chosen, lengths, step, config)
-        item = item._replace(loss=exact)
-
-    found = objective.statistics(token, item, flat, trajectory, counted, chosen, config)
+        old_item_log_prob = old_item_log_prob.detach().flatten()
+    actions = Actions(
+        targets, trajectory, advantages.flatten(), best.flatten(), old_item_log_prob, stored
+    )
+    counts = StepCounts(num_tokens, num_selected, rewards.shape[1])
+    differentiated = None  # rows whose gradient can differ from zero
+    if config.kl_weight == 0 and not fused:
+        differentiated = actions.advantages[trajectory] != 0
+    log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
+    items = (user_states, item_states, item_ids, item_targets, item_table)
+    if fused:
+        item_log_prob = function.item_log_prob(*items, config)
+        loss, outcome = function.objective(
+            log_prob, entropy, item_log_prob, actions, counts, config
+        )
+    else:
+        plain = settings.impl == "reference"
+        item_log_prob = (reference if plain else item_action).item_log_prob(*items, config)
+        terms = (log_prob, entropy, item_log_prob, actions, counts, config)
+        loss, outcome = objective.objective(*terms)
+        if plain:
+            tokens, item = reference.objective(log_prob, item_log_prob, actions, counts, config)
+            loss = tokens + config.item_weight * item
+            outcome = outcome._replace(token_loss=tokens.detach(), item_loss=item.detach())
     return RecPOLoss(
-        loss=token.loss + config.item_weight * item.loss,
-        token_loss=token.loss.detach(),
-        item_loss=item.loss.detach(),
+        loss=loss,
         log_prob=log_prob.detach(),
         item_log_prob=item_log_prob.detach().view_as(rewards),
         advantages=advantages,
         best=best,
-        num_tokens=local_tokens,
-        entropy=None if entropy is None else objective.mean(entropy, counted),
-        **found._asdict(),
+        **outcome._asdict(),
     )
 
 
-def _normalizers(
-    rewards: torch.Tensor,
-    local_tokens: torch.Tensor,
-    num_tokens: int | torch.Tensor | None,
-    num_selected: int | torch.Tensor | None,
-    config: RecPOLossConfig,
-) -> Normalizers:
-    """Those of the optimiser step; where not given, of this call. At least 1: what they divide is 0
-    where they are 0."""
-    trajectories: float | torch.Tensor = max(1, rewards.numel())
-    if num_selected is not None:
-        selected = _count("num_selected", num_selected)
-        trajectories = selected * (rewards.shape[1] / config.best)
-    tokens = _count("num_tokens", local_tokens if num_tokens is None else num_tokens)
-    return Normalizers(tokens, trajectories)
-
-
-def _count(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
-    """A count as a divisor: 1 instead of 0. Tensors stay on their device, unread."""
-    if isinstance(value, torch.Tensor):
-        return value.clamp(min=1)
+def _check_count(name: str, value: float | torch.Tensor | None) -> None:
     # a compiled graph holds for any count
-    if not torch.compiler.is_compiling() and not as_number(name, value) >= 0:
+    if value is None or isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    if not as_number(name, value) >= 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
-    return max(1, value)
 
 
 def _check_groups(

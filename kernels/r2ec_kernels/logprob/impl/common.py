@@ -8,6 +8,7 @@ import torch
 
 from ..._numbers import LOG2_E
 
+Rows = torch.Tensor | slice  # numbers of a tile's rows, int64 [n], or a range of them
 STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
 
 
@@ -27,6 +28,7 @@ class HeadSettings:
     entropy: bool = False
     compute: torch.dtype = torch.float32  # of the products' inputs
     impl: str = "torch"
+    every_row: bool = False  # rows that are not counted take part: counting waits for a GPU
 
 
 class HeadForward(NamedTuple):
@@ -77,17 +79,18 @@ def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
 def empty_forward(
     hidden: torch.Tensor, weight: torch.Tensor, mode: str, settings: HeadSettings
 ) -> HeadForward:
-    """Results of a pass that has not run: zeros."""
+    """Results of a pass that has not run: zeros, or anything where every row takes part."""
+    make = hidden.new_empty if settings.every_row else hidden.new_zeros
     dtype = accumulate_dtype(settings.compute)
     (num, d), vocab = hidden.shape, weight.shape[0]
     stored = mode == "logits" and settings.impl == "torch"
     stored = stored and stores_logits(num, vocab, dtype.itemsize)
     return HeadForward(
-        log_prob=hidden.new_zeros(num, dtype=dtype),
-        entropy=hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
-        m=hidden.new_zeros(num, dtype=dtype),
-        l=hidden.new_ones(num, dtype=dtype),
-        jacobian=hidden.new_zeros(num if mode == "jacobian" else 0, d, dtype=dtype),
+        log_prob=make(num, dtype=dtype),
+        entropy=make(num if settings.entropy else 0, dtype=dtype),
+        m=make(num, dtype=dtype),
+        l=make(num, dtype=dtype) if settings.every_row else hidden.new_ones(num, dtype=dtype),
+        jacobian=make(num if mode == "jacobian" else 0, d, dtype=dtype),
         logits=hidden.new_empty(num if stored else 0, vocab, dtype=dtype),
     )
 
@@ -178,7 +181,7 @@ def block_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     columns: int,
     row_tile: int,
     needed: tuple[bool, bool, bool],
@@ -187,24 +190,26 @@ def block_gradients(
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias (where ``needed``) from those of the logits.
 
-    Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows``.
+    Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows`` (None: all).
     ``grad_logits(states, block, start, tile, first)`` returns the gradient of a tile's uncapped
     logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``.
     """
+    num = hidden.shape[0] if rows is None else rows.numel()
     d, compute, dtype = weight.shape[1], settings.compute, accumulate_dtype(settings.compute)
-    d_hidden = hidden.new_zeros(rows.numel() if needed[0] else 0, d, dtype=dtype)
+    d_hidden = hidden.new_zeros(num if needed[0] else 0, d, dtype=dtype)
     d_weight = torch.empty_like(weight) if needed[1] else None
     d_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
     for start in range(0, weight.shape[0], columns):
         block = weight[start : start + columns].to(compute)
         dw = hidden.new_zeros(block.shape[0] if needed[1] else 0, d, dtype=dtype)
         db = hidden.new_zeros(block.shape[0] if needed[2] else 0, dtype=dtype)
-        for first in range(0, rows.numel(), row_tile):
-            tile = rows[first : first + row_tile]
+        for first in range(0, num, row_tile):
+            part = slice(first, first + row_tile)
+            tile = part if rows is None else rows[part]
             states = hidden[tile].to(compute)
             grad = grad_logits(states, block, start, tile, first)
             if needed[0]:
-                addmm(d_hidden[first : first + row_tile], grad, block)
+                addmm(d_hidden[part], grad, block)
             if needed[1]:
                 addmm(dw, grad.T, states)
             if needed[2]:
@@ -215,6 +220,8 @@ def block_gradients(
             d_bias[start : start + columns] = db.div_(settings.temperature)
     grad_hidden = None
     if needed[0]:
-        grad_hidden = torch.zeros_like(hidden)
-        grad_hidden[rows] = d_hidden.div_(settings.temperature).to(hidden.dtype)
+        d_hidden = d_hidden.div_(settings.temperature).to(hidden.dtype)
+        grad_hidden = d_hidden if rows is None else torch.zeros_like(hidden)
+        if rows is not None:
+            grad_hidden[rows] = d_hidden
     return HeadGradients(grad_hidden, d_weight, d_bias)

@@ -29,6 +29,7 @@ from .common import (
     HeadGradients,
     HeadSettings,
     OnlineSoftmax,
+    Rows,
     accumulate_dtype,
     addmm,
     block_gradients,
@@ -235,9 +236,9 @@ def head_backward(
     tiles = _tiles(hidden, weight, rows.numel(), settings, stored)
 
     def grad_logits(
-        states: torch.Tensor, block: torch.Tensor, start: int, tile: torch.Tensor, first: int
+        states: torch.Tensor, block: torch.Tensor, start: int, tile: Rows, first: int
     ) -> torch.Tensor:
-        num, columns = tile.numel(), block.shape[0]
+        num, columns = states.shape[0], block.shape[0]
         if stored:
             logits = forward.logits[first : first + num]
         else:
@@ -256,7 +257,7 @@ def _grad_logits(
     tiles: _Tiles,
     logits: torch.Tensor,  # [n, w]
     local: torch.Tensor,  # [n], column of the target, perhaps outside
-    rows: torch.Tensor,  # [n]
+    rows: Rows,  # [n]
     forward: HeadForward,
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,

@@ -5,7 +5,16 @@ from typing import NamedTuple
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs, bounded
+from .common import (
+    Actions,
+    Normalizers,
+    Outcome,
+    StepCounts,
+    StoredLogProbs,
+    bounded,
+    corrects_tokens,
+    normalizers,
+)
 
 
 class TokenTerm(NamedTuple):
@@ -21,18 +30,27 @@ class ItemTerm(NamedTuple):
     ratio: torch.Tensor  # [R], 1 where not selected
 
 
-class Statistics(NamedTuple):
-    """Scalars for the log; the fields of ``RecPOLoss`` of the same names."""
-
-    clip_fraction: torch.Tensor
-    clip_fraction_low: torch.Tensor
-    clip_fraction_high: torch.Tensor
-    item_clip_fraction: torch.Tensor
-    ratio: torch.Tensor
-    importance_ratio: torch.Tensor | None
-    importance_ratio_min: torch.Tensor | None
-    importance_ratio_max: torch.Tensor | None
-    kl: torch.Tensor | None
+def objective(
+    log_prob: torch.Tensor,
+    entropy: torch.Tensor | None,
+    item_log_prob: torch.Tensor,
+    actions: Actions,
+    counts: StepCounts,
+    config: RecPOLossConfig,
+) -> tuple[torch.Tensor, Outcome]:
+    """(loss [], what it consists of), from log-probabilities [T] and of the item actions [R]."""
+    counted = actions.targets >= 0
+    num_tokens = counted.sum()
+    step = normalizers(counts, num_tokens, item_log_prob.shape[0], config)
+    advantages = actions.advantages.to(log_prob.dtype)
+    stored = actions.stored.constants(log_prob.dtype)
+    token = token_term(log_prob, counted, actions.trajectory, advantages, stored, step, config)
+    old = actions.old_items
+    if old is not None:
+        old = old.to(item_log_prob.dtype)
+    item = item_term(item_log_prob, old, advantages, actions.best, token.actions, config)
+    loss = token.loss + config.item_weight * item.loss
+    return loss, _outcome(token, item, entropy, advantages, counted, num_tokens, actions, config)
 
 
 def sum_by_trajectory(values: torch.Tensor, trajectory: torch.Tensor, num: int) -> torch.Tensor:
@@ -95,7 +113,7 @@ def token_term(
     importance = None
     if stored.sampler is not None:
         importance = importance_ratios(old - stored.sampler, counted, trajectory, num, config)
-        loss = loss * (importance if of_tokens(config) else importance[trajectory])
+        loss = loss * (importance if corrects_tokens(config) else importance[trajectory])
     kl = None
     if stored.ref is not None:
         gap = torch.where(counted, stored.ref - log_prob, 0.0)
@@ -104,11 +122,6 @@ def token_term(
             loss = loss + config.kl_weight * kl
     total = (loss * weight * actions[trajectory]).sum()
     return TokenTerm(total, ratio.detach() * counted, importance, kl, actions)
-
-
-def of_tokens(config: RecPOLossConfig) -> bool:
-    """Whether the importance ratio is one of each token, not of each trajectory."""
-    return config.importance_sampling_mode.startswith("token")
 
 
 def importance_ratios(
@@ -123,7 +136,7 @@ def importance_ratios(
     ``difference`` [T] is the old log-probability minus the sampler's; NaN where that has none.
     """
     known = torch.where(counted & ~difference.isnan(), difference, 0.0)
-    if not of_tokens(config):
+    if not corrects_tokens(config):
         known = sum_by_trajectory(known, trajectory, num)
     return bounded(known.exp(), config)
 
@@ -151,25 +164,26 @@ def item_term(
     return ItemTerm((loss * actions.to(loss.dtype)).sum(), ratio.detach())
 
 
-def statistics(
+def _outcome(
     token: TokenTerm,
     item: ItemTerm,
+    entropy: torch.Tensor | None,
     advantages: torch.Tensor,
-    trajectory: torch.Tensor,
     counted: torch.Tensor,
-    best: torch.Tensor,
+    num_tokens: torch.Tensor,
+    actions: Actions,
     config: RecPOLossConfig,
-) -> Statistics:
-    """Scalars for the log, on the device."""
-    low, high = _clip_fractions(token.ratio, advantages[trajectory], counted, config)
-    item_low, item_high = _clip_fractions(item.ratio, advantages, best, config)
+) -> Outcome:
+    low, high = _clip_fractions(token.ratio, advantages[actions.trajectory], counted, config)
+    item_low, item_high = _clip_fractions(item.ratio, advantages, actions.best, config)
     correction: tuple[torch.Tensor | None, ...] = (None, None, None)
     if token.importance is not None:
-        among = (
-            counted if of_tokens(config) else torch.ones_like(token.importance, dtype=torch.bool)
-        )
-        correction = spread(token.importance, among)
-    return Statistics(
+        every = torch.ones_like(token.importance, dtype=torch.bool)
+        correction = spread(token.importance, counted if corrects_tokens(config) else every)
+    return Outcome(
+        token_loss=token.loss.detach(),
+        item_loss=item.loss.detach(),
+        num_tokens=num_tokens,
         clip_fraction=low + high,
         clip_fraction_low=low,
         clip_fraction_high=high,
@@ -179,6 +193,7 @@ def statistics(
         importance_ratio_min=correction[1],
         importance_ratio_max=correction[2],
         kl=None if token.kl is None else mean(token.kl, counted),
+        entropy=None if entropy is None else mean(entropy, counted),
     )
 
 

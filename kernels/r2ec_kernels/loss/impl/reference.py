@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs, bounded
+from .common import Actions, Normalizers, StepCounts, StoredLogProbs, bounded, normalizers
 
 
 def similarity_matrix(queries: torch.Tensor, items: torch.Tensor, similarity: str) -> torch.Tensor:
@@ -57,6 +57,27 @@ def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfi
     """l(r, A) = min(r A, clip(r) A), docs/method.md#clip."""
     low, high = 1 - config.epsilon, 1 + config.epsilon_high
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+
+def objective(
+    log_prob: torch.Tensor,
+    item_log_prob: torch.Tensor,
+    actions: Actions,
+    counts: StepCounts,
+    config: RecPOLossConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token loss, item loss) of a call."""
+    counted, rows = actions.targets >= 0, actions.trajectory
+    step = normalizers(counts, counted.sum(), item_log_prob.shape[0], config)
+    advantages = actions.advantages.to(log_prob.dtype)
+    stored = actions.stored.constants(log_prob.dtype)
+    tokens = token_loss(log_prob, counted, rows, advantages, stored, step, config)
+    old = actions.old_items
+    if old is not None:
+        old = old.to(item_log_prob.dtype)
+    lengths = [int((counted & (rows == i)).sum()) for i in range(len(advantages))]
+    items = item_loss(item_log_prob, old, advantages, actions.best, lengths, step, config)
+    return tokens, items
 
 
 def token_loss(
