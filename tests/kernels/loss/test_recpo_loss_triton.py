@@ -91,6 +91,22 @@ def test_repeats_bit_for_bit(trainable, device, dtype):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_everything_is_written(trainable, device, dtype):
+    """New memory is full of NaN: what is read before it is written would show."""
+    config = dataclasses.replace(BASE, softcap=3.0, kl_weight=0.1, entropy=True)
+    names = ("hidden", "weight", *NAMES[1:]) if trainable else NAMES
+    given = (device, dtype, config, {}, names, False, "ours")
+    with small_blocks(device):
+        plain = results(*given)
+        torch.use_deterministic_algorithms(True)
+        try:
+            poisoned = results(*given)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, poisoned, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("negatives", ["in-batch", "catalog"])
