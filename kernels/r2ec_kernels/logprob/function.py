@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .impl.common import HeadForward, HeadSettings
+from .impl.shards import sum_over_shards
 
 
 def implementation(name: str) -> ModuleType:
@@ -74,6 +75,9 @@ class LinearLogProb(torch.autograd.Function):
         out = HeadForward(*saved)
         if ctx.frozen and grad_entropy is None:
             assert grad_log_prob is not None  # not both, see above
+            if ctx.settings.group is not None:
+                grad_hidden = sum_over_shards(grad_log_prob[:, None] * out.jacobian, ctx.settings)
+                return (grad_hidden.to(hidden.dtype), None, None, *none)
             if torch.compiler.is_compiling():
                 grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
             else:  # in one pass

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from .._checks import as_number, check_float, check_ids, check_shape
 from ..advantage.api import advantages_of
-from ..logprob.api import check_head, head_logprob, head_settings
+from ..logprob.api import check_head, check_shard, head_logprob, head_settings, shard_targets
 from . import function
 from .config import RecPOLoss, RecPOLossConfig
 from .impl import item_action, objective, reference
@@ -32,6 +33,8 @@ def recpo_loss(
     ref_log_prob: torch.Tensor | None = None,
     num_tokens: int | torch.Tensor | None = None,
     num_selected: int | torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    first_token: int = 0,
     config: RecPOLossConfig | None = None,
 ) -> RecPOLoss:
     """The RecPO loss of whole groups of trajectories, without logits (docs/method.md#objective).
@@ -75,6 +78,10 @@ def recpo_loss(
         num_selected: selected trajectories (groups * best) of the whole optimiser step; None: of
             this call. The number of trajectories of the step, which every reduction but "token"
             divides by, follows from it.
+        group: processes that hold the rows of ``weight`` and ``bias`` together, as in
+            :func:`r2ec_kernels.linear_logprob`; all other arguments, the results and the gradients
+            of the states are the same in every process.
+        first_token: with ``group``, the number of the first row that ``weight`` holds.
         config: see :class:`RecPOLossConfig`.
 
     Returns:
@@ -89,13 +96,15 @@ def recpo_loss(
     if item_targets is None:
         item_targets = torch.arange(rewards.shape[0], device=item_states.device)
     stored = StoredLogProbs(old_log_prob, sampler_log_prob, ref_log_prob)
-    check_head(hidden, weight, targets, bias)
+    first_token = check_shard(group, first_token)
+    check_head(hidden, weight, targets, bias, group)
     _check_groups(targets, trajectory, rewards, user_states, config)
     _check_items(rewards, user_states, item_states, item_ids, item_targets, item_table, config)
     _check_stored(targets, stored, rewards, old_item_log_prob, config)
     settings = head_settings(
-        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
+        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight, group
     )
+    targets = shard_targets(targets, weight, first_token, settings)
     for name, count in (("num_tokens", num_tokens), ("num_selected", num_selected)):
         _check_count(name, count)
     fused = settings.impl == "triton" and not torch.compiler.is_compiling()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ..._numbers import LOG2_E
 
@@ -29,6 +30,7 @@ class HeadSettings:
     compute: torch.dtype = torch.float32  # of the products' inputs
     impl: str = "torch"
     every_row: bool = False  # rows that are not counted take part: counting waits for a GPU
+    group: ProcessGroup | None = None  # whose processes hold the head's rows together
 
 
 class HeadForward(NamedTuple):
@@ -146,9 +148,11 @@ def write_results(
         entropy = log_l - found.weighted / found.l
         out.entropy[rows] = torch.where(counted, entropy, 0.0) / LOG2_E
     if found.acc is not None:
-        chosen = weight[target.clamp(min=0)].to(found.acc.dtype)
+        chosen = weight[target.clamp(0, weight.shape[0] - 1)].to(found.acc.dtype)
         if picked_slope is not None:
             chosen *= picked_slope[:, None]
+        if settings.group is not None:
+            chosen.masked_fill_((target >= weight.shape[0])[:, None], 0.0)
         chosen.sub_(found.acc.div_(found.l[:, None])).div_(settings.temperature)
         out.jacobian[rows] = chosen.masked_fill_(~counted[:, None], 0.0)
 
@@ -187,12 +191,14 @@ def block_gradients(
     needed: tuple[bool, bool, bool],
     settings: HeadSettings,
     grad_logits: Callable[..., torch.Tensor],
+    total: Callable[[torch.Tensor, HeadSettings], torch.Tensor],
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias (where ``needed``) from those of the logits.
 
     Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows`` (None: all).
     ``grad_logits(states, block, start, tile, first)`` returns the gradient of a tile's uncapped
-    logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``.
+    logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``. ``total`` sums
+    the gradient of the states over the shards of the vocabulary.
     """
     num = hidden.shape[0] if rows is None else rows.numel()
     d, compute, dtype = weight.shape[1], settings.compute, accumulate_dtype(settings.compute)
@@ -220,7 +226,7 @@ def block_gradients(
             d_bias[start : start + columns] = db.div_(settings.temperature)
     grad_hidden = None
     if needed[0]:
-        d_hidden = d_hidden.div_(settings.temperature).to(hidden.dtype)
+        d_hidden = total(d_hidden, settings).div_(settings.temperature).to(hidden.dtype)
         grad_hidden = d_hidden if rows is None else torch.zeros_like(hidden)
         if rows is not None:
             grad_hidden[rows] = d_hidden

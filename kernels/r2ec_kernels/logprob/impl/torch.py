@@ -41,6 +41,7 @@ from .common import (
     slope,
     write_results,
 )
+from .shards import merge, sum_over_shards
 
 ROW_TILE = 1024  # rows of one pass over the vocabulary
 TILE_ELEMENTS = 1 << 19  # logits of one tile: 2 MiB in float32, inside the last-level cache
@@ -208,7 +209,8 @@ def _stream(
                 e.mul_(slope(logits))
             addmm(acc.mul_(rescale[:, None]), e, block)
 
-    found = OnlineSoftmax(m, l, weighted, picked * tiles.outer, acc)
+    own = OnlineSoftmax(m, l, weighted if settings.entropy else None, picked * tiles.outer, acc)
+    found = merge(own, settings)
     picked_slope = slope(picked) if tiles.softcap else None
     write_results(out, rows, weight, target, picked_slope, found, settings)
 
@@ -249,7 +251,16 @@ def head_backward(
         return _grad_logits(tiles, logits, local, tile, forward, grad_log_prob, grad_entropy)
 
     return block_gradients(
-        hidden, weight, bias, rows, tiles.width, ROW_TILE, needed, settings, grad_logits
+        hidden,
+        weight,
+        bias,
+        rows,
+        tiles.width,
+        ROW_TILE,
+        needed,
+        settings,
+        grad_logits,
+        sum_over_shards,
     )
 
 

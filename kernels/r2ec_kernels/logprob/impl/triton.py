@@ -36,6 +36,7 @@ from .common import (
     multiply,
     scales,
 )
+from .shards import merge, sum_over_shards
 from .triton_kernels import finish_kernel, fused_kernel, grad_kernel, update_kernel
 
 ROW_TILE = 4096  # rows of one pass over the vocabulary
@@ -74,12 +75,12 @@ def head_forward(
         states = hidden if rows is None else hidden[rows]
         states = states.to(settings.compute).contiguous()
         target = targets.contiguous() if rows is None else targets[rows]
-        if jacobian and narrow and not settings.entropy:
+        if jacobian and narrow and not settings.entropy and settings.group is None:
             found = _fused(states, weight, target, bias, settings)
         else:
             acc = out.jacobian if rows is None else torch.empty_like(states, dtype=torch.float32)
             found = _streamed(states, weight, target, bias, acc if jacobian else None, settings)
-        _finish(out, rows, weight, target, found, settings)
+        _finish(out, rows, weight, target, merge(found, settings), settings)
     return out
 
 
@@ -312,7 +313,16 @@ def head_backward(
         return grad
 
     return block_gradients(
-        hidden, weight, bias, rows, BLOCK_COLUMNS, ROW_TILE, needed, settings, grad_logits
+        hidden,
+        weight,
+        bias,
+        rows,
+        BLOCK_COLUMNS,
+        ROW_TILE,
+        needed,
+        settings,
+        grad_logits,
+        sum_over_shards,
     )
 
 

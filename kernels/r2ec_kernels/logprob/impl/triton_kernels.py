@@ -248,7 +248,8 @@ def grad_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One token's products of a block: the gradient of the uncapped logits, times the temperature.
+    """One token's products of a block: the gradient of the uncapped logits, times the temperature;
+    0 where the token is not counted.
 
     z, dz: [M, columns], of the words from ``start``; the rest [M].
     """
@@ -262,15 +263,17 @@ def grad_kernel(
     b_l = tl.load(l_ptr + i_m)
     b_p = tl.exp2(b_shifted) / b_l
     b_dz = tl.zeros((BLOCK_N,), tl.float32)
+    target = tl.load(target_ptr + i_m)
     if HAS_GRAD:
         grad = tl.load(grad_ptr + i_m)
-        local = tl.load(target_ptr + i_m) - start
+        local = target - start
         b_dz += tl.where(o_n == local, grad, 0.0) - grad * b_p
     if HAS_GRAD_ENTROPY:
         b_log_p = tl.where(b_p > 0, b_shifted - tl.log2(b_l), 0.0) * 0.6931471805599453
         b_dz -= tl.load(grad_entropy_ptr + i_m) * b_p * (b_log_p + tl.load(entropy_ptr + i_m))
     if SOFTCAP:
         b_dz = b_dz * b_slope
+    b_dz = tl.where(target >= 0, b_dz, 0.0)
     tl.store(dz_ptr + i_m * stride_dz + o_n, b_dz.to(dz_ptr.dtype.element_ty), mask=m_n)
 
 
