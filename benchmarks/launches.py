@@ -32,12 +32,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import r2ec_kernels
-from r2ec_kernels import ItemIndex, ops
+from r2ec_kernels import ItemIndex, _checks, ops
 
 NUM_ITEMS, DIM, K, HISTORY = 2048, 64, 20, 20
 BATCHES = (1, 16, 64, 256)
 SCANS = ("none", "bf16", "int8")
 GENERATIONS = 4  # reasonings of a group
+TOKENS, NUM_WORDS = 2, 5000  # of a reasoning, and of the vocabulary: three blocks
+STORED = ("old_log_prob", "sampler_log_prob", "ref_log_prob")
 
 # what starts no work on a device: views, allocations, questions about a tensor
 _FREE = frozenset(
@@ -46,7 +48,7 @@ _FREE = frozenset(
         *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
         *("unbind", "unfold", "unsqueeze", "view", "_reshape_alias", "_unsafe_view", "empty"),
         *("empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned"),
-        *("sym_size", "sym_stride", "sym_numel"),
+        *("sym_size", "sym_stride", "sym_numel", "promote_types"),
     }
 )
 _WAITS = frozenset(
@@ -132,12 +134,15 @@ def counted() -> Iterator[Cost]:
         with torch.utils._python_dispatch._disable_current_modes():
             return tolist(tensor)
 
+    reads = _checks.reads_values
+    _checks.reads_values = lambda value: False  # as on a GPU
     interpreter.GridExecutor.__call__, torch.Tensor.tolist = launched, waited
     try:
         with mode:
             yield cost
     finally:
         interpreter.GridExecutor.__call__, torch.Tensor.tolist = launch, tolist
+        _checks.reads_values = reads
 
 
 def _vectors(count: int, seed: int) -> torch.Tensor:
@@ -210,7 +215,38 @@ def reward_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
     return {"reward_and_advantage": make}
 
 
-CALLS = {"search": search_calls, "rank": rank_calls, "reward": reward_calls}
+def loss_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
+    """recpo_loss with its backward by name; a batch is that many groups. Beside what is counted
+    here, a larger call has three operations more for each further tile of tokens and block of the
+    vocabulary: a product, ``update_kernel``, a product."""
+
+    def make(batch: int, **settings: object) -> Callable[[], object]:
+        rows = batch * GENERATIONS
+        trajectory = torch.arange(rows).repeat_interleave(TOKENS)
+        targets = torch.arange(rows * TOKENS) * 31 % NUM_WORDS
+        states = [_vectors(n, seed).requires_grad_() for seed, n in enumerate((len(targets), rows))]
+        items = _vectors(batch, 2).requires_grad_()
+        arguments = (states[0], _vectors(NUM_WORDS, 3), targets, trajectory)
+        arguments += (torch.rand(batch, GENERATIONS), states[1], items, torch.arange(batch))
+        stored = {name: -torch.rand(len(targets)) for name in STORED}
+        stored["old_item_log_prob"] = -torch.rand(rows)
+        how = {"num_tokens": torch.tensor(10_000), "item_targets": torch.arange(batch)}
+        config = r2ec_kernels.RecPOLossConfig(impl="triton", kl_weight=0.1, **settings)
+
+        def call() -> None:
+            loss = r2ec_kernels.recpo_loss(*arguments, **stored, **how, config=config).loss
+            torch.autograd.grad(loss, (*states, items))
+
+        return call
+
+    sequence = {"ratio_level": "sequence", "importance_sampling_mode": "sequence_mask"}
+    return {
+        "recpo_loss": make,
+        "recpo_loss, per sequence": lambda batch: make(batch, **sequence),
+    }
+
+
+CALLS = {"search": search_calls, "rank": rank_calls, "reward": reward_calls, "loss": loss_calls}
 
 
 def measure(make: Callable[[int], Callable[[], object]], batch: int) -> Cost:

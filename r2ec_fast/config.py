@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from r2ec_fast.data.templates import ReasoningTemplates
 from r2ec_fast.prompts.builder import PromptConfig
 from r2ec_fast.utils.settings import (
+    AtLeast,
     Fraction,
     MoreThan,
     NonNegativeFloat,
@@ -27,7 +28,13 @@ from r2ec_fast.utils.settings import (
 from r2ec_kernels import RecPOLossConfig
 from r2ec_kernels._dispatch import IMPLEMENTATIONS
 from r2ec_kernels.index.index import SCANS
-from r2ec_kernels.loss.config import ESTIMATORS, ITEM_NEGATIVES, RATIO_LEVELS
+from r2ec_kernels.loss.config import (
+    ESTIMATORS,
+    IMPORTANCE_SAMPLING_MODES,
+    ITEM_NEGATIVES,
+    RATIO_LEVELS,
+    check_importance_bounds,
+)
 
 # TRL's loss types, and the paper's "sum" -> `reduction` of r2ec_kernels.recpo_loss
 REDUCTIONS = {
@@ -39,7 +46,8 @@ REDUCTIONS = {
 }
 RENAMED = {
     "kl_weight": Renamed("beta"),
-    "importance_cap": Renamed("vllm_importance_sampling_cap"),
+    "importance_cap": Renamed("vllm_importance_sampling_clip_max"),
+    "vllm_importance_sampling_cap": Renamed("vllm_importance_sampling_clip_max"),
     "reduction": Renamed(
         "loss_type", {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo", "sum": "sum"}
     ),
@@ -133,9 +141,17 @@ class RecPOConfig:
     beta: NonNegativeFloat = 0.0
     """KL coefficient: weight of the KL term to the backbone without adapters; 0 = none (the paper,
     whose β is reward_softmax_weight)."""
-    vllm_importance_sampling_cap: Annotated[float | None, MoreThan(0)] = None
-    """Largest correction of a token for an engine with other numerics (vLLM), a ratio; none = no
-    bound. Larger ones become it, as in TRL's mode "token_truncate"."""
+    vllm_importance_sampling_mode: Annotated[str, OneOf(*IMPORTANCE_SAMPLING_MODES)] = (
+        "token_truncate"
+    )
+    """Correction for an engine with other numerics (vLLM): its ratio is one a token ("token_...")
+    or one a reasoning ("sequence_..."), and outside the bounds it becomes the bound
+    ("..._truncate") or 0 ("..._mask"). TRL's default, "sequence_mask", multiplies what top_k
+    leaves out over all tokens of a reasoning: for top_k 0."""
+    vllm_importance_sampling_clip_max: Annotated[float | None, MoreThan(0)] = 3.0
+    """Upper bound of the correction's ratio; none = no bound."""
+    vllm_importance_sampling_clip_min: Annotated[float | None, AtLeast(0)] = None
+    """Lower bound of the correction's ratio; none = no bound."""
     impl: Annotated[str, OneOf(*IMPLEMENTATIONS)] = "auto"
     """Kernels of the loss: "auto", "triton", "torch" or "reference"; equal but for rounding."""
     dynamic_sampling_rounds: NonNegativeInt = 0
@@ -226,6 +242,11 @@ class RecPOConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_importance_bounds(
+            "vllm_importance_sampling",
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
+        )
         if isinstance(self.reasonings, Mapping):
             self.reasonings = ReasoningTemplates(**self.reasonings)
         if self.refresh_mode == "rolling" and not self.refresh_steps:
@@ -276,7 +297,9 @@ class RecPOConfig:
             item_negatives=self.item_negatives,
             max_completion_length=self.max_completion_length,
             kl_weight=self.beta,
-            importance_cap=self.vllm_importance_sampling_cap,
+            importance_sampling_mode=self.vllm_importance_sampling_mode,
+            importance_sampling_clip_min=self.vllm_importance_sampling_clip_min,
+            importance_sampling_clip_max=self.vllm_importance_sampling_clip_max,
             entropy=self.log_entropy,
             impl=self.impl,
         )

@@ -17,12 +17,14 @@ from r2ec_fast.utils import settings
 # old name, its value, new name, its value
 OLD = [
     ("kl_weight", 0.25, "beta", 0.25),
-    ("importance_cap", 3.0, "vllm_importance_sampling_cap", 3.0),
+    ("importance_cap", 2.0, "vllm_importance_sampling_clip_max", 2.0),
+    ("vllm_importance_sampling_cap", 2.0, "vllm_importance_sampling_clip_max", 2.0),
     ("reduction", "token", "loss_type", "dapo"),
     ("reduction", "sequence", "loss_type", "grpo"),
     ("reduction", "constant", "loss_type", "dr_grpo"),
     ("reduction", "sum", "loss_type", "sum"),
 ]
+CORRECTION = "vllm_importance_sampling_"
 MODEL = {"similarity": "cosine", "item_temperature": 0.02, "softcap": None}
 
 
@@ -102,7 +104,7 @@ def test_an_empty_value_in_a_file(trained, tmp_path):
     file.write_text("data: d\nimportance_cap: null\n")
     with pytest.warns(FutureWarning, match="importance_cap is now"):
         cli.run_command(["train", "--config", str(file)])
-    assert trained == [RecPOConfig()]
+    assert trained == [RecPOConfig(vllm_importance_sampling_clip_max=None)]
 
 
 @pytest.mark.parametrize(("old", "value", "new", "expected"), OLD)
@@ -131,7 +133,8 @@ def test_a_run_goes_on_from_a_checkpoint_with_old_names(tmp_path):
     file = checkpoint / "trainer_state.json"
     state = json.loads(file.read_text())
     for old, new in RENAMED.items():
-        state["config"][old] = new.before(state["config"].pop(new.name))
+        if new.name in state["config"]:  # else it has an older name already
+            state["config"][old] = new.before(state["config"].pop(new.name))
     file.write_text(json.dumps(state))
     with pytest.warns(FutureWarning):
         config = RecPOConfig.from_dict(state["config"])
@@ -206,11 +209,15 @@ def test_the_loss_gets_the_settings():
     loss = RecPOConfig(
         beta=0.1,
         importance_sampling_level="sequence",
-        vllm_importance_sampling_cap=2.0,
+        vllm_importance_sampling_mode="sequence_truncate",
+        vllm_importance_sampling_clip_min=0.5,
+        vllm_importance_sampling_clip_max=2.0,
         impl="reference",
     ).loss_config(**MODEL)
     assert (loss.kl_weight, loss.ratio_level) == (0.1, "sequence")
-    assert (loss.importance_cap, loss.impl) == (2.0, "reference")
+    assert (loss.importance_sampling_mode, loss.impl) == ("sequence_truncate", "reference")
+    bounds = (loss.importance_sampling_clip_min, loss.importance_sampling_clip_max)
+    assert bounds == (0.5, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,9 @@ def test_the_loss_gets_the_settings():
         ("warmup_steps", -1, "warmup_steps: expected at least 0, got -1"),
         ("beta", float("nan"), "beta: expected at least 0, got nan"),
         ("learning_rate", 0, "learning_rate: expected more than 0, got 0"),
-        ("vllm_importance_sampling_cap", 0.0, "vllm_importance_sampling_cap: expected more than 0"),
+        (CORRECTION + "clip_max", 0.0, f"{CORRECTION}clip_max: expected more than 0, got 0.0"),
+        (CORRECTION + "clip_min", 3.0, f"{CORRECTION}clip_min: expected less than {CORRECTION}c"),
+        (CORRECTION + "mode", "mask", f"{CORRECTION}mode: expected one of token_truncate, token_m"),
         ("reward_softmax_weight", 1.5, "reward_softmax_weight: expected 0 to 1, got 1.5"),
         ("estimator", "gae", "estimator: expected one of grpo, rloo, got 'gae'"),
         ("item_negatives", "all", "item_negatives: expected one of in-batch, catalog, got 'all'"),

@@ -159,6 +159,13 @@ def check_shape(name: str, value: torch.Tensor, shape: list[int]) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
+def reads_values(value: torch.Tensor) -> bool:
+    """Whether a call checks the values of ``value``: on a GPU that waits for them."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or checks_enabled()
+
+
 def check_ids(
     name: str, value: torch.Tensor, length: int, low: int, high: int, ignore: bool = False
 ) -> None:
@@ -167,7 +174,7 @@ def check_ids(
     if value.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {value.dtype}")
     check_shape(name, value, [length])
-    if torch.compiler.is_compiling() or not (value.device.type == "cpu" or checks_enabled()):
+    if not reads_values(value):
         return
     wrong = (value < low) | (value >= high)
     if ignore:

@@ -33,7 +33,7 @@ from . import budget, sass
 #   targets (optional): names of the ``CHIPS`` where it ships; all if absent;
 #   work (optional): what a tile needs, the keyword arguments of ``budget.Work``;
 #   budget (optional): what its code must hold on sm_90, keys of ``budget.LIMITS``.
-OPS = ("topk", "rank", "advantage", "logprob")
+OPS = ("topk", "rank", "advantage", "logprob", "loss")
 
 
 @dataclass(frozen=True)

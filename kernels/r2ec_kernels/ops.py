@@ -62,7 +62,9 @@ def _item_topk_fake(
 # ---- rank, logprob, loss -----------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
-_SETTINGS = "float? softcap, float temperature, bool entropy, ScalarType compute, str impl"
+_SETTINGS = (
+    "float? softcap, float temperature, bool entropy, ScalarType compute, str impl, bool every_row"
+)
 
 OPS.define(
     f"linear_logprob_forward({_HEAD}, Tensor? differentiated, str mode, {_SETTINGS}) "

@@ -39,8 +39,13 @@ PANELS: dict[str, tuple[str, ...]] = {
     "KL to the backbone": ("kl",),
     "sampler's log-probability error": (
         "sampling/log_prob_difference",
-        "sampling/sampler_difference_mean",
-        "sampling/sampler_difference_max",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
+    ),
+    "correction of the sampler (ratio)": (
+        "sampling/importance_sampling_ratio/min",
+        "sampling/importance_sampling_ratio/mean",
+        "sampling/importance_sampling_ratio/max",
     ),
     "gradient norm": ("grad_norm", "grad_norm/tokens", "grad_norm/item_action"),
     "pull of the item action to that of the tokens": ("grad_norm/item_to_tokens",),

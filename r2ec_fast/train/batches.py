@@ -127,6 +127,7 @@ class UpdateStats:
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    bounds: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)  # sign, sign * value
 
     def add(
         self, name: str, value: torch.Tensor, weight: torch.Tensor | float | None = None
@@ -139,14 +140,27 @@ class UpdateStats:
             value = value * weight
         self.sums[name] = self.sums.get(name, 0) + value
 
+    def bound(self, name: str, value: torch.Tensor, *, largest: bool) -> None:
+        """Keep the largest or smallest ``value`` given for ``name``."""
+        sign = 1 if largest else -1
+        value = sign * value.detach().double()
+        if name in self.bounds:
+            value = torch.maximum(value, self.bounds[name][1])
+        self.bounds[name] = (sign, value)
+
     def totals(self) -> dict[str, float]:
-        """Means and sums over all processes."""
+        """Means, sums and bounds over all processes."""
         if not self.sums:
             return {}
+        signs = {n: sign for n, (sign, _) in sorted(self.bounds.items())}
+        bounds: dict[str, float] = {}
+        if signs:
+            values = distributed.max_(torch.stack([self.bounds[n][1] for n in signs]))
+            bounds = {n: s * v for (n, s), v in zip(signs.items(), values.tolist(), strict=True)}
         names = sorted(self.sums)
         one = torch.ones_like(self.sums[names[0]])
         both = torch.stack([torch.stack([self.sums[n], self.weights.get(n, one)]) for n in names])
-        return {
+        return bounds | {
             n: (s if n not in self.weights else s / w if w else 0.0)
             for n, (s, w) in zip(names, distributed.sum_(both).tolist(), strict=True)
         }

@@ -94,6 +94,14 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def max_(tensor: torch.Tensor) -> torch.Tensor:
+    """The elementwise largest ``tensor`` of all processes, in place."""
+    if world()[1] > 1:
+        with _exchange():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum the gradients of ``parameters`` over processes; a missing one counts as zero.
 

@@ -44,9 +44,10 @@ def completion_stats(experiences: Sequence[Experience]) -> dict[str, float]:
             if e.rollouts.sampler_log_prob is not None
         ]
     )
+    gaps = gaps[~np.isnan(gaps)]  # tokens that the sampler did not score
     if len(gaps):
-        stats["sampling/sampler_difference_mean"] = gaps.mean()
-        stats["sampling/sampler_difference_max"] = gaps.max()
+        stats["sampling/sampling_logp_difference/mean"] = gaps.mean()
+        stats["sampling/sampling_logp_difference/max"] = gaps.max()
     return {k: float(v) for k, v in stats.items()}
 
 

@@ -355,10 +355,24 @@ class PolicyUpdate:
         gap = ((out.log_prob - old) * counted).abs()
         stats.add("sampling/log_prob_difference", gap.sum() / tokens.clamp(min=1), tokens)
         stats.add("log_prob", (out.log_prob * counted).sum() / tokens.clamp(min=1), tokens)
-        for name in ("kl", "entropy", "importance_ratio"):
+        self._record_correction(out, stats)
+        for name in ("kl", "entropy"):
             value = getattr(out, name)
             if value is not None:
                 stats.add(name, value, tokens)
+
+    def _record_correction(self, out: RecPOLoss, stats: UpdateStats) -> None:
+        """What the correction for the sampler's numerics did, under TRL's keys."""
+        least, mean, most = out.importance_ratio_min, out.importance_ratio, out.importance_ratio_max
+        if least is None or mean is None or most is None:
+            return
+        of_tokens = self.loss_config.importance_sampling_mode.startswith("token")
+        key = "sampling/importance_sampling_ratio"
+        stats.add(
+            f"{key}/mean", mean, out.num_tokens if of_tokens else float(out.advantages.numel())
+        )
+        stats.bound(f"{key}/min", least, largest=False)
+        stats.bound(f"{key}/max", most, largest=True)
 
 
 def _smallest(groups: int, tokens: int) -> str | None:

@@ -11,16 +11,42 @@ from _support.processes import environment
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 MOST = 40  # device operations of a call
+MOST_OF_A_LOSS = 16  # beside three for each block and tile; 16-bit states have two more, default
+# item_targets one
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+def counts(tmp_path_factory) -> list[dict]:
     if problem := interpreter_problem():
         pytest.skip(problem)
     file = tmp_path_factory.mktemp("launches") / "rows.json"
-    command = [sys.executable, BENCHMARK, "--ops", "search", "reward", "--batches", "1", "24"]
+    command = [
+        sys.executable,
+        BENCHMARK,
+        "--ops",
+        "search",
+        "reward",
+        "loss",
+        "--batches",
+        "1",
+        "24",
+    ]
     subprocess.run([*command, "--json", file], env=environment(), check=True, capture_output=True)
     return json.loads(file.read_text())
+
+
+@pytest.fixture
+def rows(counts) -> list[dict]:
+    return [row for row in counts if not row["call"].startswith("recpo_loss")]
+
+
+def test_a_loss_costs_three_operations_a_block_and_a_few_a_call(counts):
+    losses = [row for row in counts if row["call"].startswith("recpo_loss")]
+    assert len(losses) == 4
+    for row in losses:
+        blocks = row["launches"]["update_kernel"]  # one for each tile of tokens and block of words
+        assert blocks == 3 and row["operations"] - 3 * blocks <= MOST_OF_A_LOSS, row["names"]
+        assert row["waits"] == 0, row["names"]
 
 
 def test_a_search_costs_the_same_for_any_batch_and_waits_for_nothing(rows):

@@ -14,7 +14,7 @@ from r2ec_fast.packing import Ragged
 from r2ec_fast.prompts.segments import PromptAssembler
 from r2ec_fast.rollout import Rollouts, TransformersEngine
 from r2ec_fast.train import update as update_module
-from r2ec_fast.train.batches import Candidates, Experience, UserBatch
+from r2ec_fast.train.batches import Candidates, Experience, UpdateStats, UserBatch
 from r2ec_fast.train.update import PolicyUpdate
 
 G = 3
@@ -219,17 +219,28 @@ def test_stored_log_probabilities_let_the_clip_act(step):
     assert torch.equal(experience.rewards, rewards)
 
 
-@pytest.mark.parametrize(("cap", "factor"), [(None, math.exp(0.3)), (1.2, 1.2)])
-def test_a_sampler_with_other_numerics_is_corrected(step, cap, factor):
+@pytest.mark.parametrize(("most", "factor"), [(None, math.exp(0.3)), (1.2, 1.2)])
+def test_a_sampler_with_other_numerics_is_corrected(step, most, factor):
     model, users, rollouts, rows = step
     plain, _ = gradients(model, [Experience.of(users, rollouts, model.device)], rows, config())
     other = replace(rollouts, sampler_log_prob=rollouts.log_prob - np.float32(0.3))
     experience = Experience.of(users, other, model.device)
-    stats, _ = gradients(model, [experience], rows, config(vllm_importance_sampling_cap=cap))
+    stats, _ = gradients(model, [experience], rows, config(vllm_importance_sampling_clip_max=most))
     assert abs(plain["token_loss"]) > 1e-3
     assert stats["token_loss"] == pytest.approx(factor * plain["token_loss"], rel=1e-4)
     assert stats["item_loss"] == pytest.approx(plain["item_loss"])
-    assert stats["importance_ratio"] == pytest.approx(factor, rel=1e-4)
+    for name in ("min", "mean", "max"):
+        found = stats[f"sampling/importance_sampling_ratio/{name}"]
+        assert found == pytest.approx(factor, rel=1e-4), name
+
+
+def test_statistics_keep_the_extremes_of_micro_batches():
+    stats = UpdateStats()
+    for low, high in ((0.5, 2.0), (-0.25, 1.0), (0.75, 3.0)):
+        stats.add("sum", torch.tensor(1.0))
+        stats.bound("low", torch.tensor(low), largest=False)
+        stats.bound("high", torch.tensor(high), largest=True)
+    assert stats.totals() == {"sum": 3.0, "low": -0.25, "high": 3.0}
 
 
 def test_bnpo_is_the_mean_over_accumulation_steps(step):

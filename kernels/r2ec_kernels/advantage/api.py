@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from .. import _checks
 from .._checks import as_int, as_number, check_dense
-from .._dispatch import checks_enabled, resolve
+from .._dispatch import resolve
 from .impl import torch as torch_impl
 
 _FUSED = frozenset({"triton", "torch"})  # implementations of reward_and_advantage
@@ -73,13 +74,21 @@ def grouped_advantage(
     Returns:
         ``Advantages(advantages [B, G], best bool [B, G])``; float32, or float64 for float64.
     """
+    return advantages_of(rewards, estimator, best, "torch")
+
+
+def advantages_of(rewards: torch.Tensor, estimator: str, best: int, impl: str) -> Advantages:
+    """As :func:`grouped_advantage`; ``impl`` "triton" is one launch."""
     check_dense("rewards", rewards)
     if not rewards.is_floating_point():
         raise TypeError(f"rewards: expected floats, got {rewards.dtype}")
     best = _check_groups("rewards", rewards, estimator, best)
-    readable = rewards.device.type == "cpu" and not torch.compiler.is_compiling()
-    if (readable or checks_enabled()) and not bool(torch.isfinite(rewards).all()):
+    if _checks.reads_values(rewards) and not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards: expected finite numbers, got NaN or infinity")
+    if impl == "triton":
+        from .impl import triton as triton_impl
+
+        return Advantages(*triton_impl.grouped_advantage(rewards, estimator, best))
     advantages, chosen = torch_impl.grouped_advantage(rewards, estimator, best)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     return Advantages(advantages.to(dtype), chosen)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .impl.common import HeadForward, HeadSettings
+from .impl.shards import sum_over_shards
 
 
 def implementation(name: str) -> ModuleType:
@@ -22,6 +23,7 @@ def settings_list(settings: HeadSettings) -> tuple[Any, ...]:
         settings.entropy,
         settings.compute,
         settings.impl,
+        settings.every_row,
     )
 
 
@@ -73,7 +75,14 @@ class LinearLogProb(torch.autograd.Function):
         out = HeadForward(*saved)
         if ctx.frozen and grad_entropy is None:
             assert grad_log_prob is not None  # not both, see above
-            grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
+            if ctx.settings.group is not None:
+                grad_hidden = sum_over_shards(grad_log_prob[:, None] * out.jacobian, ctx.settings)
+                return (grad_hidden.to(hidden.dtype), None, None, *none)
+            if torch.compiler.is_compiling():
+                grad_hidden = (grad_log_prob[:, None] * out.jacobian).to(hidden.dtype)
+            else:  # in one pass
+                grad_hidden = torch.empty_like(out.jacobian, dtype=hidden.dtype)
+                torch.mul(grad_log_prob[:, None], out.jacobian, out=grad_hidden)
             return (grad_hidden, None, None, *none)
         inputs = (hidden, weight, targets, bias)
         rest = (grad_log_prob, grad_entropy, ctx.needed)

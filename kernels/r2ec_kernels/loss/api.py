@@ -1,13 +1,17 @@
 """The RecPO loss of whole groups of trajectories."""
 
-import torch
+from dataclasses import replace
 
-from .._checks import IGNORE, as_number, check_float, check_ids, check_shape
-from ..advantage.api import grouped_advantage
-from ..logprob.api import check_head, head_logprob, head_settings
+import torch
+import torch.distributed as dist
+
+from .._checks import as_number, check_float, check_ids, check_shape
+from ..advantage.api import advantages_of
+from ..logprob.api import check_head, check_shard, head_logprob, head_settings, shard_targets
+from . import function
 from .config import RecPOLoss, RecPOLossConfig
 from .impl import item_action, objective, reference
-from .impl.common import Normalizers, StoredLogProbs
+from .impl.common import Actions, StepCounts, StoredLogProbs
 
 
 def recpo_loss(
@@ -29,6 +33,8 @@ def recpo_loss(
     ref_log_prob: torch.Tensor | None = None,
     num_tokens: int | torch.Tensor | None = None,
     num_selected: int | torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    first_token: int = 0,
     config: RecPOLossConfig | None = None,
 ) -> RecPOLoss:
     """The RecPO loss of whole groups of trajectories, without logits (docs/method.md#objective).
@@ -63,14 +69,19 @@ def recpo_loss(
         bias: [V], of the language-model head.
         old_log_prob: [T], stored when the tokens were sampled; None: ratio 1.
         old_item_log_prob: [B*G] or [B, G], stored likewise; None: ratio 1.
-        sampler_log_prob: [T], of a sampler with other numerics: token losses are multiplied by
-            ``min(exp(old_log_prob - sampler_log_prob), importance_cap)``.
+        sampler_log_prob: [T], of a sampler with other numerics: token losses are multiplied by the
+            ratio of ``config.importance_sampling_mode``. NaN, where the sampler has none: as if it
+            were ``old_log_prob``.
         ref_log_prob: [T], of the reference model; required if ``kl_weight > 0``.
         num_tokens: counted tokens of the whole optimiser step, over all calls and ranks; None: of
             this call. Where it is 0 the token loss is 0, with gradients of 0.
         num_selected: selected trajectories (groups * best) of the whole optimiser step; None: of
             this call. The number of trajectories of the step, which every reduction but "token"
             divides by, follows from it.
+        group: processes that hold the rows of ``weight`` and ``bias`` together, as in
+            :func:`r2ec_kernels.linear_logprob`; all other arguments, the results and the gradients
+            of the states are the same in every process.
+        first_token: with ``group``, the number of the first row that ``weight`` holds.
         config: see :class:`RecPOLossConfig`.
 
     Returns:
@@ -85,86 +96,65 @@ def recpo_loss(
     if item_targets is None:
         item_targets = torch.arange(rewards.shape[0], device=item_states.device)
     stored = StoredLogProbs(old_log_prob, sampler_log_prob, ref_log_prob)
-    check_head(hidden, weight, targets, bias)
+    first_token = check_shard(group, first_token)
+    check_head(hidden, weight, targets, bias, group)
     _check_groups(targets, trajectory, rewards, user_states, config)
     _check_items(rewards, user_states, item_states, item_ids, item_targets, item_table, config)
     _check_stored(targets, stored, rewards, old_item_log_prob, config)
     settings = head_settings(
-        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight
+        config.softcap, config.temperature, config.entropy, config.impl, hidden, weight, group
     )
-    plain = settings.impl == "reference"
+    targets = shard_targets(targets, weight, first_token, settings)
+    for name, count in (("num_tokens", num_tokens), ("num_selected", num_selected)):
+        _check_count(name, count)
+    fused = settings.impl == "triton" and not torch.compiler.is_compiling()
+    if fused:  # every row takes part, so that nothing waits for the device
+        settings = replace(settings, every_row=True)
 
-    advantages, best = grouped_advantage(
-        rewards.detach(), estimator=config.estimator, best=config.best
+    advantages, best = advantages_of(
+        rewards.detach(), config.estimator, config.best, "triton" if fused else "torch"
     )
-    counted = targets != IGNORE
-    local_tokens = counted.sum()
-    step = _normalizers(rewards, local_tokens, num_tokens, num_selected, config)
-
-    differentiated = None  # rows whose gradient can differ from zero
-    if config.kl_weight == 0:
-        differentiated = advantages.flatten()[trajectory] != 0
-    log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
-    flat = advantages.flatten().to(log_prob.dtype)
-    constants = stored.constants(log_prob.dtype)
-    token = objective.token_term(log_prob, counted, trajectory, flat, constants, step, config)
-    if plain:
-        exact = reference.token_loss(log_prob, counted, trajectory, flat, constants, step, config)
-        token = token._replace(loss=exact)
-
-    item_log_prob = (reference if plain else item_action).item_log_prob(
-        user_states, item_states, item_ids, item_targets, item_table, config
-    )
-    old_items = None
     if old_item_log_prob is not None:
-        old_items = old_item_log_prob.detach().flatten().to(item_log_prob.dtype)
-    chosen = best.flatten()
-    item = objective.item_term(item_log_prob, old_items, flat, chosen, token.actions, config)
-    if plain:
-        lengths = [int((counted & (trajectory == i)).sum()) for i in range(len(flat))]
-        exact = reference.item_loss(item_log_prob, old_items, flat, chosen, lengths, step, config)
-        item = item._replace(loss=exact)
-
-    found = objective.statistics(token, item, flat, trajectory, counted, chosen, config)
+        old_item_log_prob = old_item_log_prob.detach().flatten()
+    actions = Actions(
+        targets, trajectory, advantages.flatten(), best.flatten(), old_item_log_prob, stored
+    )
+    counts = StepCounts(num_tokens, num_selected, rewards.shape[1])
+    differentiated = None  # rows whose gradient can differ from zero
+    if config.kl_weight == 0 and not fused:
+        differentiated = actions.advantages[trajectory] != 0
+    log_prob, entropy = head_logprob(hidden, weight, targets, bias, differentiated, settings)
+    items = (user_states, item_states, item_ids, item_targets, item_table)
+    if fused:
+        item_log_prob = function.item_log_prob(*items, config)
+        loss, outcome = function.objective(
+            log_prob, entropy, item_log_prob, actions, counts, config
+        )
+    else:
+        plain = settings.impl == "reference"
+        item_log_prob = (reference if plain else item_action).item_log_prob(*items, config)
+        terms = (log_prob, entropy, item_log_prob, actions, counts, config)
+        loss, outcome = objective.objective(*terms)
+        if plain:
+            tokens, item = reference.objective(log_prob, item_log_prob, actions, counts, config)
+            loss = tokens + config.item_weight * item
+            outcome = outcome._replace(token_loss=tokens.detach(), item_loss=item.detach())
     return RecPOLoss(
-        loss=token.loss + config.item_weight * item.loss,
-        token_loss=token.loss.detach(),
-        item_loss=item.loss.detach(),
+        loss=loss,
         log_prob=log_prob.detach(),
         item_log_prob=item_log_prob.detach().view_as(rewards),
         advantages=advantages,
         best=best,
-        num_tokens=local_tokens,
-        entropy=None if entropy is None else objective.mean(entropy, counted),
-        **found._asdict(),
+        **outcome._asdict(),
     )
 
 
-def _normalizers(
-    rewards: torch.Tensor,
-    local_tokens: torch.Tensor,
-    num_tokens: int | torch.Tensor | None,
-    num_selected: int | torch.Tensor | None,
-    config: RecPOLossConfig,
-) -> Normalizers:
-    """Those of the optimiser step; where not given, of this call. At least 1: what they divide is 0
-    where they are 0."""
-    trajectories: float | torch.Tensor = max(1, rewards.numel())
-    if num_selected is not None:
-        selected = _count("num_selected", num_selected)
-        trajectories = selected * (rewards.shape[1] / config.best)
-    tokens = _count("num_tokens", local_tokens if num_tokens is None else num_tokens)
-    return Normalizers(tokens, trajectories)
-
-
-def _count(name: str, value: float | torch.Tensor) -> float | torch.Tensor:
-    """A count as a divisor: 1 instead of 0. Tensors stay on their device, unread."""
-    if isinstance(value, torch.Tensor):
-        return value.clamp(min=1)
+def _check_count(name: str, value: float | torch.Tensor | None) -> None:
     # a compiled graph holds for any count
-    if not torch.compiler.is_compiling() and not as_number(name, value) >= 0:
+    if value is None or isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    if not as_number(name, value) >= 0:
         raise ValueError(f"{name}: expected at least 0, got {value}")
-    return max(1, value)
 
 
 def _check_groups(

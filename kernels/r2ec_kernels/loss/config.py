@@ -12,6 +12,7 @@ REDUCTIONS = ("token", "sequence", "constant", "sum")
 ESTIMATORS = ("grpo", "rloo")
 RATIO_LEVELS = ("token", "sequence")
 ITEM_NEGATIVES = ("in-batch", "catalog")
+IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 _told: set[str] = set()  # reductions whose change of weight this process was told
 
@@ -39,7 +40,12 @@ class RecPOLossConfig:
         softcap: logits become softcap * tanh(logits / softcap) (Gemma-2: 30).
         temperature: the sampling temperature; log-probabilities are taken at it.
         kl_weight: weight of the k3 estimate of KL(policy, reference); needs ``ref_log_prob``.
-        importance_cap: upper bound of exp(old_log_prob - sampler_log_prob); None: no bound.
+        importance_sampling_mode: the factor of a token's loss that corrects for a sampler with
+            other numerics, by TRL's names. Its ratio is exp(old_log_prob - sampler_log_prob) of the
+            token ("token_..."), or of the sum over the tokens of its trajectory ("sequence_...").
+            Outside the two bounds it becomes the bound ("..._truncate") or 0 ("..._mask").
+        importance_sampling_clip_min: lower bound of the ratio; None: no bound.
+        importance_sampling_clip_max: upper bound of the ratio; None: no bound.
         ratio_level: "token", or "sequence" (GSPO): one ratio for a trajectory, the geometric mean
             of its token ratios.
         max_completion_length: tokens, the divisor of reduction "constant".
@@ -59,7 +65,9 @@ class RecPOLossConfig:
     softcap: float | None = None
     temperature: float = 1.0
     kl_weight: float = 0.0
-    importance_cap: float | None = None
+    importance_sampling_mode: str = "token_truncate"
+    importance_sampling_clip_min: float | None = None
+    importance_sampling_clip_max: float | None = 3.0
     ratio_level: str = "token"
     max_completion_length: int | None = None
     entropy: bool = False
@@ -71,15 +79,21 @@ class RecPOLossConfig:
         one_of("similarity", self.similarity, SIMILARITIES)
         one_of("ratio_level", self.ratio_level, RATIO_LEVELS)
         one_of("item_negatives", self.item_negatives, ITEM_NEGATIVES)
+        one_of("importance_sampling_mode", self.importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
         for name in ("epsilon", "epsilon_high", "item_weight", "kl_weight"):
             if not as_number(name, getattr(self, name)) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         for name in ("temperature", "item_temperature"):
             check_positive(name, getattr(self, name))
-        for name in ("softcap", "importance_cap"):
+        for name in ("softcap", "importance_sampling_clip_max"):
             value = getattr(self, name)
             if value is not None and not as_number(name, value) > 0:
                 raise ValueError(f"{name}: expected a number > 0 or None, got {value}")
+        check_importance_bounds(
+            "importance_sampling",
+            self.importance_sampling_clip_min,
+            self.importance_sampling_clip_max,
+        )
         as_int("best", self.best, 1)
         length = self.max_completion_length
         if self.reduction == "constant" and (length is None or length < 1):
@@ -104,6 +118,16 @@ class RecPOLossConfig:
         )
 
 
+def check_importance_bounds(prefix: str, low: float | None, high: float | None) -> None:
+    """Raise unless the bounds of the importance ratio leave something between them."""
+    if low is not None and not as_number(f"{prefix}_clip_min", low) >= 0:
+        raise ValueError(f"{prefix}_clip_min: expected a number >= 0 or None, got {low}")
+    if low is not None and high is not None and not low < high:
+        raise ValueError(
+            f"{prefix}_clip_min: expected less than {prefix}_clip_max ({high}), got {low}"
+        )
+
+
 class RecPOLoss(NamedTuple):
     """What :func:`r2ec_kernels.recpo_loss` returns. Every field is a tensor or None.
 
@@ -123,6 +147,9 @@ class RecPOLoss(NamedTuple):
     clip_fraction_high: torch.Tensor  # scalar, above 1 + epsilon_high with a positive advantage
     item_clip_fraction: torch.Tensor  # scalar, the same for the selected item actions
     ratio: torch.Tensor  # scalar, mean ratio of the counted tokens
-    importance_ratio: torch.Tensor | None  # scalar, mean sampler correction, after the cap
+    importance_ratio: torch.Tensor | None  # scalar, mean factor of importance_sampling_mode: over
+    # the counted tokens, or in the "sequence_..." modes over the trajectories, as TRL logs it
+    importance_ratio_min: torch.Tensor | None  # scalar, the smallest of them; 0 if there are none
+    importance_ratio_max: torch.Tensor | None  # scalar, the largest
     kl: torch.Tensor | None  # scalar, mean k3 estimate
     entropy: torch.Tensor | None  # scalar, mean entropy in nats

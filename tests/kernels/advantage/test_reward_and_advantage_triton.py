@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r2ec_kernels import grouped_advantage, recpo_reward, reward_and_advantage
+from r2ec_kernels.advantage.api import advantages_of
 
 
 def make(groups, group, device):
@@ -69,3 +70,20 @@ def test_layouts_and_nothing(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     empty = reward_and_advantage(rank[:0], log_prob[:0], impl="triton")
     assert empty.rewards.shape == empty.best.shape == (0, 4)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 1), (4, 2), (7, 5), (2, 33)])
+def test_advantages_of_given_rewards(shape, estimator, device):
+    rewards = torch.rand(shape, generator=torch.Generator().manual_seed(shape[1])).to(device)
+    if shape[0]:
+        rewards[0] = 0.25  # a tied group
+        rewards[-1, : shape[1] // 2] = rewards[-1, 0]  # equal rewards: lower index first
+    for best in {1, shape[1]}:
+        for kind in (torch.float32, torch.float64, torch.bfloat16):
+            given = rewards.to(kind)
+            got = advantages_of(given, estimator, best, "triton")
+            want = grouped_advantage(given, estimator=estimator, best=best)
+            assert got.advantages.dtype == want.advantages.dtype and got.best.dtype == torch.bool
+            torch.testing.assert_close(got.advantages, want.advantages, rtol=1e-6, atol=1e-7)
+            assert torch.equal(got.best, want.best)

@@ -88,7 +88,7 @@ def test_target_stats_compiles_in_one_graph():
     assert torch.equal(got.rank, want.rank) and torch.equal(got.log_prob, want.log_prob)
 
 
-SETTINGS = (5.0, 1.5, True, torch.float32, "torch")
+SETTINGS = (5.0, 1.5, True, torch.float32, "torch", False)
 
 
 @pytest.mark.parametrize("mode", ["value", "jacobian", "logits"])

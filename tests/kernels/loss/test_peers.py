@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from r2ec_kernels import RecPOLossConfig, grouped_advantage, linear_logprob, recpo_loss
+from r2ec_kernels.loss.config import IMPORTANCE_SAMPLING_MODES
 
 GROUPS, GROUP, LENGTH, WIDTH, VOCAB = 2, 3, 6, 8, 41
 REDUCTIONS = {"grpo": "sequence", "bnpo": "token", "dr_grpo": "constant", "dapo": "token"}
@@ -19,10 +20,28 @@ OPTIONS = {
     "plain": {},
     "asymmetric clip": {"epsilon": 0.1, "epsilon_high": 0.28},
     "kl": {"kl_weight": 0.07},
-    "sampler correction": {"importance_cap": 1.4},
+    **{
+        mode: {
+            "importance_sampling_mode": mode,
+            "importance_sampling_clip_min": 0.8 if mode.startswith("token") else 0.4,
+            "importance_sampling_clip_max": 1.4 if mode.startswith("token") else 3.0,
+        }
+        for mode in IMPORTANCE_SAMPLING_MODES
+    },
 }
 # relative differences of the value and of the gradient; Liger multiplies in float32
 TOLERANCES = {"trl": (1e-12, 1e-12), "liger": (2e-5, 2e-6)}
+
+
+IMPORTANCE_SETTINGS = [f"importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max")]
+
+
+def corrects(options):
+    return "importance_sampling_mode" in options
+
+
+def of_rows(values, lengths):
+    return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
 
 
 class Batch:
@@ -44,13 +63,14 @@ class Batch:
         self.advantages = grouped_advantage(self.rewards).advantages.flatten()
         now = self.log_prob(self.hidden).detach()
         self.old, self.ref, self.sampler = (now + 0.3 * randn(rows, LENGTH) for _ in range(3))
-        self.correction = (self.old - self.sampler).exp().clamp(max=1.4)
+        self.sampler[2, 1] = torch.nan  # the sampler has no number for one token
 
     def log_prob(self, hidden):
         logits = torch.log_softmax(hidden @ self.weight.T, -1)
         return logits.gather(2, self.tokens[..., None])[..., 0]
 
-    def ours(self, name, level, options):
+    def run(self, name, level, options):
+        """(hidden, our result)."""
         hidden = self.hidden.clone().requires_grad_()
         config = RecPOLossConfig(
             reduction=REDUCTIONS[name],
@@ -71,11 +91,75 @@ class Batch:
             torch.arange(GROUPS),
             old_log_prob=self.old[self.mask],
             ref_log_prob=self.ref[self.mask] if "kl_weight" in options else None,
-            sampler_log_prob=self.sampler[self.mask] if "importance_cap" in options else None,
+            sampler_log_prob=self.sampler[self.mask] if corrects(options) else None,
             num_tokens=self.mask.sum(),
             config=config,
         )
+        return hidden, loss
+
+    def ours(self, name, level, options):
+        hidden, loss = self.run(name, level, options)
         return loss.loss.detach(), torch.autograd.grad(loss.loss, hidden)[0]
+
+    def correction(self, options, counted=None):
+        """Importance ratios by TRL's own method on a stand-in for its trainer, and what it logs;
+        ``counted``: the completion tokens that train, in TRL those that no tool wrote."""
+        grpo = pytest.importorskip("trl.trainer.grpo_trainer")
+        rows, lengths = GROUPS * GROUP, self.mask.sum(1).tolist()
+        counted = self.mask if counted is None else counted
+        model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+        trainer = SimpleNamespace(
+            _generate=lambda prompts: (
+                [[0]] * rows,
+                of_rows(self.tokens, lengths),
+                of_rows(counted.long(), lengths),
+                [""] * rows,
+                of_rows(self.sampler, lengths),
+                {},
+                None,
+                None,
+            ),
+            _get_per_token_logps_and_entropies=lambda *a, **k: (self.old, None, None),
+            _calculate_rewards=lambda *a: self.rewards.view(-1, 1),
+            accelerator=SimpleNamespace(
+                device=torch.device("cpu"), gather=lambda x: x, process_index=0, num_processes=1
+            ),
+            args=SimpleNamespace(
+                per_device_train_batch_size=rows,
+                gradient_checkpointing_kwargs=None,
+                steps_per_generation=1,
+                gradient_accumulation_steps=1,
+            ),
+            model=model,
+            _tokenizer=SimpleNamespace(pad_token_id=0),
+            pad_to_multiple_of=None,
+            environment_factories=None,
+            environments=None,
+            tools=None,
+            mask_truncated_completions=False,
+            num_iterations=1,
+            use_vllm=True,
+            vllm_importance_sampling_correction=True,
+            beta=0.0,
+            num_generations=GROUP,
+            multi_objective_aggregation="sum_then_normalize",
+            reward_weights=torch.ones(1),
+            scale_rewards="group",
+            reward_func_names=["reward"],
+            _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)),
+            _metrics={"train": defaultdict(list)},
+            _pending_extra_logs={},
+            _pending_metrics={},
+            log_multimodal=False,
+            **{f"vllm_{name}": options.get(name) for name in IMPORTANCE_SETTINGS},
+        )
+        torch.set_default_dtype(torch.float64)  # it makes tensors of the sampler's numbers
+        try:
+            method = grpo.GRPOTrainer._generate_and_score_completions
+            out = method(trainer, [{"prompt": ""}] * rows)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return out["importance_sampling_ratio"], trainer._metrics["train"]
 
     def trl(self, name, level, options):
         """TRL's own method, on a stand-in for its trainer."""
@@ -104,7 +188,7 @@ class Batch:
             loss_type=name,
             epsilon_low=options.get("epsilon", 0.2),
             epsilon_high=options.get("epsilon_high", 0.2),
-            use_vllm="importance_cap" in options,
+            use_vllm=corrects(options),
             vllm_importance_sampling_correction=True,
             model=SimpleNamespace(training=True),
             current_gradient_accumulation_steps=1,
@@ -121,7 +205,7 @@ class Batch:
             "advantages": self.advantages,
             "old_per_token_logps": self.old,
             "ref_per_token_logps": self.ref,
-            "importance_sampling_ratio": self.correction,
+            "importance_sampling_ratio": self.correction(options)[0] if corrects(options) else None,
             "num_items_in_batch": self.mask.sum(),
         }
         loss = grpo.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -149,7 +233,7 @@ class Batch:
             self.advantages.float(),
             ref_per_token_logps=self.ref.float(),
             old_per_token_logps=self.old.float(),
-            vllm_is_ratio=self.correction.float() if "importance_cap" in options else None,
+            vllm_is_ratio=self.correction(options)[0].float() if corrects(options) else None,
             num_items_in_batch=self.mask.sum(),
         )[0]
         return loss.detach(), torch.autograd.grad(loss, hidden)[0]
@@ -187,6 +271,26 @@ def test_equals_trl(name, level, option):
 def test_equals_liger(name, level, option):
     _, *found = differences(Batch(), "liger", name, level, option)
     assert_equivalent("liger", found)
+
+
+@pytest.mark.parametrize("mode", IMPORTANCE_SAMPLING_MODES)
+@pytest.mark.parametrize("bounds", [(None, 3.0), (0.4, 1.4), (0.6, None)])
+def test_importance_ratios_and_their_log_are_trls(mode, bounds):
+    batch = Batch()
+    options = dict(zip(IMPORTANCE_SETTINGS, (mode, *bounds), strict=True))
+    counted = batch.mask.clone()
+    counted[1] = False  # a trajectory without a token
+    ratio, logged = batch.correction(options, counted)
+    assert len(set(ratio[counted if mode.startswith("token") else ...].flatten().tolist())) > 2
+    batch.tokens = torch.where(counted, batch.tokens, -100)
+    _, found = batch.run("dapo", "token", options)
+    for name, value in (
+        ("min", found.importance_ratio_min),
+        ("mean", found.importance_ratio),
+        ("max", found.importance_ratio_max),
+    ):
+        (expected,) = logged[f"sampling/importance_sampling_ratio/{name}"]
+        assert float(value) == pytest.approx(expected, rel=1e-12), name
 
 
 def test_clip_fraction_is_trls():

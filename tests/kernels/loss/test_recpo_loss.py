@@ -29,7 +29,8 @@ def test_equals_the_reference(reduction, similarity, catalog):
             item_negatives="catalog" if catalog else "in-batch",
             ratio_level=level,
             estimator=estimator,
-            importance_cap=1.3,
+            importance_sampling_mode=f"{level}_mask",
+            importance_sampling_clip_max=1.3,
             best=2,
             **rest,
         )
@@ -161,7 +162,9 @@ def test_zero_advantage_rows_keep_their_log_prob_and_get_no_gradient():
 
 def test_statistics_are_those_of_plain_arithmetic():
     case, stored, _ = make()
-    config = dataclasses.replace(BASE, importance_cap=1.5, entropy=True, kl_weight=0.1)
+    config = dataclasses.replace(
+        BASE, importance_sampling_clip_max=1.5, entropy=True, kl_weight=0.1
+    )
     loss = call(case, config, **stored)
     counted = case["targets"] != -100
     log_prob, entropy = linear_logprob(
@@ -181,6 +184,8 @@ def test_statistics_are_those_of_plain_arithmetic():
         "clip_fraction": (low | high)[counted].double().mean(),
         "ratio": ratio[counted].mean(),
         "importance_ratio": correction[counted].mean(),
+        "importance_ratio_min": correction[counted].min(),
+        "importance_ratio_max": correction[counted].max(),
         "kl": (gap.exp() - gap - 1)[counted].mean(),
         "entropy": entropy[counted].mean(),
     }
@@ -250,7 +255,10 @@ def test_bad_arguments_are_named(name):
         ({"similarity": "euclid"}, "similarity"),
         ({"epsilon": -0.1}, "epsilon"),
         ({"temperature": 0.0}, "temperature"),
-        ({"importance_cap": 0.0}, "importance_cap"),
+        ({"importance_sampling_mode": "word_mask"}, "importance_sampling_mode"),
+        ({"importance_sampling_clip_max": 0.0}, "importance_sampling_clip_max"),
+        ({"importance_sampling_clip_min": -0.1}, "importance_sampling_clip_min"),
+        ({"importance_sampling_clip_min": 3.0}, "importance_sampling_clip_min: .* less than"),
         ({"best": 0}, "best"),
         ({"kl_weight": float("nan")}, "kl_weight"),
     ],

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ..._numbers import LOG2_E
 
+Rows = torch.Tensor | slice  # numbers of a tile's rows, int64 [n], or a range of them
 STORE_BYTES = 64 << 20  # logits up to this size are stored for a trainable head, not recomputed
 
 
@@ -27,6 +29,8 @@ class HeadSettings:
     entropy: bool = False
     compute: torch.dtype = torch.float32  # of the products' inputs
     impl: str = "torch"
+    every_row: bool = False  # rows that are not counted take part: counting waits for a GPU
+    group: ProcessGroup | None = None  # whose processes hold the head's rows together
 
 
 class HeadForward(NamedTuple):
@@ -77,17 +81,18 @@ def stores_logits(rows: int, vocab: int, itemsize: int) -> bool:
 def empty_forward(
     hidden: torch.Tensor, weight: torch.Tensor, mode: str, settings: HeadSettings
 ) -> HeadForward:
-    """Results of a pass that has not run: zeros."""
+    """Results of a pass that has not run: zeros, or anything where every row takes part."""
+    make = hidden.new_empty if settings.every_row else hidden.new_zeros
     dtype = accumulate_dtype(settings.compute)
     (num, d), vocab = hidden.shape, weight.shape[0]
     stored = mode == "logits" and settings.impl == "torch"
     stored = stored and stores_logits(num, vocab, dtype.itemsize)
     return HeadForward(
-        log_prob=hidden.new_zeros(num, dtype=dtype),
-        entropy=hidden.new_zeros(num if settings.entropy else 0, dtype=dtype),
-        m=hidden.new_zeros(num, dtype=dtype),
-        l=hidden.new_ones(num, dtype=dtype),
-        jacobian=hidden.new_zeros(num if mode == "jacobian" else 0, d, dtype=dtype),
+        log_prob=make(num, dtype=dtype),
+        entropy=make(num if settings.entropy else 0, dtype=dtype),
+        m=make(num, dtype=dtype),
+        l=make(num, dtype=dtype) if settings.every_row else hidden.new_ones(num, dtype=dtype),
+        jacobian=make(num if mode == "jacobian" else 0, d, dtype=dtype),
         logits=hidden.new_empty(num if stored else 0, vocab, dtype=dtype),
     )
 
@@ -143,9 +148,11 @@ def write_results(
         entropy = log_l - found.weighted / found.l
         out.entropy[rows] = torch.where(counted, entropy, 0.0) / LOG2_E
     if found.acc is not None:
-        chosen = weight[target.clamp(min=0)].to(found.acc.dtype)
+        chosen = weight[target.clamp(0, weight.shape[0] - 1)].to(found.acc.dtype)
         if picked_slope is not None:
             chosen *= picked_slope[:, None]
+        if settings.group is not None:
+            chosen.masked_fill_((target >= weight.shape[0])[:, None], 0.0)
         chosen.sub_(found.acc.div_(found.l[:, None])).div_(settings.temperature)
         out.jacobian[rows] = chosen.masked_fill_(~counted[:, None], 0.0)
 
@@ -178,33 +185,37 @@ def block_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     columns: int,
     row_tile: int,
     needed: tuple[bool, bool, bool],
     settings: HeadSettings,
     grad_logits: Callable[..., torch.Tensor],
+    total: Callable[[torch.Tensor, HeadSettings], torch.Tensor],
 ) -> HeadGradients:
     """Gradients of hidden, weight and bias (where ``needed``) from those of the logits.
 
-    Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows``.
+    Blocks of ``columns`` of the vocabulary meet tiles of ``row_tile`` of the ``rows`` (None: all).
     ``grad_logits(states, block, start, tile, first)`` returns the gradient of a tile's uncapped
-    logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``.
+    logits times the temperature, [n, w]; ``first`` is the tile's place in ``rows``. ``total`` sums
+    the gradient of the states over the shards of the vocabulary.
     """
+    num = hidden.shape[0] if rows is None else rows.numel()
     d, compute, dtype = weight.shape[1], settings.compute, accumulate_dtype(settings.compute)
-    d_hidden = hidden.new_zeros(rows.numel() if needed[0] else 0, d, dtype=dtype)
+    d_hidden = hidden.new_zeros(num if needed[0] else 0, d, dtype=dtype)
     d_weight = torch.empty_like(weight) if needed[1] else None
     d_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
     for start in range(0, weight.shape[0], columns):
         block = weight[start : start + columns].to(compute)
         dw = hidden.new_zeros(block.shape[0] if needed[1] else 0, d, dtype=dtype)
         db = hidden.new_zeros(block.shape[0] if needed[2] else 0, dtype=dtype)
-        for first in range(0, rows.numel(), row_tile):
-            tile = rows[first : first + row_tile]
+        for first in range(0, num, row_tile):
+            part = slice(first, first + row_tile)
+            tile = part if rows is None else rows[part]
             states = hidden[tile].to(compute)
             grad = grad_logits(states, block, start, tile, first)
             if needed[0]:
-                addmm(d_hidden[first : first + row_tile], grad, block)
+                addmm(d_hidden[part], grad, block)
             if needed[1]:
                 addmm(dw, grad.T, states)
             if needed[2]:
@@ -215,6 +226,8 @@ def block_gradients(
             d_bias[start : start + columns] = db.div_(settings.temperature)
     grad_hidden = None
     if needed[0]:
-        grad_hidden = torch.zeros_like(hidden)
-        grad_hidden[rows] = d_hidden.div_(settings.temperature).to(hidden.dtype)
+        d_hidden = total(d_hidden, settings).div_(settings.temperature).to(hidden.dtype)
+        grad_hidden = d_hidden if rows is None else torch.zeros_like(hidden)
+        if rows is not None:
+            grad_hidden[rows] = d_hidden
     return HeadGradients(grad_hidden, d_weight, d_bias)

@@ -29,6 +29,7 @@ from .common import (
     HeadGradients,
     HeadSettings,
     OnlineSoftmax,
+    Rows,
     accumulate_dtype,
     addmm,
     block_gradients,
@@ -40,6 +41,7 @@ from .common import (
     slope,
     write_results,
 )
+from .shards import merge, sum_over_shards
 
 ROW_TILE = 1024  # rows of one pass over the vocabulary
 TILE_ELEMENTS = 1 << 19  # logits of one tile: 2 MiB in float32, inside the last-level cache
@@ -207,7 +209,8 @@ def _stream(
                 e.mul_(slope(logits))
             addmm(acc.mul_(rescale[:, None]), e, block)
 
-    found = OnlineSoftmax(m, l, weighted, picked * tiles.outer, acc)
+    own = OnlineSoftmax(m, l, weighted if settings.entropy else None, picked * tiles.outer, acc)
+    found = merge(own, settings)
     picked_slope = slope(picked) if tiles.softcap else None
     write_results(out, rows, weight, target, picked_slope, found, settings)
 
@@ -235,9 +238,9 @@ def head_backward(
     tiles = _tiles(hidden, weight, rows.numel(), settings, stored)
 
     def grad_logits(
-        states: torch.Tensor, block: torch.Tensor, start: int, tile: torch.Tensor, first: int
+        states: torch.Tensor, block: torch.Tensor, start: int, tile: Rows, first: int
     ) -> torch.Tensor:
-        num, columns = tile.numel(), block.shape[0]
+        num, columns = states.shape[0], block.shape[0]
         if stored:
             logits = forward.logits[first : first + num]
         else:
@@ -248,7 +251,16 @@ def head_backward(
         return _grad_logits(tiles, logits, local, tile, forward, grad_log_prob, grad_entropy)
 
     return block_gradients(
-        hidden, weight, bias, rows, tiles.width, ROW_TILE, needed, settings, grad_logits
+        hidden,
+        weight,
+        bias,
+        rows,
+        tiles.width,
+        ROW_TILE,
+        needed,
+        settings,
+        grad_logits,
+        sum_over_shards,
     )
 
 
@@ -256,7 +268,7 @@ def _grad_logits(
     tiles: _Tiles,
     logits: torch.Tensor,  # [n, w]
     local: torch.Tensor,  # [n], column of the target, perhaps outside
-    rows: torch.Tensor,  # [n]
+    rows: Rows,  # [n]
     forward: HeadForward,
     grad_log_prob: torch.Tensor | None,
     grad_entropy: torch.Tensor | None,

@@ -4,35 +4,40 @@ What is computed is that of ``torch.py``; there are two ways. For any width a ma
 the products of ROW_TILE rows and BLOCK_COLUMNS words, and ``update_kernel`` takes them into the
 online softmax; with a Jacobian the library then multiplies its exponentials with the head. For
 narrow heads (d <= FUSED_WIDTH) ``fused_kernel`` does both products, and few rows split the
-vocabulary, which the launcher merges by the splits' maxima. Logits are never stored:
-``grad_kernel`` makes gradients from recomputed products.
+vocabulary. ``finish_kernel`` makes the results. Logits are never stored: ``grad_kernel`` makes
+gradients from recomputed products.
+
+Which rows are counted is read back from the device, so that only those take part; with
+``settings.every_row``, and while a CUDA graph is captured, all rows do and nothing waits.
 
 Memory above the results: BLOCK_COLUMNS logits a row (float32, and their exponentials in the type of
 the products); with splits, their m, l, picked and acc. Float64 has no kernels.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 
+from ..._dispatch import is_capturing
 from .common import (
     HeadForward,
     HeadGradients,
     HeadSettings,
     OnlineSoftmax,
+    Rows,
     accumulate_dtype,
     addmm,
     block_gradients,
     empty_forward,
     live_rows,
     multiply,
-    row_parts,
     scales,
-    slope,
-    write_results,
 )
-from .triton_kernels import fused_kernel, grad_kernel, update_kernel
+from .shards import merge, sum_over_shards
+from .triton_kernels import finish_kernel, fused_kernel, grad_kernel, update_kernel
 
 ROW_TILE = 4096  # rows of one pass over the vocabulary
 BLOCK_COLUMNS = 2048  # vocabulary of a block: 32 MiB of float32 logits stay in the L2 cache
@@ -40,15 +45,12 @@ FUSED_WIDTH = 128  # the widest head that the fused kernel takes
 FUSED_TYPES = (torch.bfloat16, torch.float16)  # without tensor cores its tiles do not fit registers
 FUSED_ROWS, FUSED_COLUMNS = 64, 32
 FUSED_ROWS_SOFTCAP = 32  # the slopes are a third tile in registers
+FINISH_SPLITS = 16  # splits that the finishing kernel reads at once
 FUSED_PROGRAMS = 264  # two on each multiprocessor: few rows split the vocabulary
 BLOCK_SIZES = (  # that tests may change
     *("ROW_TILE", "BLOCK_COLUMNS", "FUSED_WIDTH", "FUSED_TYPES", "FUSED_ROWS", "FUSED_COLUMNS"),
     *("FUSED_ROWS_SOFTCAP", "FUSED_PROGRAMS"),
 )
-# of ``aot --budget``: instructions of the row kernels and, by BLOCK_D, of the fused kernel's loop,
-# without and with a soft-cap. What the code holds on sm_90, 4% above; tightened as it improves
-_ROW_BUDGET = {"update_kernel": (690, 785), "grad_kernel": (345, 435)}
-_FUSED_BUDGET = {16: (416, 560), 32: (466, 688), 64: (556, 619), 128: (935, 843)}
 
 
 def head_forward(
@@ -60,27 +62,37 @@ def head_forward(
     mode: str,
     settings: HeadSettings,
 ) -> HeadForward:
-    """As ``torch.head_forward``; logits are never stored."""
+    """As ``torch.head_forward``; logits are never stored, and rows of ``differentiated`` are not
+    told apart: a library's product takes all rows of its tile."""
     if accumulate_dtype(settings.compute) != torch.float32:
         raise RuntimeError("impl='triton' has no float64 kernels; use impl='torch'")
-    counted, d = targets >= 0, hidden.shape[1]
+    narrow = hidden.shape[1] <= FUSED_WIDTH and settings.compute in FUSED_TYPES
+    jacobian = mode == "jacobian"
+    if is_capturing(hidden.device):
+        settings = replace(settings, every_row=True)
     out = empty_forward(hidden, weight, mode, settings)
-    for rows, with_jacobian in row_parts(counted, differentiated, mode == "jacobian"):
-        for tile in rows.split(ROW_TILE):
-            if not tile.numel():
-                continue
-            states, target = hidden[tile].to(settings.compute), targets[tile]
-            narrow = d <= FUSED_WIDTH and settings.compute in FUSED_TYPES
-            fused = with_jacobian and narrow and not settings.entropy
-            if fused:
-                found = _fused(states, weight, target, bias, settings)
-            else:
-                found = _streamed(states, weight, target, bias, with_jacobian, settings)
-            picked_slope = None
-            if settings.softcap is not None:
-                picked_slope = slope(found.picked / scales(settings)[1])
-            write_results(out, tile, weight, target, picked_slope, found, settings)
+    for rows in _parts(targets, settings):
+        states = hidden if rows is None else hidden[rows]
+        states = states.to(settings.compute).contiguous()
+        target = targets.contiguous() if rows is None else targets[rows]
+        if jacobian and narrow and not settings.entropy and settings.group is None:
+            found = _fused(states, weight, target, bias, settings)
+        else:
+            acc = out.jacobian if rows is None else torch.empty_like(states, dtype=torch.float32)
+            found = _streamed(states, weight, target, bias, acc if jacobian else None, settings)
+        _finish(out, rows, weight, target, merge(found, settings), settings)
     return out
+
+
+def _parts(targets: torch.Tensor, settings: HeadSettings) -> Iterator[torch.Tensor | None]:
+    """Numbers of the rows of a pass, ROW_TILE at a time; None: all rows at once."""
+    if settings.every_row:
+        if targets.numel():
+            yield None
+        return
+    for tile in (targets >= 0).nonzero()[:, 0].split(ROW_TILE):
+        if tile.numel():
+            yield tile
 
 
 def _streamed(
@@ -88,54 +100,122 @@ def _streamed(
     weight: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
-    jacobian: bool,
+    acc: torch.Tensor | None,  # [n, d], for the Jacobian
     settings: HeadSettings,
 ) -> OnlineSoftmax:
-    """Library products with the update kernel between them."""
-    num, d = states.shape
-    vocab = weight.shape[0]
-    m = states.new_full((num,), torch.finfo(torch.float32).min, dtype=torch.float32)
-    l, weighted, picked = (torch.zeros_like(m) for _ in range(3))
-    acc = states.new_zeros(num, d, dtype=torch.float32) if jacobian else None
-    width = min(BLOCK_COLUMNS, vocab)
-    z = states.new_empty(num * width, dtype=torch.float32)
-    e = states.new_empty(num * width if jacobian else 0)
+    """Library products with the update kernel between them: three launches a tile and block."""
+    num = states.shape[0]
+    m, l, weighted, picked = states.new_empty(4, num, dtype=torch.float32)
+    size = min(num, ROW_TILE) * min(BLOCK_COLUMNS, weight.shape[0])
+    z = states.new_empty(size, dtype=torch.float32)
+    e = states.new_empty(size if acc is not None else 0)
+    for start in range(0, weight.shape[0], BLOCK_COLUMNS):
+        block = weight[start : start + BLOCK_COLUMNS].to(states.dtype)
+        for first in range(0, num, ROW_TILE):
+            tile = slice(first, first + ROW_TILE)
+            part = None if acc is None else acc[tile]
+            shape = (min(ROW_TILE, num - first), block.shape[0])
+            logits = multiply(states[tile], block.T, z[: shape[0] * shape[1]].view(shape))
+            # without a Jacobian nothing is written: any pointer will do
+            into = logits if part is None else e[: shape[0] * shape[1]].view(shape)
+            soft = OnlineSoftmax(m[tile], l[tile], weighted[tile], picked[tile], part)
+            _launch_update(logits, into, bias, start, target[tile], soft, settings)
+            if part is None:
+                continue
+            if start:
+                addmm(part, into, block)
+            else:
+                multiply(into, block, part)
+    return OnlineSoftmax(
+        m[None], l[None], weighted, picked[None], None if acc is None else acc[None]
+    )
+
+
+def _launch_update(
+    logits: torch.Tensor,  # [n, w]
+    into: torch.Tensor,  # [n, w]
+    bias: torch.Tensor | None,  # [V]
+    start: int,
+    target: torch.Tensor,  # [n]
+    soft: OnlineSoftmax,
+    settings: HeadSettings,
+) -> None:
+    num, columns = logits.shape
     inner, outer = scales(settings)
-    for start in range(0, vocab, width):
-        block = weight[start : start + width].to(states.dtype)
-        columns = block.shape[0]
-        logits = multiply(states, block.T, z[: num * columns].view(num, columns))
-        # without a Jacobian nothing is written: any pointer will do
-        into = e[: num * columns].view(num, columns) if jacobian else logits
-        update_kernel[(num,)](
-            z_ptr=logits,
-            e_ptr=into,
-            bias_ptr=bias if bias is not None else logits,
-            target_ptr=target,
-            m_ptr=m,
-            l_ptr=l,
-            weighted_ptr=weighted,
-            picked_ptr=picked,
-            acc_ptr=acc if acc is not None else logits,
-            start=start,
-            columns=columns,
-            d=d,
-            stride_z=logits.stride(0),
-            stride_e=into.stride(0),
-            stride_acc=d,
-            inner=inner,
-            outer=outer,
-            HAS_BIAS=bias is not None,
-            SOFTCAP=settings.softcap is not None,
-            ENTROPY=settings.entropy,
-            JACOBIAN=jacobian,
-            BLOCK_N=triton.next_power_of_2(width),
-            BLOCK_D=min(1024, triton.next_power_of_2(d)),
-            num_warps=8,
-        )
-        if acc is not None:
-            addmm(acc, into, block)
-    return OnlineSoftmax(m, l, weighted, picked, acc)
+    acc = logits if soft.acc is None else soft.acc
+    update_kernel[(num,)](
+        z_ptr=logits,
+        e_ptr=into,
+        bias_ptr=bias if bias is not None else logits,
+        target_ptr=target,
+        m_ptr=soft.m,
+        l_ptr=soft.l,
+        weighted_ptr=soft.weighted,
+        picked_ptr=soft.picked,
+        acc_ptr=acc,
+        start=start,
+        columns=columns,
+        d=acc.shape[1],
+        stride_z=logits.stride(0),
+        stride_e=into.stride(0),
+        stride_acc=acc.stride(0),
+        inner=inner,
+        outer=outer,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=settings.softcap is not None,
+        ENTROPY=settings.entropy,
+        JACOBIAN=soft.acc is not None,
+        BLOCK_N=triton.next_power_of_2(columns),
+        BLOCK_D=min(1024, triton.next_power_of_2(acc.shape[1])),
+        num_warps=8,
+    )
+
+
+def _finish(
+    out: HeadForward,
+    rows: torch.Tensor | None,  # [n], where the results go; None: in order
+    weight: torch.Tensor,
+    target: torch.Tensor,  # [n]
+    found: OnlineSoftmax,  # m, l, picked [splits, n], weighted [n], acc [splits, n, d]
+    settings: HeadSettings,
+) -> None:
+    splits, num = found.m.shape
+    d = weight.shape[1]
+    finish_kernel[(num,)](
+        m_ptr=found.m,
+        l_ptr=found.l,
+        weighted_ptr=found.m if found.weighted is None else found.weighted,
+        picked_ptr=found.picked,
+        acc_ptr=found.m if found.acc is None else found.acc,
+        weight_ptr=weight,
+        target_ptr=target,
+        rows_ptr=target if rows is None else rows,
+        log_prob_ptr=out.log_prob,
+        entropy_ptr=out.entropy if settings.entropy else out.log_prob,
+        out_m_ptr=out.m,
+        out_l_ptr=out.l,
+        jacobian_ptr=out.log_prob if found.acc is None else out.jacobian,
+        num_tokens=num,
+        splits=splits,
+        vocab=weight.shape[0],
+        d=d,
+        stride_weight=weight.stride(0),
+        stride_column=weight.stride(1),
+        outer=scales(settings)[1],
+        temperature=settings.temperature,
+        HAS_ROWS=rows is not None,
+        SOFTCAP=settings.softcap is not None,
+        ENTROPY=settings.entropy,
+        JACOBIAN=found.acc is not None,
+        BLOCK_S=1 if splits == 1 else FINISH_SPLITS,
+        BLOCK_D=finish_width(d, splits),
+        num_warps=4,
+    )
+
+
+def finish_width(d: int, splits: int) -> int:
+    """Columns of a step of the finishing kernel; only narrow heads have splits."""
+    return min(1024 if splits == 1 else FUSED_WIDTH, triton.next_power_of_2(d))
 
 
 def _fused(
@@ -149,7 +229,7 @@ def _fused(
     num, d = states.shape
     vocab = weight.shape[0]
     width = max(16, triton.next_power_of_2(d))
-    row_tile, warps = _fused_tile(width, settings.softcap is not None, _is_small(states.device))
+    row_tile, warps = fused_tile(width, settings.softcap is not None, _is_small(states.device))
     tiles = triton.cdiv(num, row_tile)
     splits = max(1, min(FUSED_PROGRAMS // tiles, triton.cdiv(vocab, 8 * FUSED_COLUMNS)))
     per_split = triton.cdiv(triton.cdiv(vocab, splits), FUSED_COLUMNS) * FUSED_COLUMNS
@@ -186,13 +266,10 @@ def _fused(
         num_warps=warps,
         num_stages=2,
     )
-    top = m.amax(0)
-    scale = (m - top).exp2()
-    l = (l * scale).sum(0)
-    return OnlineSoftmax(top, l, None, picked.sum(0), (acc * scale[..., None]).sum(0))
+    return OnlineSoftmax(m, l, None, picked, acc)
 
 
-def _fused_tile(width: int, softcap: bool, small: bool) -> tuple[int, int]:
+def fused_tile(width: int, softcap: bool, small: bool) -> tuple[int, int]:
     """Rows and warps of the fused kernel's tiles for ``width`` columns, so that registers hold
     them; ``small``: on a card without the products of a warpgroup."""
     if softcap:
@@ -219,14 +296,16 @@ def head_backward(
 ) -> HeadGradients:
     """As ``torch.head_backward``, from recomputed logits."""
     compute, dtype = settings.compute, torch.float32
-    rows = live_rows(targets, grad_log_prob, grad_entropy)
-    size = min(rows.numel(), ROW_TILE) * min(BLOCK_COLUMNS, weight.shape[0])
+    rows = None if settings.every_row else live_rows(targets, grad_log_prob, grad_entropy)
+    size = min(hidden.shape[0] if rows is None else rows.numel(), ROW_TILE) * min(
+        BLOCK_COLUMNS, weight.shape[0]
+    )
     z, dz = hidden.new_empty(size, dtype=dtype), hidden.new_empty(size, dtype=compute)
 
     def grad_logits(
-        states: torch.Tensor, block: torch.Tensor, start: int, tile: torch.Tensor, first: int
+        states: torch.Tensor, block: torch.Tensor, start: int, tile: Rows, first: int
     ) -> torch.Tensor:
-        shape = (tile.numel(), block.shape[0])
+        shape = (states.shape[0], block.shape[0])
         logits = multiply(states, block.T, z[: shape[0] * shape[1]].view(shape))
         grad = dz[: shape[0] * shape[1]].view(shape)
         incoming = (grad_log_prob, grad_entropy)
@@ -234,7 +313,16 @@ def head_backward(
         return grad
 
     return block_gradients(
-        hidden, weight, bias, rows, BLOCK_COLUMNS, ROW_TILE, needed, settings, grad_logits
+        hidden,
+        weight,
+        bias,
+        rows,
+        BLOCK_COLUMNS,
+        ROW_TILE,
+        needed,
+        settings,
+        grad_logits,
+        sum_over_shards,
     )
 
 
@@ -243,7 +331,7 @@ def _launch_grad(
     grad: torch.Tensor,
     bias: torch.Tensor | None,
     start: int,
-    rows: torch.Tensor,
+    rows: Rows,
     targets: torch.Tensor,
     forward: HeadForward,
     incoming: tuple[torch.Tensor | None, torch.Tensor | None],  # of log_prob, of the entropy
@@ -282,74 +370,6 @@ def _launch_grad(
 
 def aot_configs() -> list[dict[str, Any]]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
-    flags: dict[str, Any] = {"HAS_BIAS": True, "BLOCK_N": BLOCK_COLUMNS}
-    update = flags | {"ENTROPY": True, "JACOBIAN": True, "BLOCK_D": 1024}
-    grad = flags | {"HAS_GRAD": True, "HAS_GRAD_ENTROPY": True}
-    tile = {"HAS_BIAS": True, "PRECISION": "ieee", "BLOCK_N": FUSED_COLUMNS}
-    found = []
-    for compute in ("bf16", "fp16", "fp32"):
-        for softcap in (False, True):
-            cap = {"SOFTCAP": softcap}
-            row = _row_work(4 if compute == "fp32" else 2)
-            for kernel, constants in ((update_kernel, update), (grad_kernel, grad)):
-                budget = {"loop": _ROW_BUDGET[kernel.fn.__name__][softcap]}
-                case = _aot(kernel, compute, constants | cap, 8, 1, False)
-                found.append(case | {"work": row, "budget": budget})
-            for d in (16, 32, 64, FUSED_WIDTH) if compute != "fp32" else ():
-                for small in (False, True):
-                    rows, warps = _fused_tile(d, softcap, small)
-                    shape = tile | cap | {"BLOCK_M": rows, "BLOCK_D": d}
-                    case = _aot(fused_kernel, compute, shape, warps, 2, True)
-                    case["targets"] = ("sm_80",) if small else ("sm_90", "sm_100", "gfx942")
-                    budget = {"loop": _FUSED_BUDGET[d][softcap], "epilogue_shuffles": 0}
-                    budget["wgmma"] = not softcap
-                    found.append(case | {"work": _fused_work(rows, d), "budget": budget})
-    return found
+    from . import triton_shipped
 
-
-def _row_work(itemsize: int) -> dict[str, Any]:
-    """What a token's row of a block needs: its products read, a number written for each. The
-    products are in cache, so that the floor, which is memory's, can be beaten."""
-    return {
-        "sizes": f"columns={BLOCK_COLUMNS}",
-        "bytes": BLOCK_COLUMNS * (4 + itemsize),
-        "flops": 10 * BLOCK_COLUMNS,
-        "scores": BLOCK_COLUMNS,
-        "straight": True,
-    }
-
-
-def _fused_work(block_m: int, d: int, tokens: int = 8192, vocab: int = 1 << 17) -> dict[str, Any]:
-    """What a split of the vocabulary needs for a tile of tokens."""
-    tiles = tokens // block_m  # run together: memory delivers a tile of the head once for all
-    splits = max(1, FUSED_PROGRAMS // tiles)
-    steps = vocab // splits // FUSED_COLUMNS
-    return {
-        "sizes": f"T={tokens} V={vocab}",
-        "steps": steps,
-        "bytes": FUSED_COLUMNS * (d + 1) * 2 / tiles,  # with the bias
-        "flops": 4 * block_m * FUSED_COLUMNS * d,
-        "scores": block_m * FUSED_COLUMNS * steps,
-        # 16-bit states; float32 acc, m, l, picked
-        "tile_bytes": block_m * (2 * d + 4 * (d + 3)),
-    }
-
-
-def _aot(
-    kernel: Any, compute: str, constexprs: dict[str, Any], warps: int, stages: int, mma: bool
-) -> dict[str, Any]:
-    kinds = {"target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}
-    narrow = ("e_ptr", "dz_ptr", "hidden_ptr", "weight_ptr", "bias_ptr")
-    signature = {}
-    for name in kernel.arg_names:
-        kind = f"*{compute}" if name in narrow else "*fp32" if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in constexprs else kinds.get(name, kind)
-    return {
-        "name": f"logprob.{kernel.fn.__name__.strip('_')}",
-        "kernel": kernel,
-        "signature": signature,
-        "constexprs": constexprs,
-        "num_warps": warps,
-        "num_stages": stages,
-        "uses_tensor_cores": mma,
-    }
+    return triton_shipped.aot_configs()

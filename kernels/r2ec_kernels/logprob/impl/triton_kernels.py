@@ -13,6 +13,10 @@ block. It reads 4 bytes a product and writes 2 to 4 (2^(x - m) f', the left side
 second product); where m grew it also reads and writes the token's acc, 8 d bytes. FLOPs: about ten
 a product.
 
+``finish_kernel`` makes a token's results from m, l, weighted, picked and acc, which may come from
+several splits of the vocabulary. Grid: one program a token. Reads 4 (d + 3) bytes a split and the
+target's row of W; writes 4 (d + 3) bytes.
+
 ``grad_kernel`` is the gradient of z: g (1[n = target] - p) - g_entropy p (log p + entropy), times
 f'. Grid, tile and bytes as above.
 
@@ -30,6 +34,10 @@ import triton.language as tl
 from ..._numbers import LOG2_E
 
 TWO_LOG2_E = tl.constexpr(2 * LOG2_E)
+LN_2 = tl.constexpr(1 / LOG2_E)
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # so that a block of -inf alone gives exp(-inf - m) = 0
 
 
 @triton.jit
@@ -81,7 +89,7 @@ def update_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One token's products of a block: update m, l, weighted and picked, write exp times slope, and
-    rescale the token's acc where m grew.
+    rescale the token's acc where m grew. The block at ``start`` 0 makes them; acc is not read then.
 
     z, e: [M, columns], of the words from ``start``. m, l, weighted, picked: [M]. acc: [M, d].
     """
@@ -93,34 +101,128 @@ def update_kernel(
     b_x, b_slope = _transform(b_z, inner, outer, SOFTCAP)
     b_x = tl.where(m_n, b_x, -float("inf"))
 
-    before = tl.load(m_ptr + i_m)
+    first_block = start == 0
+    before = tl.where(first_block, LOWEST, tl.load(m_ptr + i_m))
     b_m = tl.maximum(before, tl.max(b_x, axis=0))
     lowered = before - b_m
     rescale = tl.exp2(lowered)
     b_e = tl.exp2(b_x - b_m)
-    b_l = tl.load(l_ptr + i_m)
+    b_l = tl.where(first_block, 0.0, tl.load(l_ptr + i_m))
     if ENTROPY:
-        weighted = rescale * (tl.load(weighted_ptr + i_m) + b_l * lowered)
+        weighted = tl.where(first_block, 0.0, tl.load(weighted_ptr + i_m))
+        weighted = rescale * (weighted + b_l * lowered)
         weighted += tl.sum(b_e * tl.where(b_e > 0, b_x - b_m, 0.0), axis=0)
         tl.store(weighted_ptr + i_m, weighted)
     tl.store(l_ptr + i_m, b_l * rescale + tl.sum(b_e, axis=0))
     tl.store(m_ptr + i_m, b_m)
 
     local = tl.load(target_ptr + i_m) - start
-    if (local >= 0) & (local < columns):
+    if ((local >= 0) & (local < columns)) | first_block:
         tl.store(picked_ptr + i_m, tl.sum(tl.where(o_n == local, b_x, 0.0), axis=0))
 
     if JACOBIAN:
         if SOFTCAP:
             b_e = b_e * b_slope
         tl.store(e_ptr + i_m * stride_e + o_n, b_e.to(e_ptr.dtype.element_ty), mask=m_n)
-        if rescale < 1.0:
+        if (rescale < 1.0) & (start > 0):
             for first in range(0, d, BLOCK_D):
                 o_d = first + tl.arange(0, BLOCK_D)
                 p_acc = acc_ptr + i_m * stride_acc + o_d
                 # [BLOCK_D]
                 b_acc = tl.load(p_acc, mask=o_d < d, other=0.0)
                 tl.store(p_acc, b_acc * rescale, mask=o_d < d)
+
+
+@triton.jit
+def finish_kernel(
+    m_ptr,
+    l_ptr,
+    weighted_ptr,
+    picked_ptr,
+    acc_ptr,
+    weight_ptr,
+    target_ptr,
+    rows_ptr,
+    log_prob_ptr,
+    entropy_ptr,
+    out_m_ptr,
+    out_l_ptr,
+    jacobian_ptr,
+    num_tokens,
+    splits,
+    vocab,
+    d,
+    stride_weight,
+    stride_column,
+    outer,
+    temperature,
+    HAS_ROWS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    JACOBIAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token: its log-probability, entropy, m, l and Jacobian row, 0 where it is not counted.
+
+    m, l, picked: [splits, M]; weighted: [1, M]; acc: [splits, M, d]. rows: [M], where the token's
+    results go. A target beyond the vocabulary is in another shard of it.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BLOCK_S).to(tl.int64)
+    # [BLOCK_S]
+    b_top = tl.full((BLOCK_S,), LOWEST, tl.float32)
+    for split in range(0, splits, BLOCK_S):
+        p_m = m_ptr + (split + o_s) * num_tokens + i_m
+        b_top = tl.maximum(b_top, tl.load(p_m, mask=split + o_s < splits, other=LOWEST))
+    top = tl.max(b_top, axis=0)
+    b_l = tl.zeros((BLOCK_S,), tl.float32)
+    b_picked = tl.zeros((BLOCK_S,), tl.float32)
+    for split in range(0, splits, BLOCK_S):
+        o_split = (split + o_s) * num_tokens + i_m
+        m_s = split + o_s < splits
+        b_scale = tl.exp2(tl.load(m_ptr + o_split, mask=m_s, other=LOWEST) - top)
+        b_l += b_scale * tl.load(l_ptr + o_split, mask=m_s, other=0.0)
+        b_picked += tl.load(picked_ptr + o_split, mask=m_s, other=0.0)
+    l = tl.sum(b_l, axis=0)
+    picked = tl.sum(b_picked, axis=0)
+
+    target = tl.load(target_ptr + i_m)
+    counted = target >= 0
+    here = counted & (target < vocab)
+    i_out = i_m
+    if HAS_ROWS:
+        i_out = tl.load(rows_ptr + i_m)
+    tl.store(out_m_ptr + i_out, top)
+    tl.store(out_l_ptr + i_out, l)
+    log_l = tl.log2(l)
+    tl.store(log_prob_ptr + i_out, tl.where(counted, picked - top - log_l, 0.0) * LN_2)
+    if ENTROPY:
+        entropy = log_l - tl.load(weighted_ptr + i_m) / l
+        tl.store(entropy_ptr + i_out, tl.where(counted, entropy, 0.0) * LN_2)
+    if JACOBIAN:
+        slope = 1.0
+        if SOFTCAP:
+            slope = 1.0 - (picked / outer) * (picked / outer)
+        for first in range(0, d, BLOCK_D):
+            o_d = first + tl.arange(0, BLOCK_D)
+            m_d = o_d < d
+            b_acc = tl.zeros((BLOCK_D,), tl.float32)
+            for split in range(0, splits, BLOCK_S):
+                o_split = (split + o_s) * num_tokens + i_m
+                m_s = split + o_s < splits
+                # [BLOCK_S]
+                b_scale = tl.exp2(tl.load(m_ptr + o_split, mask=m_s, other=LOWEST) - top)
+                # [BLOCK_S, BLOCK_D]
+                p_acc = acc_ptr + o_split[:, None] * d + o_d[None, :]
+                b_part = tl.load(p_acc, mask=m_s[:, None] & m_d[None, :], other=0.0)
+                b_acc += tl.sum(b_part * b_scale[:, None], axis=0)
+            # [BLOCK_D]
+            p_weight = weight_ptr + target * stride_weight + o_d * stride_column
+            b_chosen = tl.load(p_weight, mask=m_d & here, other=0.0).to(tl.float32)
+            b_jacobian = (slope * b_chosen - b_acc / l) / temperature
+            b_jacobian = tl.where(counted, b_jacobian, 0.0)
+            tl.store(jacobian_ptr + i_out * d + o_d, b_jacobian, mask=m_d)
 
 
 @triton.jit
@@ -146,7 +248,8 @@ def grad_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One token's products of a block: the gradient of the uncapped logits, times the temperature.
+    """One token's products of a block: the gradient of the uncapped logits, times the temperature;
+    0 where the token is not counted.
 
     z, dz: [M, columns], of the words from ``start``; the rest [M].
     """
@@ -160,15 +263,17 @@ def grad_kernel(
     b_l = tl.load(l_ptr + i_m)
     b_p = tl.exp2(b_shifted) / b_l
     b_dz = tl.zeros((BLOCK_N,), tl.float32)
+    target = tl.load(target_ptr + i_m)
     if HAS_GRAD:
         grad = tl.load(grad_ptr + i_m)
-        local = tl.load(target_ptr + i_m) - start
+        local = target - start
         b_dz += tl.where(o_n == local, grad, 0.0) - grad * b_p
     if HAS_GRAD_ENTROPY:
         b_log_p = tl.where(b_p > 0, b_shifted - tl.log2(b_l), 0.0) * 0.6931471805599453
         b_dz -= tl.load(grad_entropy_ptr + i_m) * b_p * (b_log_p + tl.load(entropy_ptr + i_m))
     if SOFTCAP:
         b_dz = b_dz * b_slope
+    b_dz = tl.where(target >= 0, b_dz, 0.0)
     tl.store(dz_ptr + i_m * stride_dz + o_n, b_dz.to(dz_ptr.dtype.element_ty), mask=m_n)
 
 

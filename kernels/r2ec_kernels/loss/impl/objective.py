@@ -5,13 +5,22 @@ from typing import NamedTuple
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs
+from .common import (
+    Actions,
+    Normalizers,
+    Outcome,
+    StepCounts,
+    StoredLogProbs,
+    bounded,
+    corrects_tokens,
+    normalizers,
+)
 
 
 class TokenTerm(NamedTuple):
     loss: torch.Tensor  # scalar
     ratio: torch.Tensor  # [T], 0 where not counted
-    importance_ratio: torch.Tensor | None  # [T], 0 where not counted
+    importance: torch.Tensor | None  # [T], or [R] in the sequence modes
     kl: torch.Tensor | None  # [T], 0 where not counted
     actions: torch.Tensor  # [R], what one action of each trajectory weighs
 
@@ -21,16 +30,27 @@ class ItemTerm(NamedTuple):
     ratio: torch.Tensor  # [R], 1 where not selected
 
 
-class Statistics(NamedTuple):
-    """Scalars for the log; the fields of ``RecPOLoss`` of the same names."""
-
-    clip_fraction: torch.Tensor
-    clip_fraction_low: torch.Tensor
-    clip_fraction_high: torch.Tensor
-    item_clip_fraction: torch.Tensor
-    ratio: torch.Tensor
-    importance_ratio: torch.Tensor | None
-    kl: torch.Tensor | None
+def objective(
+    log_prob: torch.Tensor,
+    entropy: torch.Tensor | None,
+    item_log_prob: torch.Tensor,
+    actions: Actions,
+    counts: StepCounts,
+    config: RecPOLossConfig,
+) -> tuple[torch.Tensor, Outcome]:
+    """(loss [], what it consists of), from log-probabilities [T] and of the item actions [R]."""
+    counted = actions.targets >= 0
+    num_tokens = counted.sum()
+    step = normalizers(counts, num_tokens, item_log_prob.shape[0], config)
+    advantages = actions.advantages.to(log_prob.dtype)
+    stored = actions.stored.constants(log_prob.dtype)
+    token = token_term(log_prob, counted, actions.trajectory, advantages, stored, step, config)
+    old = actions.old_items
+    if old is not None:
+        old = old.to(item_log_prob.dtype)
+    item = item_term(item_log_prob, old, advantages, actions.best, token.actions, config)
+    loss = token.loss + config.item_weight * item.loss
+    return loss, _outcome(token, item, entropy, advantages, counted, num_tokens, actions, config)
 
 
 def sum_by_trajectory(values: torch.Tensor, trajectory: torch.Tensor, num: int) -> torch.Tensor:
@@ -90,13 +110,10 @@ def token_term(
         log_ratio = torch.where(counted, mean[trajectory], 0.0)
     ratio = log_ratio.exp()
     loss = -clipped(ratio, advantages[trajectory], config)
-    importance_ratio = None
+    importance = None
     if stored.sampler is not None:
-        importance_ratio = torch.where(counted, old - stored.sampler, 0.0).exp()
-        if config.importance_cap is not None:
-            importance_ratio = importance_ratio.clamp(max=config.importance_cap)
-        loss = loss * importance_ratio
-        importance_ratio = importance_ratio * weight
+        importance = importance_ratios(old - stored.sampler, counted, trajectory, num, config)
+        loss = loss * (importance if corrects_tokens(config) else importance[trajectory])
     kl = None
     if stored.ref is not None:
         gap = torch.where(counted, stored.ref - log_prob, 0.0)
@@ -104,7 +121,24 @@ def token_term(
         if config.kl_weight:
             loss = loss + config.kl_weight * kl
     total = (loss * weight * actions[trajectory]).sum()
-    return TokenTerm(total, ratio.detach() * counted, importance_ratio, kl, actions)
+    return TokenTerm(total, ratio.detach() * counted, importance, kl, actions)
+
+
+def importance_ratios(
+    difference: torch.Tensor,
+    counted: torch.Tensor,
+    trajectory: torch.Tensor,
+    num: int,
+    config: RecPOLossConfig,
+) -> torch.Tensor:
+    """Corrections for the sampler's numerics: [T], or [num] in the sequence modes.
+
+    ``difference`` [T] is the old log-probability minus the sampler's; NaN where that has none.
+    """
+    known = torch.where(counted & ~difference.isnan(), difference, 0.0)
+    if not corrects_tokens(config):
+        known = sum_by_trajectory(known, trajectory, num)
+    return bounded(known.exp(), config)
 
 
 def item_term(
@@ -130,33 +164,55 @@ def item_term(
     return ItemTerm((loss * actions.to(loss.dtype)).sum(), ratio.detach())
 
 
-def statistics(
+def _outcome(
     token: TokenTerm,
     item: ItemTerm,
+    entropy: torch.Tensor | None,
     advantages: torch.Tensor,
-    trajectory: torch.Tensor,
     counted: torch.Tensor,
-    best: torch.Tensor,
+    num_tokens: torch.Tensor,
+    actions: Actions,
     config: RecPOLossConfig,
-) -> Statistics:
-    """Scalars for the log, on the device."""
-    low, high = _clip_fractions(token.ratio, advantages[trajectory], counted, config)
-    item_low, item_high = _clip_fractions(item.ratio, advantages, best, config)
-    correction = token.importance_ratio
-    return Statistics(
+) -> Outcome:
+    low, high = _clip_fractions(token.ratio, advantages[actions.trajectory], counted, config)
+    item_low, item_high = _clip_fractions(item.ratio, advantages, actions.best, config)
+    correction: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if token.importance is not None:
+        every = torch.ones_like(token.importance, dtype=torch.bool)
+        correction = spread(token.importance, counted if corrects_tokens(config) else every)
+    return Outcome(
+        token_loss=token.loss.detach(),
+        item_loss=item.loss.detach(),
+        num_tokens=num_tokens,
         clip_fraction=low + high,
         clip_fraction_low=low,
         clip_fraction_high=high,
         item_clip_fraction=item_low + item_high,
         ratio=mean(token.ratio, counted),
-        importance_ratio=None if correction is None else mean(correction, counted),
+        importance_ratio=correction[0],
+        importance_ratio_min=correction[1],
+        importance_ratio_max=correction[2],
         kl=None if token.kl is None else mean(token.kl, counted),
+        entropy=None if entropy is None else mean(entropy, counted),
     )
 
 
 def mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """Mean over the counted entries, 0 if there are none; the others hold 0."""
     return values.detach().sum() / counted.sum().clamp(min=1)
+
+
+def spread(
+    values: torch.Tensor, among: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean, smallest, largest) of the entries that ``among`` marks; 0 where there are none."""
+    if not values.numel():
+        return (values.new_zeros(()),) * 3
+    some = among.any()
+    low = torch.where(among, values, torch.inf).amin()
+    high = torch.where(among, values, -torch.inf).amax()
+    middle = mean(torch.where(among, values, 0.0), among)
+    return middle, torch.where(some, low, 0.0), torch.where(some, high, 0.0)
 
 
 def _clip_fractions(

@@ -1,12 +1,11 @@
 """The terms of the RecPO loss as their equations, one trajectory after another, in any dtype."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from ..config import RecPOLossConfig
-from .common import Normalizers, StoredLogProbs
+from .common import Actions, Normalizers, StepCounts, StoredLogProbs, bounded, normalizers
 
 
 def similarity_matrix(queries: torch.Tensor, items: torch.Tensor, similarity: str) -> torch.Tensor:
@@ -60,6 +59,27 @@ def clipped(ratio: torch.Tensor, advantage: torch.Tensor, config: RecPOLossConfi
     return torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
+def objective(
+    log_prob: torch.Tensor,
+    item_log_prob: torch.Tensor,
+    actions: Actions,
+    counts: StepCounts,
+    config: RecPOLossConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token loss, item loss) of a call."""
+    counted, rows = actions.targets >= 0, actions.trajectory
+    step = normalizers(counts, counted.sum(), item_log_prob.shape[0], config)
+    advantages = actions.advantages.to(log_prob.dtype)
+    stored = actions.stored.constants(log_prob.dtype)
+    tokens = token_loss(log_prob, counted, rows, advantages, stored, step, config)
+    old = actions.old_items
+    if old is not None:
+        old = old.to(item_log_prob.dtype)
+    lengths = [int((counted & (rows == i)).sum()) for i in range(len(advantages))]
+    items = item_loss(item_log_prob, old, advantages, actions.best, lengths, step, config)
+    return tokens, items
+
+
 def token_loss(
     log_prob: torch.Tensor,
     counted: torch.Tensor,
@@ -82,13 +102,23 @@ def token_loss(
             log_ratio = (log_ratio.sum() / length).expand_as(log_ratio)
         loss = -clipped(log_ratio.exp(), advantage, config)
         if stored.sampler is not None:
-            cap = math.inf if config.importance_cap is None else config.importance_cap
-            loss = loss * (old[own] - stored.sampler[own]).exp().clamp(max=cap)
+            loss = loss * importance_ratio(old[own], stored.sampler[own], config)
         if config.kl_weight and stored.ref is not None:
             gap = stored.ref[own] - log_prob[own]
             loss = loss + config.kl_weight * (gap.exp() - gap - 1)
         terms.append(loss.sum() / _divisor(length, step, config))
     return torch.stack(terms).sum()
+
+
+def importance_ratio(
+    old: torch.Tensor, sampler: torch.Tensor, config: RecPOLossConfig
+) -> torch.Tensor:
+    """Correction of the tokens [n] of one trajectory: [n], or [] of the trajectory as a whole."""
+    difference = old - sampler
+    difference = torch.where(difference.isnan(), 0.0, difference)
+    if config.importance_sampling_mode.startswith("sequence"):
+        difference = difference.sum()
+    return bounded(difference.exp(), config)
 
 
 def item_loss(
