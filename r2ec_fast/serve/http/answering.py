@@ -97,6 +97,8 @@ class Answering:
                     yield event(*form.error(json.loads(bytes(of_exception(error).body))))
                 else:
                     answer = self._response(job, job.future.result(), request)
+                    if first and answer.reasoning:  # of a state that was kept
+                        yield event(*form.text(answer.reasoning))
                     for one in form.end(answer):
                         yield event(*one)
                 yield DONE

@@ -88,6 +88,16 @@ def test_a_stream_is_the_reasoning_then_the_items_then_the_end(client):
     assert "".join(pieces).strip() == fresh[-2][1]["reasoning"] and pieces
 
 
+def test_a_stream_of_a_state_that_was_kept_has_its_reasoning_too(client):
+    body = {"history": ["i2", "i12"], "k": 3, "max_reasoning_tokens": SHORT}
+    whole = recommend(client, **body).json()
+    found = events(recommend(client, **body, stream=True).text)
+    text = "".join(data["text"] for name, data in found if name == "reasoning")
+    assert text.strip() == whole["reasoning"] != ""
+    direct = events(recommend(client, **body | {"mode": "direct", "stream": True}).text)
+    assert [name for name, _ in direct] == ["items", None]
+
+
 def test_the_end_of_a_reasoning_is_never_shown_with_its_marker(service):
     """Pieces end where a marker may begin; whatever the text, they add up to it."""
     from r2ec_fast.serve.jobs import Job
