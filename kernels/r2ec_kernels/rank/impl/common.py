@@ -6,7 +6,7 @@ import torch
 
 from ..._exact.bounds import Queries
 from ..._exact.excluded import ExcludedPairs
-from ..._exact.scores import canonical_scores
+from ..._exact.scores import canonical_scores, halving_sum
 from ..._exact.table import Table
 from ..._numbers import LOG2_E
 from ..._scan.rescore import pair_scores
@@ -30,9 +30,13 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, query: Queries, own: torch.Tensor, offset: torch.Tensor | float = 0.0) -> "Origin":
-        """own: [B, d], the targets' rows; offset: float64 [B], what the scan leaves out."""
+        """own: [B, d], the targets' rows; offset: float64 [B], what the scan leaves out.
+
+        The products are summed as the canonical score sums them: where large ones cancel, another
+        order could be further off than a scan's bound, which knows the scanned rows alone.
+        """
         own = own.double()
-        raw = (query.original.double() * query.scale[:, None] * own).sum(1)
+        raw = halving_sum(query.original.double() * own) * query.scale
         if query.similarity == "cosine":
             norm = torch.linalg.vector_norm(own, dim=1)
             raw = raw / torch.where(norm == 0, 1.0, norm)
