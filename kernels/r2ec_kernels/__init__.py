@@ -15,7 +15,7 @@ from .logprob.api import linear_logprob
 from .logprob.impl.common import LogProb
 from .loss.api import recpo_loss
 from .loss.config import RecPOLoss, RecPOLossConfig
-from .rank.api import TargetStats, target_stats
+from .rank.api import TargetStats, sharded_target_stats, target_stats
 from .topk.api import TopK, item_topk, merge_topk, sharded_topk
 from .topk.impl.common import SearchStats
 
@@ -37,6 +37,7 @@ __all__ = [
     "recpo_loss",
     "recpo_reward",
     "reward_and_advantage",
+    "sharded_target_stats",
     "sharded_topk",
     "target_stats",
 ]

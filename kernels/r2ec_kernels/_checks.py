@@ -39,6 +39,14 @@ def as_int(name: str, value: Any, low: int) -> int:
     return value
 
 
+def as_first_id(first_id: Any, count: int) -> int:
+    """The id of the first of ``count`` rows of a split table as an int."""
+    first_id = as_int("first_id", first_id, 0)
+    if first_id > MAX_ITEMS - count:
+        raise ValueError(f"first_id: expected 0..{MAX_ITEMS - count}, got {first_id}")
+    return first_id
+
+
 def as_number(name: str, value: Any) -> float:
     """A number of any kind as a float."""
     if not isinstance(value, (str, bytes, bool)):

@@ -15,6 +15,7 @@ from r2ec_kernels import (
     linear_logprob,
     recpo_reward,
     reward_and_advantage,
+    sharded_target_stats,
     sharded_topk,
     target_stats,
 )
@@ -148,13 +149,17 @@ def test_vectors_that_cannot_be_read_are_named(kind):
             lambda: target_stats(vectors, X, targets),
             lambda: index.target_stats(vectors, targets),
             lambda: sharded_topk(vectors, X, 1, first_id=0),
+            lambda: sharded_target_stats(vectors, X, targets, first_id=0),
         ),
         "items": (
             lambda: item_topk(Q, vectors, 1),
             lambda: target_stats(Q, vectors, IDS),
             lambda: ItemIndex(vectors),
         ),
-        "local_items": (lambda: sharded_topk(Q, vectors, 1, first_id=0),),
+        "local_items": (
+            lambda: sharded_topk(Q, vectors, 1, first_id=0),
+            lambda: sharded_target_stats(Q, vectors, IDS, first_id=0),
+        ),
         "rows": (lambda: index.append(vectors), lambda: index.write(range(N), vectors)),
         "hidden": (lambda: linear_logprob(vectors, X, targets),),
         "weight": (lambda: linear_logprob(X, vectors, targets),),
@@ -195,7 +200,11 @@ def test_ids_that_are_none_are_named(words):
     index = ItemIndex(X)
     calls = {
         "ids": (lambda: index.write(ids, X[:3]), lambda: index.remove(ids)),
-        "targets": (lambda: target_stats(Q, X, ids), lambda: index.target_stats(Q, ids)),
+        "targets": (
+            lambda: target_stats(Q, X, ids),
+            lambda: sharded_target_stats(Q, X, ids, first_id=0),
+            lambda: index.target_stats(Q, ids),
+        ),
     }
     for name, each in calls.items():
         for call in each:
@@ -256,6 +265,7 @@ def test_no_message_says_that_a_type_was_expected_and_came():
         (lambda: ItemIndex(X).target_stats(Q, [1, 2]), r"targets: expected shape \[3\], got \[2\]"),
         (lambda: sharded_topk(Q, X, 1, first_id=1.5), "first_id: expected an int, got float"),
         (lambda: sharded_topk(Q, X, 1, first_id=True), "first_id: expected an int, got bool"),
+        (lambda: sharded_target_stats(Q, X, IDS, first_id="0"), "first_id: expected an int, got s"),
         (lambda: recpo_reward([1], torch.ones(1)), "rank: expected a tensor, got list"),
         (lambda: recpo_reward(np.ones(1), torch.ones(1)), "rank: expected a tensor, got numpy"),
         (lambda: recpo_reward(torch.ones(1, dtype=torch.bool), torch.ones(1)), "rank.*torch.bool"),

@@ -125,9 +125,7 @@ def restrict(
     elif int(include.sum()) <= most:
         rows = include.nonzero()[:, 0]
     if rows is None or rows.numel() > most:
-        allowed = as_mask(include, len(table))
-        excluded = excluded.pairs_where((excluded.rows >= 0) & allowed[excluded.rows])
-        return replace(table, allowed=allowed), excluded, targets
+        return *switched_off(table, as_mask(include, len(table)), excluded), targets
     excluded = excluded.pairs_where(torch.isin(excluded.rows, rows))
     kept, own = rows, None
     others = targets[~torch.isin(targets, rows)]
@@ -137,6 +135,15 @@ def restrict(
     excluded = replace(excluded, rows=torch.searchsorted(kept, excluded.rows))
     gathered = Table(table.rows.index_select(0, kept), table.ids_of(kept), own)
     return gathered, excluded, torch.searchsorted(kept, targets.contiguous())
+
+
+def switched_off(
+    table: Table, allowed: torch.Tensor, excluded: ExcludedPairs
+) -> tuple[Table, ExcludedPairs]:
+    """The table with all rows but the ``allowed``, bool [N], switched off, and the exclusions among
+    those."""
+    excluded = excluded.pairs_where((excluded.rows >= 0) & allowed[excluded.rows])
+    return replace(table, allowed=allowed), excluded
 
 
 def is_gathered(table: Table, include: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The canonical score and the canonical order: the one definition of "exact" in this package.
 
 The canonical score of a query and an item is their similarity in float64, divided by the
-temperature and rounded once to float32. Sums run in one fixed order (``_halving_sum``), so that a
+temperature and rounded once to float32. Sums run in one fixed order (``halving_sum``), so that a
 score depends on its query and its row alone: not on batch size, block size, thread count or device.
 
 Matrix products add in another order. They are used all the same, with their error bound: where
@@ -145,16 +145,16 @@ def _defining_scores(
 ) -> torch.Tensor:
     """The definition: float64 query [..., d] and row [..., d] -> float32 [...]."""
     if similarity == "l2":
-        value = -_halving_sum((query - row).square_()).sqrt()
+        value = -halving_sum((query - row).square_()).sqrt()
     else:
-        value = _halving_sum(query * row)
+        value = halving_sum(query * row)
         if similarity == "cosine":
-            scale = _halving_sum(query * query).sqrt() * _halving_sum(row * row).sqrt()
+            scale = halving_sum(query * query).sqrt() * halving_sum(row * row).sqrt()
             value = torch.where(scale == 0, 0.0, value / scale)
     return (value / temperature).float()
 
 
-def _halving_sum(terms: torch.Tensor) -> torch.Tensor:
+def halving_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum float64 terms [..., d] -> [...], always in the same order; overwrites ``terms``.
 
     The upper half is added to the lower half until one column is left (the middle one of an odd

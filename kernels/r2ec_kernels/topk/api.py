@@ -6,7 +6,14 @@ from typing import NamedTuple
 import torch
 
 from .. import _dispatch
-from .._checks import MAX_ITEMS, as_int, check_float, check_scoring, check_shape, check_vectors
+from .._checks import (
+    as_first_id,
+    as_int,
+    check_float,
+    check_scoring,
+    check_shape,
+    check_vectors,
+)
 from .._exact.excluded import (
     Exclude,
     TensorExclude,
@@ -128,9 +135,7 @@ def sharded_topk(
     check_vectors("queries", queries)
     check_vectors("local_items", local_items, d=queries.shape[1], device=queries.device)
     k = check_search(k, similarity, temperature)
-    first_id = as_int("first_id", first_id, 0)
-    if first_id > MAX_ITEMS - local_items.shape[0]:
-        raise ValueError(f"first_id: expected 0..{MAX_ITEMS - 1}, got {first_id!r}")
+    first_id = as_first_id(first_id, local_items.shape[0])
     given = as_exclude(exclude, queries.shape[0])
     check_exclude(given, queries.shape[0])
     scores, ids = item_topk(
@@ -143,9 +148,9 @@ def sharded_topk(
         include=include_part(include, first_id, local_items.shape[0]),
     )
     keys = order_keys(scores, ids + first_id).masked_fill(ids < 0, PADDING_KEY)
-    from .collective import gather_keys
+    from .._collective import all_gather
 
-    gathered = gather_keys(keys, group)
+    gathered = torch.cat(all_gather("sharded_topk", keys, group), dim=1)
     return TopK(*from_order_keys(gathered.topk(k, dim=1).values))
 
 

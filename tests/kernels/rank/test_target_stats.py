@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2ec_kernels import target_stats
+from r2ec_kernels._cpu import extension
 from r2ec_kernels._exact.scores import canonical_scores
 from r2ec_kernels._scan import float32
 from r2ec_kernels.rank.impl import common
@@ -145,6 +146,24 @@ def test_ragged_and_padded_exclusions_agree(data):
     a = target_stats(queries, items, targets, exclude=padded)
     b = target_stats(queries, items, targets, exclude=(flat, lengths.cumsum(0)))
     assert torch.equal(a.rank, b.rank) and torch.equal(a.log_prob, b.log_prob)
+
+
+@pytest.mark.parametrize("kind", extension.cpu_kinds())
+def test_large_products_that_cancel(kind):
+    """A target's score is what is left of products 2^40 times larger: its float64 rounding, which
+    depends on the order of the sum, exceeds the bounds of the other rows' scores."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        query = torch.randn(1, 16, generator=generator)
+        items = torch.randn(400, 16, generator=generator)
+        row = torch.randn(16, generator=generator) * 2.0**47
+        row[-2:] = 0
+        for column in (-2, -1):
+            row[column] = -(query.double() @ row.double())[0] / query[0, column]
+        items[333] = row
+        with extension.use_cpu(kind):
+            rank = target_stats(query, items, [333]).rank
+        assert torch.equal(rank, target_stats(query, items, [333], impl="reference").rank)
 
 
 def test_other_types_and_layouts():

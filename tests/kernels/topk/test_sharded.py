@@ -1,55 +1,24 @@
 """sharded_topk over gloo processes."""
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _support.processes import environment
+from _support.processes import assert_dead_rank_named, run_ranks
 
 from r2ec_kernels import TopK, item_topk, merge_topk, sharded_topk
 
-HERE = Path(__file__).parent
-
-
-def run(ranks, store, dying=-1):
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(HERE / "sharded_check.py"),
-                str(rank),
-                str(ranks),
-                store,
-                str(dying),
-            ],
-            env=environment(OMP_NUM_THREADS="1"),
-            cwd=HERE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    return [(p.communicate(timeout=200)[0], p.returncode) for p in processes]
+CHECK = Path(__file__).parent / "sharded_check.py"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_equal_to_one_process_bit_for_bit(ranks, tmp_path):
-    for output, code in run(ranks, str(tmp_path / "store")):
+    for output, code in run_ranks(CHECK, ranks, tmp_path / "store", -1):
         assert code == 0, output
 
 
 def test_a_dead_rank_is_named_by_the_others(tmp_path):
-    results = run(3, str(tmp_path / "store"), dying=1)
-    assert results[1][1] == -9
-    for output, code in (results[0], results[2]):
-        assert code == 7, output
-        found = re.search(r"([\d.]+) s: .*do not answer: \[(.*)\]", output)
-        assert found and found[2] == "1", output
-        assert float(found[1]) < 60
+    assert_dead_rank_named(run_ranks(CHECK, 3, tmp_path / "store", 1), dead=1)
 
 
 def test_arguments():

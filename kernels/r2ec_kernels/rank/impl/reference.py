@@ -17,11 +17,27 @@ def target_stats(
     exclude_values: torch.Tensor,
     exclude_offsets: torch.Tensor,
     include: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank in a stable sort of canonical scores; log-softmax in float64 over the same items.
 
     Scores that are NaN come last in the sort and have no share of the softmax.
+
+    target_rows: [B, d], the targets' rows where some are no items: a target at -1 stands before all
+    items, one at N behind them.
     """
+    if target_rows is not None:
+        return _foreign_stats(
+            queries,
+            items,
+            targets,
+            similarity,
+            temperature,
+            exclude_values,
+            exclude_offsets,
+            include,
+            target_rows,
+        )
     scores = canonical_scores(queries, items, similarity, temperature)
     count = items.shape[0]
     included = torch.ones(count, dtype=torch.bool, device=items.device)
@@ -50,3 +66,43 @@ def target_stats(
             log_probs.append(float(torch.log_softmax(row, 0)[place]))
     rank = torch.tensor(ranks, dtype=torch.int64, device=queries.device)
     return rank, torch.tensor(log_probs, dtype=torch.float32, device=queries.device)
+
+
+def _foreign_stats(
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    similarity: str,
+    temperature: float,
+    exclude_values: torch.Tensor,
+    exclude_offsets: torch.Tensor,
+    include: torch.Tensor | None,
+    target_rows: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same query by query, with a target that is no item put before the items or behind."""
+    count = items.shape[0]
+    mask = torch.ones(count, dtype=torch.bool, device=items.device)
+    if include is not None:
+        mask = as_mask(include, count)
+    present = mask.new_ones(1)
+    ranks, log_probs = torch.empty_like(targets), torch.empty(len(targets), device=items.device)
+    for b, at in enumerate(targets.tolist()):
+        one = slice(b, b + 1)
+        hidden = exclude_values[exclude_offsets[b] : exclude_offsets[b + 1]]
+        rows, listed, place = items, mask, at
+        if at < 0:
+            rows, listed = torch.cat([target_rows[one], items]), torch.cat([present, mask])
+            hidden, place = hidden + 1, 0
+        elif at >= count:
+            rows, listed = torch.cat([items, target_rows[one]]), torch.cat([mask, present])
+        ranks[one], log_probs[one] = target_stats(
+            queries[one],
+            rows,
+            targets.new_tensor([place]),
+            similarity,
+            temperature,
+            hidden,
+            hidden.new_tensor([0, hidden.numel()]),
+            listed,
+        )
+    return ranks, log_probs

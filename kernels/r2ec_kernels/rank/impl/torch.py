@@ -26,14 +26,13 @@ import torch
 from ..._cpu import extension
 from ..._exact.bounds import Queries, prepare_queries
 from ..._exact.excluded import ExcludedPairs
-from ..._exact.included import restrict
-from ..._exact.scores import canonical_scores
+from ..._exact.included import as_mask, restrict, switched_off
 from ..._exact.table import Table
 from ..._numbers import UNIT
 from ..._scan.blocks import CoarseScan, entries_from, group_best
 from ..._scan.float32 import Float32Scan
 from . import common
-from .common import Origin, count_ahead, dense_stats
+from .common import Origin, Targets, count_ahead, dense_stats
 
 # Share of near-ties from which re-scoring them costs more than a narrower bound, for many queries
 # and for one.
@@ -52,13 +51,21 @@ def target_stats(
     exclude_values: torch.Tensor,
     exclude_offsets: torch.Tensor,
     include: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank int64 [B], log_prob float32 [B]) over a plain table."""
+    """(rank int64 [B], log_prob float32 [B]) over a plain table.
+
+    target_rows: [B, d], the targets' rows where some are foreign (``common.Targets``).
+    """
     query = prepare_queries(queries, similarity, temperature)
     excluded = ExcludedPairs.from_offsets(exclude_values, exclude_offsets)
-    table, excluded, rows = restrict(Table(items), include, excluded, targets)
+    table = Table(items)
+    if target_rows is None:
+        table, excluded, targets = restrict(table, include, excluded, targets)
+    elif include is not None:  # rows that are gathered lose the places of foreign targets
+        table, excluded = switched_off(table, as_mask(include, len(table)), excluded)
     scans = row_scans(table.rows, None, queries.shape[0])
-    return certified_stats(table, scans, query, rows, excluded)
+    return certified_stats(table, scans, query, targets, excluded, target_rows)
 
 
 @runtime_checkable
@@ -106,6 +113,7 @@ def certified_stats(
     query: Queries,
     targets: torch.Tensor,
     excluded: ExcludedPairs,
+    target_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) of targets among the rows of a table.
 
@@ -118,6 +126,8 @@ def certified_stats(
         targets: int64 [B], row positions; a target competes even where it is excluded, or the
             table does not allow it.
         excluded: pairs of queries and row positions that do not compete.
+        target_rows: [B, d], the targets' rows where some are foreign (``common.Targets``); None:
+            the table's.
     """
     batch, device = query.original.shape[0], query.original.device
     excluded = excluded.without(targets)
@@ -125,23 +135,22 @@ def certified_stats(
     log_prob = torch.zeros(batch, device=device)
     if batch == 0:
         return rank, log_prob
-    own = table.rows[targets][:, None]
-    target = canonical_scores(query.original, own, query.similarity, query.temperature)[:, 0]
+    wanted = Targets.of(table, query, targets, target_rows)
     # A distance from a float32 square loses its digits where the query is near the item.
-    dense = query.dense | ~torch.isfinite(target) | (query.similarity == "l2")
+    dense = query.dense | ~torch.isfinite(wanted.score) | (query.similarity == "l2")
     scanned = ~dense
     if bool(scanned.any()):
         found = _scanned_stats(
-            table, scans, query[scanned], target[scanned], targets[scanned], excluded.pick(scanned)
+            table, scans, query[scanned], wanted.pick(scanned), excluded.pick(scanned)
         )
         if found is not None:
             rank[scanned], log_prob[scanned] = found
-            dense[scanned] = common.overflows(target[scanned], found[1])
+            dense[scanned] = common.overflows(wanted.score[scanned], found[1])
         else:
             dense[:] = True
     if bool(dense.any()):
         rank[dense], log_prob[dense] = dense_stats(
-            table, query[dense], target[dense], targets[dense], excluded.pick(dense)
+            table, query[dense], wanted.pick(dense), excluded.pick(dense)
         )
     return rank, log_prob
 
@@ -150,8 +159,7 @@ def _scanned_stats(
     table: Table,
     scans: Sequence[RankScan],
     query: Queries,
-    target: torch.Tensor,
-    targets: torch.Tensor,
+    targets: Targets,
     excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Ranks and log-probabilities by the first scan that leaves few near-ties; None where none can
@@ -161,10 +169,10 @@ def _scanned_stats(
         if isinstance(scan, FusedScan):
             if table.allowed is not None:  # it takes all rows
                 continue
-            found = _fused_stats(table, scan, query, target, targets, excluded)
+            found = _fused_stats(table, scan, query, targets, excluded)
         else:
             patient = position == len(scans)
-            found = _RankScan(table, scan, query, target, targets, patient).run(excluded)
+            found = _RankScan(table, scan, query, targets, patient).run(excluded)
         if found is not None:
             return found
     return None
@@ -174,27 +182,26 @@ def _fused_stats(
     table: Table,
     fused: FusedScan,
     query: Queries,
-    target: torch.Tensor,
-    targets: torch.Tensor,
+    targets: Targets,
     excluded: ExcludedPairs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Ranks and log-probabilities; None where some row's score cannot be bounded, or
     near-ties are too many."""
-    batch = targets.shape[0]
-    origin = Origin.of(query, table.rows[targets], fused.offset)
+    batch = len(targets.at)
+    origin = Origin.of(query, targets.rows, fused.offset)
     compared = extension.RankTargets(
         raw=origin.raw,
         rounded=origin.rounded,
         logit=origin.logit,
         l=origin.moved.exp2(),
-        excluded=excluded.adding(targets).keys(),
+        excluded=targets.added_to(excluded).keys(),
     )
     found = fused.stats(compared, _MOST_NEAR)
     if not found.complete:
         return None
     rank = 1 + found.ahead
     of, at = found.near_ties % batch, found.near_ties // batch
-    rank += count_ahead(table, query, target, targets, of, at)
+    rank += count_ahead(table, query, targets, of, at)
     return rank, origin.log_prob(found.m, found.l)
 
 
@@ -206,28 +213,27 @@ class _RankScan:
         table: Table,
         scan: CoarseScan,
         query: Queries,
-        target: torch.Tensor,
-        targets: torch.Tensor,
+        targets: Targets,
         patient: bool,
     ) -> None:
         """patient: go on however many near-ties there are."""
         self.table, self.scan, self.query = table, scan, query
-        self.target, self.targets = target, targets
-        self.origin = Origin.of(query, table.rows[targets], scan.offset)
-        self.m = torch.zeros_like(target)
+        self.targets = targets
+        self.origin = Origin.of(query, targets.rows, scan.offset)
+        self.m = torch.zeros_like(targets.score)
         self.l = self.origin.moved.exp2()
-        self.rank = torch.ones_like(targets)
+        self.rank = torch.ones_like(targets.at)
         self.above: torch.Tensor | None = None  # memory in the order of the scores
         self.reach: torch.Tensor | None = None
         self.near_ties: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.num_near_ties = 0
-        share = 1.0 if patient else max(NEAR_SHARE, NEAR_SHARE_ONE / targets.shape[0])
-        self.most_near_ties = share * targets.shape[0]  # of a row
+        share = 1.0 if patient else max(NEAR_SHARE, NEAR_SHARE_ONE / len(targets.at))
+        self.most_near_ties = share * len(targets.at)  # of a row
 
     def run(self, excluded: ExcludedPairs) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Scan all rows but the targets. Returns ranks and log-probabilities; None where some row's
         score cannot be bounded, or near-ties are too many."""
-        excluded = excluded.adding(self.targets)
+        excluded = self.targets.added_to(excluded)
         height = self.scan.height
         for start in range(0, self.table.rows.shape[0], height):
             stop = min(start + height, self.table.rows.shape[0])
@@ -279,7 +285,7 @@ class _RankScan:
             return
         of, at = (torch.cat(parts) for parts in zip(*self.near_ties, strict=True))
         self.near_ties, self.num_near_ties = [], 0
-        self.rank += count_ahead(self.table, self.query, self.target, self.targets, of, at)
+        self.rank += count_ahead(self.table, self.query, self.targets, of, at)
 
     def _add(self, scores: torch.Tensor, best: torch.Tensor) -> None:
         """Update the online softmax by a block; overwrites the scores."""

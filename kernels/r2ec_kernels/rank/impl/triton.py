@@ -54,12 +54,17 @@ def target_stats(
     temperature: float,
     excluded: Exclusions | None,
     include: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank int64 [B], log_prob float32 [B]) over a plain table."""
+    """(rank int64 [B], log_prob float32 [B]) over a plain table.
+
+    target_rows: [B, d], the targets' rows where some are foreign (``table_stats``).
+    """
     items = items if items.stride(1) == 1 else items.contiguous()
     allowed = None if include is None else as_mask(include, items.shape[0])
     table = Table(items, allowed=allowed)
-    return table_stats(queries, table, targets, similarity, temperature, excluded, None)
+    scoring = similarity, temperature
+    return table_stats(queries, table, targets, *scoring, excluded, None, target_rows=target_rows)
 
 
 def table_stats(
@@ -71,6 +76,7 @@ def table_stats(
     excluded: Exclusions | None,
     norms: Norms | None,
     place: torch.Tensor | None = None,
+    target_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rank int64 [B], log_prob float32 [B]) of ``targets`` int64 [B] in a table.
 
@@ -78,6 +84,9 @@ def table_stats(
         norms: of the rows; None: taken by the scan.
         place: int64, the row of each id; an id without one (-1, or beyond) has rank -1 and NaN.
             None: targets and exclusions are rows.
+        target_rows: [B, d], the targets' rows, in the table's type, where some are foreign: they
+            are no rows of the table and stand at -1, before all of them, or at N, behind them.
+            Without ``place`` and ids only. None: the table's.
     """
     rows, batch = table.rows, queries.shape[0]
     rank = torch.empty(batch, dtype=torch.int64, device=rows.device)
@@ -87,7 +96,7 @@ def table_stats(
     query = prepare_on_device(
         queries, similarity, temperature, rows.dtype, low=rows.dtype != torch.float32
     )
-    call = _Call(query, table, excluded, norms, place)
+    call = _Call(query, table, excluded, norms, place, target_rows)
     call.find_origin(targets)
     if similarity != "l2":
         call.scan()
@@ -106,9 +115,11 @@ class _Call:
         excluded: Exclusions | None,
         norms: Norms | None,
         place: torch.Tensor | None,
+        target_rows: torch.Tensor | None,
     ) -> None:
         self.query, self.table = query, table
         self.excluded, self.norms, self.place = excluded, norms, place
+        self.target_rows = None if target_rows is None else target_rows.contiguous()
         batch, device = len(query), table.rows.device
         self.allowed = None if table.allowed is None else table.allowed.view(torch.int8)
         self.target, self.origin, self.logit = torch.empty(3, batch, device=device)
@@ -147,6 +158,8 @@ class _Call:
             place_ptr=self.place,
             num_places=0 if self.place is None else self.place.numel(),
             HAS_PLACE=self.place is not None,
+            own_ptr=self.target_rows,
+            HAS_OWN=self.target_rows is not None,
             origin_ptr=self.origin,
             logit_ptr=self.logit,
             moved_ptr=self.moved,
@@ -275,6 +288,9 @@ class _Call:
         exact.finish_kernel[(batch,)](
             counts_ptr=counts,
             sums_ptr=sums,
+            targets_ptr=self.targets,
+            num_items=count,
+            HAS_OWN=self.target_rows is not None,
             target_ptr=self.target,
             state_ptr=self.state,
             rank_ptr=rank,

@@ -35,6 +35,7 @@ def _query_at_places(q_ptr, i_m, stride_q, o_d, m_d, WIDTH: tl.constexpr):
 def origin_kernel(
     q_ptr,
     x_ptr,
+    own_ptr,
     wanted_ptr,
     place_ptr,
     targets_ptr,
@@ -49,13 +50,15 @@ def origin_kernel(
     stride_x,
     temperature,
     HAS_PLACE: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
     SIMILARITY: tl.constexpr,
 ):
     """One query and its wanted target, an id where there are places, else a row.
 
-    targets: int64 [M], the row; -1 for an id that has none.
+    targets: int64 [M], the row; -1 for an id that has none. own: [M, D], the targets' rows where
+    they are not read from the table; -1 is the place of one before the table then.
 
     target, origin, logit: float32 [M], canonical score, raw score, log 2 units of a unit of raw
     score; moved: float64 [M], what the rounding of origin moves all other terms by. state: int32,
@@ -70,7 +73,10 @@ def origin_kernel(
         known = (row >= 0) & (row < num_places)
         row = tl.load(place_ptr + row, mask=known, other=-1)
     tl.store(targets_ptr + i_m, row)
-    b_x = _query_at_places(x_ptr, tl.maximum(row, 0), stride_x, o_d, m_d, WIDTH)
+    if HAS_OWN:
+        b_x = _query_at_places(own_ptr, i_m, d, o_d, m_d, WIDTH)
+    else:
+        b_x = _query_at_places(x_ptr, tl.maximum(row, 0), stride_x, o_d, m_d, WIDTH)
     b_target = canonical_scores(b_q, b_x, temperature, 1, WIDTH, LEVELS, SIMILARITY)
     target = tl.sum(b_target, axis=0)  # of one
     norm = tl.sqrt(tl.sum(halving_sum(b_q * b_q, 1, WIDTH, LEVELS), axis=0))
@@ -91,7 +97,8 @@ def origin_kernel(
     tl.store(origin_ptr + i_m, tl.where(served, rounded, 0.0))
     tl.store(logit_ptr + i_m, tl.where(served, logit, 0.0).to(tl.float32))
     tl.store(moved_ptr + i_m, (raw - rounded.to(tl.float64)) * logit)
-    tl.store(state_ptr + i_m, tl.where(row < 0, _GONE, tl.where(served, 0, 1)))
+    gone = (row < 0) & (not HAS_OWN)
+    tl.store(state_ptr + i_m, tl.where(gone, _GONE, tl.where(served, 0, 1)))
 
 
 @triton.jit
@@ -276,14 +283,19 @@ def every_kernel(
 def finish_kernel(
     counts_ptr,
     sums_ptr,
+    targets_ptr,
     target_ptr,
     state_ptr,
     rank_ptr,
     log_prob_ptr,
     num_splits,
+    num_items,
+    HAS_OWN: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Rank and log-probability of a query that ``every_kernel`` answered.
+
+    HAS_OWN: a target that is no row of the table, which no split has, is counted here.
 
     A target that cannot be compared (NaN) takes the last place and has probability 0. Items at
     +inf share the mass equally; where all scores are -inf, all of them do.
@@ -302,12 +314,21 @@ def finish_kernel(
         competing = tl.sum(tl.load(counts_ptr + 4 * p_s + 3, mask=m_s, other=0), axis=0)
         b_m = tl.load(sums_ptr + 2 * p_s, mask=m_s, other=-float("inf"))
         b_l = tl.load(sums_ptr + 2 * p_s + 1, mask=m_s, other=0.0)
+        target = tl.load(target_ptr + i_m)
         top = tl.max(b_m, axis=0)
+        if HAS_OWN:
+            row = tl.load(targets_ptr + i_m)
+            foreign = (row < 0) | (row >= num_items)
+            competing += foreign.to(tl.int64)
+            at_top += (foreign & (target == float("inf"))).to(tl.int64)
+            foreign = foreign & (tl.abs(target) < float("inf"))
+            top = tl.where(foreign, tl.maximum(top, 0.0), top)
         safe = tl.where(top == -float("inf"), 0.0, top)
         total = tl.sum(b_l * tl.exp(b_m - safe), axis=0)
+        if HAS_OWN:
+            total += tl.where(foreign, tl.exp(-safe), 0.0)
         lse = tl.where(total > 0, safe + tl.log(tl.where(total > 0, total, 1.0)), -float("inf"))
         lse = tl.where(at_top > 0, float("inf"), lse)
-        target = tl.load(target_ptr + i_m)
         sharing = tl.where(at_top > 0, at_top, competing - unordered)
         share = 0.0 - tl.log(tl.where(sharing > 1, sharing, 1).to(tl.float64))
         finite = (tl.abs(target) < float("inf")) & (tl.abs(lse) < float("inf"))

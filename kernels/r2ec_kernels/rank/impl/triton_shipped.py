@@ -47,12 +47,15 @@ def aot_configs() -> list[dict[str, Any]]:
     for name in ("state", "ahead", "near", "near_row"):
         kinds[f"{name}_ptr"] = "*i32"
     names = ("HAS_IDS", "HAS_PLACE", "HAS_EXCLUDE", "HAS_ALLOWED")
-    flags = {**dict.fromkeys(names, True), "BLOCK_E": launcher.BLOCK_EXCLUDED}
+    flags = {**dict.fromkeys(names, True), "HAS_OWN": False, "BLOCK_E": launcher.BLOCK_EXCLUDED}
     block = {"BLOCK_S": launcher.BLOCK_SPLITS}
     found = [_case(exact.merge_kernel, kinds, block, 4, 12 * launcher.BLOCK_SPLITS)]
     block = {"BLOCK_S": triton.next_power_of_2(launcher.EVERY_SPLITS)}
-    # two counts and a sum a split
-    found.append(_case(exact.finish_kernel, kinds, block, 1, 24 * launcher.EVERY_SPLITS))
+    for own in (False, True):
+        named = block | {"HAS_OWN": own}
+        # two counts and a sum a split
+        found.append(_case(exact.finish_kernel, kinds, named, 1, 24 * launcher.EVERY_SPLITS))
+        found[-1]["budget"] = {"loop": 620 if own else 550}
     for kind, similarity, d in (
         *(("bf16", "cosine", d) for d in (128, 1000, 4096)),
         ("fp32", "l2", 1000),
@@ -60,7 +63,11 @@ def aot_configs() -> list[dict[str, Any]]:
     ):
         width = triton.next_power_of_2(d)
         sizes = {"WIDTH": width, "LEVELS": width.bit_length() - 1, "SIMILARITY": similarity}
-        types = kinds | dict.fromkeys(("q_ptr", "x_ptr"), f"*{kind}")
+        types = kinds | dict.fromkeys(("q_ptr", "x_ptr", "own_ptr"), f"*{kind}")
+        named = sizes | {"HAS_OWN": True, "HAS_PLACE": False}
+        moved = 2 * d * (4 if kind == "fp32" else 2)
+        found.append(_case(exact.origin_kernel, types, named, 4, moved, d))
+        found[-1]["budget"] = {"loop": _BUDGET["rank.origin", kind, d]}
         for kernel in (exact.origin_kernel, exact.compare_kernel, exact.every_kernel):
             columns = launcher.EVERY_TILE if kernel is exact.every_kernel else launcher.SCORED_TILE
             rows = {"ROWS": launcher.rows_of_tile(width, columns), **flags}
