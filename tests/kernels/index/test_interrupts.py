@@ -273,7 +273,15 @@ def test_an_interrupt_at_any_step_of_the_lock(name):
     assert 1 < step < 59
 
 
-def test_a_waiting_writer_that_is_interrupted_lets_readers_in():
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where a shell in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_waiting_writer_that_is_interrupted_lets_readers_in(interruptible):
     lock, hold, inside = SharedLock(), threading.Event(), threading.Event()
 
     def read():

@@ -102,17 +102,16 @@ def test_order_keys_of_nan_are_those_of_no_item():
 
 def test_merged_keys_of_shards_leave_nan_out(monkeypatch):
     """What ``sharded_topk`` merges: the keys of two halves of a table, NaN in both."""
-    from r2ec_kernels import sharded_topk
-    from r2ec_kernels.topk import collective
+    from r2ec_kernels import _collective, sharded_topk
 
     queries, items = make("rows", torch.float32)
     halves = []
 
-    def keep(keys, group):
+    def keep(op, keys, group):
         halves.append(keys)
-        return torch.cat(halves, 1)
+        return halves
 
-    monkeypatch.setattr(collective, "gather_keys", keep)
+    monkeypatch.setattr(_collective, "all_gather", keep)
     sharded_topk(queries, items[:150], 299, first_id=0)
     got = sharded_topk(queries, items[150:], 299, first_id=150)
     assert_equal(got, item_topk(queries, items, 299, impl="reference"), "merged")
