@@ -6,6 +6,8 @@ of model. Liger's losses stay out: the fused loss here never makes logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -41,7 +43,7 @@ def apply_liger_kernel(backbone: torch.nn.Module) -> None:
     _apply_liger_kernel_to_instance(model=model, **LEFT_OUT)
 
 
-def _plain(backbone: torch.nn.Module) -> PreTrainedModel:
+def _plain(backbone: Any) -> PreTrainedModel:
     """The language model inside a peft wrapper."""
     model = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
     assert isinstance(model, PreTrainedModel)
