@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from r2ec_fast.eval.baselines import COUNTING, Baseline
-from r2ec_fast.eval.library_baselines import (
-    ALS,
-    BPR,
-    ALSSettings,
-    BPRSettings,
-    VectorBaseline,
-)
 from r2ec_fast.eval.sequence_baselines import (
     ESASRec,
     ESASRecSettings,
     SASRec,
     SASRecSettings,
     SASRecText,
+)
+from r2ec_fast.eval.trained_baselines import (
+    ALS,
+    BPR,
+    ALSSettings,
+    BPRSettings,
+    VectorBaseline,
 )
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from r2ec_fast.eval.beyond_accuracy import words
-from r2ec_fast.eval.library_baselines import VectorBaseline
+from r2ec_fast.eval.trained_baselines import VectorBaseline
 
 if TYPE_CHECKING:
     from r2ec_fast.data import Examples, RecDataset

@@ -10,7 +10,7 @@ import torch
 from _support.histories import dataset, random_dataset, training_sequences
 
 from r2ec_fast.data import Catalog, Examples, RecDataset
-from r2ec_fast.eval import library_baselines
+from r2ec_fast.eval import trained_baselines
 from r2ec_fast.eval.baseline_choice import (
     LIBRARY,
     checked_settings,
@@ -19,7 +19,7 @@ from r2ec_fast.eval.baseline_choice import (
     fitted_baselines,
 )
 from r2ec_fast.eval.baselines import COUNTING
-from r2ec_fast.eval.library_baselines import ALS, VectorBaseline
+from r2ec_fast.eval.trained_baselines import ALS, VectorBaseline
 
 SHORT = {  # of training, so that a test takes a second
     "als": {"factors": 6, "iterations": 3},
@@ -88,7 +88,7 @@ def test_implicit_recommends_the_same(name):
     users = np.unique(data.train.user)
     last = np.array([data.train.position[data.train.user == user].max() for user in users])
     after = Examples(users, last + 1)
-    from r2ec_fast.eval.library_baselines import each_pair_once
+    from r2ec_fast.eval.trained_baselines import each_pair_once
 
     values, offsets = (np.asarray(part) for part in data.exclude(after))
     rows = np.repeat(np.arange(len(users)), np.diff(offsets))
@@ -220,7 +220,7 @@ def test_mistakes_in_settings_are_named(given, error, message):
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch):
     present = ["rectools"]
     monkeypatch.setattr(
-        library_baselines.importlib.util, "find_spec", lambda name: name in present or None
+        trained_baselines.importlib.util, "find_spec", lambda name: name in present or None
     )
     with pytest.raises(ImportError, match=r"sasrec needs pytorch_lightning: pip install 'r2ec-f"):
         checked_settings(["popularity", "sasrec"], {})
