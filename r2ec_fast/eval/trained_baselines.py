@@ -128,27 +128,41 @@ class VectorBaseline(Baseline):
         return np.where(found < 0, -1, self.items[found])
 
 
-class ALS(VectorBaseline):
-    """Matrix factorization by alternating least squares (Hu, Koren and Volinsky 2008); the vector
-    of an example is solved from the user's history before it."""
+class ImplicitBaseline(VectorBaseline):
+    """A matrix factorization of `implicit`, fitted on which user has which item."""
 
-    name, libraries = "als", ("implicit",)
-
-    def __init__(self, dataset: RecDataset, settings: ALSSettings | None = None) -> None:
-        super().__init__(dataset, settings or ALSSettings())
+    libraries = ("implicit",)
 
     def _train(
         self, users: np.ndarray, items: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        from implicit.cpu.als import AlternatingLeastSquares
-
         settings = dict(self.settings)
-        self.model = AlternatingLeastSquares(
-            random_state=settings.pop("seed"), num_threads=1, **settings
-        )
+        # one thread: several would race for the same rows
+        self.model = self._kind()(random_state=settings.pop("seed"), num_threads=1, **settings)
         seen = each_pair_once(users, items, (self.dataset.data.num_users, self.num_items))
         self.model.fit(seen, show_progress=False)
-        return self.model.item_factors, _known(items, self.num_items)
+        known = np.zeros(self.num_items, dtype=bool)
+        known[items] = True
+        return self.model.item_factors, known
+
+    @abstractmethod
+    def _kind(self) -> Any:
+        """The library's class."""
+
+
+class ALS(ImplicitBaseline):
+    """Matrix factorization by alternating least squares (Hu, Koren and Volinsky 2008); the vector
+    of an example is solved from the user's history before it."""
+
+    name = "als"
+
+    def __init__(self, dataset: RecDataset, settings: ALSSettings | None = None) -> None:
+        super().__init__(dataset, settings or ALSSettings())
+
+    def _kind(self) -> Any:
+        from implicit.cpu.als import AlternatingLeastSquares
+
+        return AlternatingLeastSquares
 
     def queries(self, examples: Examples) -> np.ndarray:
         values, offsets = (np.asarray(part) for part in self.dataset.exclude(examples))
@@ -157,36 +171,22 @@ class ALS(VectorBaseline):
         return self.model.recalculate_user(np.arange(len(examples)), history)
 
 
-class BPR(VectorBaseline):
+class BPR(ImplicitBaseline):
     """Matrix factorization by Bayesian personalized ranking (Rendle et al. 2009). A user without
     training events has no vector: the items' biases alone then rank."""
 
-    name, libraries = "bpr", ("implicit",)
+    name = "bpr"
 
     def __init__(self, dataset: RecDataset, settings: BPRSettings | None = None) -> None:
         super().__init__(dataset, settings or BPRSettings())
 
-    def _train(
-        self, users: np.ndarray, items: np.ndarray, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _kind(self) -> Any:
         from implicit.cpu.bpr import BayesianPersonalizedRanking
 
-        settings = dict(self.settings)
-        self.model = BayesianPersonalizedRanking(  # several threads would race for the same rows
-            random_state=settings.pop("seed"), num_threads=1, **settings
-        )
-        seen = each_pair_once(users, items, (self.dataset.data.num_users, self.num_items))
-        self.model.fit(seen, show_progress=False)
-        return self.model.item_factors, _known(items, self.num_items)
+        return BayesianPersonalizedRanking
 
     def queries(self, examples: Examples) -> np.ndarray:
         return self.model.user_factors[examples.user]
-
-
-def _known(items: np.ndarray, num_items: int) -> np.ndarray:
-    known = np.zeros(num_items, dtype=bool)
-    known[items] = True
-    return known
 
 
 def each_pair_once(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
