@@ -130,8 +130,11 @@ class RecPOConfig:
     """Upper clip range of the ratios (reference code: 0.28)."""
     item_weight: NonNegativeFloat = 1.0
     """Weight of the item action; 1, the paper's: as much as one token of its reasoning. With
-    reasoning_sft, of the items' mean cross-entropy beside the tokens'; 0 = language alone, and no
-    item is encoded."""
+    reasoning_sft, of the items' mean cross-entropy beside the tokens'; 0 = none."""
+    direct_weight: NonNegativeFloat = 0.0
+    """Of reasoning_sft: weight of the same items' mean cross-entropy read out in direct mode, so
+    that learning to write does not cost what a contrastive warm start taught. With item_weight
+    also 0: language alone, and no item is encoded."""
     item_negatives: Annotated[str, OneOf(*ITEM_NEGATIVES)] = "in-batch"
     """Candidates of the item action's softmax: "in-batch" targets or the whole "catalog" (which
     wants refresh_steps 1: a model learns to tell fresh rows from stale ones)."""
@@ -271,7 +274,10 @@ class RecPOConfig:
     @property
     def trains_items(self) -> bool:
         """Whether steps read items out; language alone needs no item table."""
-        return self.objective != "reasoning_sft" or self.item_weight > 0
+        language_alone = self.objective == "reasoning_sft" and not (
+            self.item_weight or self.direct_weight
+        )
+        return not language_alone
 
     def loss_config(
         self,

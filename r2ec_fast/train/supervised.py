@@ -1,12 +1,13 @@
 """The language warm start (objective "reasoning_sft"): given reasonings are learned word by word.
 
-A record is a prompt, a reasoning with the marker behind it, and an item. One forward pass over
-packed records gives both terms of the loss:
+A record is a prompt, a reasoning with the marker behind it, and an item. The loss has three terms,
+of which one forward pass over packed records gives the first two:
 
 - the cross-entropy of the tokens of reasoning and marker, a mean over the step's tokens (the
   prompt's are no targets);
 - that of the item among the step's candidates, read out at the marker's last token: a mean over the
-  step's records, times ``item_weight``.
+  step's records, times ``item_weight``;
+- the same without the reasoning, as direct mode reads it out, times ``direct_weight``.
 
 The counts are those of the whole step and all processes, as in `update`.
 """
@@ -125,24 +126,34 @@ class SupervisedUpdate(PolicyUpdate):
     """Gradients of one optimiser step, also for given reasonings."""
 
     def reasoning_sft(
-        self, users: Sequence[UserBatch], written: Sequence[Ragged], item_rows: ItemRows
+        self,
+        users: Sequence[UserBatch],
+        written: Sequence[Ragged],
+        item_rows: ItemRows,
+        marker: list[int],
     ) -> dict:
         """Accumulate the gradient of one optimiser step; returns its statistics.
 
         ``users``: one an accumulation step, whose targets are the items to read out; ``written``:
         for each the tokens of reasoning and marker, a row a user; ``item_rows``: the tokens of the
-        step's candidates, unused where ``item_weight`` is 0. Where memory runs out it acts as
-        :meth:`recpo` does.
+        step's candidates, unused where no item is read out; ``marker``: its token ids, for direct
+        mode. Where memory runs out it acts as :meth:`recpo` does.
         """
         return self._within_memory(
-            lambda: self._reasoning_sft(users, written, item_rows),
+            lambda: self._reasoning_sft(users, written, item_rows, marker),
             lambda: self.model.zero_grad(set_to_none=True),
         )
 
     def _reasoning_sft(
-        self, users: Sequence[UserBatch], written: Sequence[Ragged], item_rows: ItemRows
+        self,
+        users: Sequence[UserBatch],
+        written: Sequence[Ragged],
+        item_rows: ItemRows,
+        marker: list[int],
     ) -> dict:
-        candidates = self._candidates(item_rows) if self.config.item_weight else None
+        config = self.config
+        candidates = self._candidates(item_rows) if config.trains_items else None
+        read_out = candidates if config.item_weight else None
         prompts = Ragged.stack([batch.prompts for batch in users])
         texts = Ragged.stack(written)
         items = np.concatenate([batch.targets for batch in users])
@@ -158,10 +169,12 @@ class SupervisedUpdate(PolicyUpdate):
                 section.smallest = (
                     SMALLER_RECORD.format(tokens=tokens) if len(records) == 1 else None
                 )
-                self._written_part(batch, items[records], candidates, counts, stats)
+                self._written_part(batch, items[records], read_out, counts, stats)
             for _ in range(idle):
                 self._idle_pass(reference=False)
         if candidates is not None:
+            if config.direct_weight:
+                self._direct_term(users, candidates, marker, counts[1], stats)
             candidates.backward()
         return stats.totals() | {"counted_tokens": float(counts[0])}
 
@@ -188,6 +201,24 @@ class SupervisedUpdate(PolicyUpdate):
             probability = out.item_log_prob.exp().mean()
             stats.add("in_batch_probability", probability, float(len(items)))
         loss.backward()
+
+    def _direct_term(
+        self,
+        users: Sequence[UserBatch],
+        candidates: Candidates,
+        marker: list[int],
+        total: torch.Tensor,
+        stats: UpdateStats,
+    ) -> None:
+        """Add the gradient of the items' cross-entropy without a reasoning."""
+        weight = self.config.direct_weight
+
+        def record(log_prob: torch.Tensor) -> None:
+            direct_loss = -log_prob.sum() / total
+            stats.add("direct_loss", direct_loss)
+            stats.add("loss", weight * direct_loss)
+
+        self._direct(users, marker, candidates, total, record, weight)
 
     def _token_loss(
         self, hidden: torch.Tensor, batch: PackedBatch, total: torch.Tensor, stats: UpdateStats

@@ -196,7 +196,7 @@ class RecPOTrainer:
         self.model.train()
         if given is not None:
             written = [given.select(batch.keys) for batch in users]
-            record = self.update.reasoning_sft(users, written, rows)
+            record = self.update.reasoning_sft(users, written, rows, self.builder.marker_ids)
             return record | self._optimizer_step() | meter.read(users, [w.values for w in written])
         if self.config.objective == "contrastive":
             record = self.update.contrastive(users, rows, self.builder.marker_ids)

@@ -140,6 +140,27 @@ class PolicyUpdate:
             torch.tensor(sum(len(u.targets) for u in users), device=self.model.device)
         )
         stats = UpdateStats()
+
+        def record(log_prob: torch.Tensor) -> None:
+            stats.add("loss", -log_prob.mean(), float(len(log_prob)))
+            stats.add("in_batch_probability", log_prob.exp().mean(), float(len(log_prob)))
+
+        self._direct(users, marker, candidates, total, record)
+        candidates.backward()
+        return stats.totals()
+
+    def _direct(
+        self,
+        users: Sequence[UserBatch],
+        marker: list[int],
+        candidates: Candidates,
+        total: torch.Tensor,
+        record: Callable[[torch.Tensor], None],
+        weight: float = 1.0,
+    ) -> None:
+        """Add the gradient of ``weight`` times the targets' mean cross-entropy, read out after each
+        prompt and the marker; ``total``: users of the step and all processes. ``record`` gets the
+        targets' log-probabilities, [n] a part."""
         rows = [batch.prompts.append(marker) for batch in users]
         parts = [
             (own[part], batch.targets[part])
@@ -150,19 +171,12 @@ class PolicyUpdate:
         with together("micro-batches", linked=self.sharded) as section:
             for own, targets in parts:
                 section.smallest = _smallest(len(own), len(own[0]))
-                self._contrastive_part(own, targets, candidates, total, stats)
+                states = self.model.read_out(own, max_tokens=self.budget.tokens)
+                out = self._item_loss(states, candidates, targets, total)
+                (weight * out.loss).backward()
+                record(out.item_log_prob[:, 0].detach())
             for _ in range(idle):
                 self._idle_pass(reference=False)
-        candidates.backward()
-        return stats.totals()
-
-    def _contrastive_part(self, rows, targets, candidates, total, stats) -> None:
-        states = self.model.read_out(rows, max_tokens=self.budget.tokens)
-        out = self._item_loss(states, candidates, targets, total)
-        out.loss.backward()
-        log_prob = out.item_log_prob[:, 0]
-        stats.add("loss", -log_prob.mean(), float(len(rows)))
-        stats.add("in_batch_probability", log_prob.exp().mean(), float(len(rows)))
 
     @torch.no_grad()
     def score(self, experience: Experience) -> None:

@@ -6,6 +6,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,23 +43,29 @@ def toy_trainer(directory: Path, objective: str = "recpo", *, engine=None, **cha
     settings = {**RUN, "output_dir": str(directory), "objective": objective, **changes}
     if objective == "reasoning_sft":
         given["reasonings"] = toy_reasonings(toy_dataset())
-        settings["max_completion_length"] = 32
+        settings = {"direct_weight": 0.5, **settings, "max_completion_length": 32}
     return RecPOTrainer(toy_model(), toy_dataset(), RecPOConfig(**settings), engine=engine, **given)
 
 
-def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dict]:
-    """Final metrics and trained parameters of a toy run, on one thread: other counts round
-    otherwise."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: other counts round otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(directory: Path, objective: str = "recpo", **changes) -> tuple[dict, dict]:
+    """Final metrics and trained parameters of a toy run, on one thread."""
+    with one_thread():
         trainer = toy_trainer(directory, objective, **changes)
         metrics = trainer.train()
         if trainer.config.fsdp:  # the processes have parted: what they saved together
             return metrics, load_file(directory / "best" / TRAINABLE_FILE)
         return metrics, {n: p.detach().clone() for n, p in trainer.parameters.items()}
-    finally:
-        torch.set_num_threads(threads)
 
 
 def lines(directory: Path) -> list[dict]:

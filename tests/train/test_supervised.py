@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _support.toy import toy_dataset, toy_model, toy_reasonings
-from _support.training import lines, run, same, toy_trainer
+from _support.training import lines, one_thread, run, same, toy_trainer
 
 from r2ec_fast import R2ecModel, RecPOConfig, RecPOTrainer
 from r2ec_fast.data import Attribute, Reasonings, ReasoningTemplates
@@ -52,7 +52,7 @@ def step_of(model, records=(0, 5, 9, 30, 24)):
         keys=list(records),
     )
     rows = {int(i): builder.item_ids(int(i)) for i in (*users.targets, 3)}  # 3: a negative alone
-    return users, written_rows(builder, reasonings, 99).select(chosen), rows
+    return users, written_rows(builder, reasonings, 99).select(chosen), rows, builder.marker_ids
 
 
 def config(**changes) -> RecPOConfig:
@@ -63,8 +63,8 @@ def gradients(model) -> dict:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def plain(model, users, written, rows, item_weight):
-    """Token and item loss, one sequence at a time, with full logits."""
+def plain(model, users, written, rows, item_weight, direct_weight, marker):
+    """Token, item and direct loss, one sequence at a time, with full logits."""
     language, unit = model.language_model, torch.nn.functional.normalize
 
     def run(row):
@@ -73,18 +73,24 @@ def plain(model, users, written, rows, item_weight):
 
     ids = sorted(rows)
     items = unit(torch.stack([run(list(map(int, rows[i])))[1][-1] for i in ids]), dim=1)
-    tokens, item_terms = [], []
+    tokens, item_terms, direct_terms = [], [], []
+
+    def item_term(state, item):
+        scores = items @ unit(state, dim=0) / model.temperature
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(ids.index(item)))
+
     for prompt, text, item in zip(users.prompts, written, users.targets.tolist(), strict=True):
         logits, states = run([*prompt.tolist(), *text.tolist()])
         predicted = logits[len(prompt) - 1 : -1]
         tokens.append(
             torch.nn.functional.cross_entropy(predicted, torch.tensor(text), reduction="none")
         )
-        scores = items @ unit(states[-1], dim=0) / model.temperature
-        item_terms.append(torch.nn.functional.cross_entropy(scores, torch.tensor(ids.index(item))))
+        item_terms.append(item_term(states[-1], item))
+        direct_terms.append(item_term(run([*prompt.tolist(), *marker])[1][-1], item))
     token_loss, item_loss = torch.cat(tokens).mean(), torch.stack(item_terms).mean()
-    (token_loss + item_weight * item_loss).backward()
-    return token_loss.item(), item_loss.item()
+    direct_loss = torch.stack(direct_terms).mean()
+    (token_loss + item_weight * item_loss + direct_weight * direct_loss).backward()
+    return token_loss.item(), item_loss.item(), direct_loss.item()
 
 
 @pytest.mark.parametrize(
@@ -95,15 +101,20 @@ def plain(model, users, written, rows, item_weight):
         ("gemma2", {}),  # soft-capped logits
     ],
 )
-@pytest.mark.parametrize("item_weight", [0.0, 0.3])
-def test_step_equals_plain_torch(kind, settings, item_weight):
+@pytest.mark.parametrize(
+    ("item_weight", "direct_weight"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, 0.4)]
+)
+def test_step_equals_plain_torch(kind, settings, item_weight, direct_weight):
     model = toy_model(kind, **settings)
-    users, written, rows = step_of(model)
-    token_loss, item_loss = plain(model, users, written, rows, item_weight)
+    users, written, rows, marker = step_of(model)
+    weights = {"item_weight": item_weight, "direct_weight": direct_weight}
+    token_loss, item_loss, direct_loss = plain(
+        model, users, written, rows, **weights, marker=marker
+    )
     want = gradients(model)
     model.zero_grad()
-    update = SupervisedUpdate(model, config(item_weight=item_weight, log_entropy=True))
-    stats = update.reasoning_sft([users], [written], rows)
+    update = SupervisedUpdate(model, config(**weights, log_entropy=True))
+    stats = update.reasoning_sft([users], [written], rows, marker)
     got = gradients(model)
     assert want.keys() == got.keys()
     for name in want:
@@ -111,16 +122,18 @@ def test_step_equals_plain_torch(kind, settings, item_weight):
     assert max(g.abs().max() for g in want.values()) > 1e-3
     assert stats["token_loss"] == pytest.approx(token_loss, abs=1e-10)
     assert stats["counted_tokens"] == len(written.values)
-    assert stats["loss"] == pytest.approx(token_loss + item_weight * item_loss, abs=1e-10)
-    if item_weight:
-        assert stats["item_loss"] == pytest.approx(item_loss, abs=1e-10)
-    else:
-        assert "item_loss" not in stats
+    whole = token_loss + item_weight * item_loss + direct_weight * direct_loss
+    assert stats["loss"] == pytest.approx(whole, abs=1e-10)
+    for name, weight, loss in (
+        ("item_loss", item_weight, item_loss),
+        ("direct_loss", direct_weight, direct_loss),
+    ):
+        assert stats.get(name) == (pytest.approx(loss, abs=1e-10) if weight else None)
 
 
 def test_accuracy_and_entropy_are_those_of_the_logits():
     model = toy_model()
-    users, written, rows = step_of(model)
+    users, written, rows, marker = step_of(model)
     right, entropy = [], []
     with torch.no_grad():
         for prompt, text in zip(users.prompts, written, strict=True):
@@ -129,7 +142,7 @@ def test_accuracy_and_entropy_are_those_of_the_logits():
             right.append(logits.argmax(-1) == torch.tensor(text))
             entropy.append(torch.distributions.Categorical(logits=logits).entropy())
     update = SupervisedUpdate(model, config(item_weight=0.0, log_entropy=True))
-    stats = update.reasoning_sft([users], [written], {})
+    stats = update.reasoning_sft([users], [written], {}, marker)
     assert stats["mean_token_accuracy"] == pytest.approx(torch.cat(right).double().mean().item())
     assert stats["entropy"] == pytest.approx(torch.cat(entropy).mean().item())
 
@@ -138,26 +151,29 @@ def test_accuracy_and_entropy_are_those_of_the_logits():
 @pytest.mark.parametrize("parts", [1, 5])
 def test_micro_batches_and_accumulation_change_nothing(budget, parts):
     model = toy_model()
-    users, written, rows = step_of(model)
-    whole = SupervisedUpdate(model, config())
-    want_stats = whole.reasoning_sft([users], [written], rows)
+    users, written, rows, marker = step_of(model)
+    whole = SupervisedUpdate(model, config(direct_weight=0.5))
+    want_stats = whole.reasoning_sft([users], [written], rows, marker)
     want = gradients(model)
     model.zero_grad()
     size = len(written) // parts
     places = [np.arange(first, first + size) for first in range(0, len(written), size)]
-    update = SupervisedUpdate(model, config(max_tokens_per_microbatch=budget))
+    update = SupervisedUpdate(model, config(direct_weight=0.5, max_tokens_per_microbatch=budget))
     stats = update.reasoning_sft(
-        [users.select(p) for p in places], [written.select(p) for p in places], rows
+        [users.select(p) for p in places], [written.select(p) for p in places], rows, marker
     )
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=1e-12)
-    for name in ("loss", "token_loss", "item_loss", "mean_token_accuracy", "in_batch_probability"):
+    for name in (
+        *("loss", "token_loss", "item_loss", "direct_loss"),
+        *("mean_token_accuracy", "in_batch_probability"),
+    ):
         assert stats[name] == pytest.approx(want_stats[name], abs=1e-12)
 
 
 def test_the_common_instruction_is_laid_out_once():
     model = toy_model()
-    users, written, _ = step_of(model)
+    users, written, *_ = step_of(model)
     (batch,) = (batch for batch, _ in pack_written(users.prompts, written, 10_000))
     alone = sum(len(p) + len(w) for p, w in zip(users.prompts, written, strict=True))
     shared = alone - batch.input_ids.numel()
@@ -190,7 +206,9 @@ def test_language_alone_encodes_no_item(tmp_path, monkeypatch):
         encoded.append(self)
         return read_out(self, *arguments, **settings)
 
-    trainer = toy_trainer(tmp_path, "reasoning_sft", item_weight=0.0, refresh_steps=1)
+    trainer = toy_trainer(
+        *(tmp_path, "reasoning_sft"), item_weight=0.0, direct_weight=0.0, refresh_steps=1
+    )
     monkeypatch.setattr(R2ecModel, "read_out", spied)
     with monkeypatch.context() as patch:  # evaluations have to
         patch.setattr(RecPOTrainer, "_validate", lambda self: False)
@@ -232,8 +250,9 @@ def test_a_file_of_reasonings_is_as_good(tmp_path):
     _, want = run(tmp_path / "given", "reasoning_sft", max_steps=1, eval_steps=0)
     settings = toy_trainer(tmp_path / "x", "reasoning_sft", max_steps=1, eval_steps=0).config
     settings.output_dir, settings.reasonings = str(tmp_path / "file"), str(tmp_path / "r.jsonl")
-    trainer = RecPOTrainer(toy_model(), data, settings)
-    trainer.train()
+    with one_thread():
+        trainer = RecPOTrainer(toy_model(), data, settings)
+        trainer.train()
     same(want, {n: p.detach() for n, p in trainer.parameters.items()}, rtol=0, atol=0)
 
 
