@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
+#include "first_thresholds.hpp"
 
 using namespace r2ec_bindings;
 
@@ -133,19 +135,24 @@ class TopkScan {
          "products: expected float32 or the bits of bfloat16");
     const void* const values = products.data();
     if (by_query == 1 || heap_.queries() == 1) {
-      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-        if (is_float)
-          r2ec::scan_products(static_cast<const float*>(values), by_row, own, start, first, last,
-                              sink);
-        else
-          r2ec::scan_products(static_cast<const r2ec::Bfloat16*>(values), by_row, own, start, first,
-                              last, sink);
-      });
+      const auto scan = [&](const auto* typed) {
+        if (std::exchange(first_block_, false) && heap_.queries() >= kManyQueries)
+          raise_by_rows(typed, by_row, own, rows, error, relative);
+        run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
+          r2ec::scan_products(typed, by_row, own, start, first, last, sink);
+        });
+      };
+      if (is_float)
+        scan(static_cast<const float*>(values));
+      else
+        scan(static_cast<const r2ec::Bfloat16*>(values));
     } else {
       need(is_float && by_row == 1, "products: expected rows or queries side by side");
+      const auto* const typed = static_cast<const float*>(values);
+      if (std::exchange(first_block_, false) && !own.scale && !own.half)
+        raise_by_columns(typed, by_query, rows, error, relative);
       run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-        r2ec::scan_product_columns(static_cast<const float*>(values), by_query, own, start, first,
-                                   last, sink);
+        r2ec::scan_product_columns(typed, by_query, own, start, first, last, sink);
       });
     }
   }
@@ -155,7 +162,9 @@ class TopkScan {
     r2ec::TopkHeap::Result result;
     {
       py::gil_scoped_release release;
-      result = heap_.finish();
+      result = heap_.begin_result();
+      in_parallel(heap_.queries(), heap_.workers(),
+                  [&](int64_t, int64_t query) { heap_.finish(query, result); });
     }
     size_t most = 0;
     for (const auto& rows : result.rows) most = std::max(most, rows.size());
@@ -171,6 +180,35 @@ class TopkScan {
   }
 
  private:
+  static constexpr int64_t kManyQueries = 8;  // fewer fill no vector: a row's maxima cost too much
+
+  template <typename T>
+  void raise_by_rows(const T* products, int64_t stride, r2ec::Epilogue epilogue, int64_t rows,
+                     const Array<float>& error, float relative) {
+    need(error.size() == heap_.queries(), "error: expected one for each query");
+    const float* const bound = error.data();
+    py::gil_scoped_release release;
+    r2ec::FirstThresholds first(heap_, *kernels_, rows, true, relative);
+    in_parallel(first.groups(), heap_.workers(), [&](int64_t, int64_t group) {
+      first.add(group, products, stride, epilogue);
+    });
+    if (first.groups())
+      in_parallel(heap_.queries(), heap_.workers(),
+                  [&](int64_t, int64_t query) { first.raise(query, bound[query]); });
+  }
+
+  void raise_by_columns(const float* products, int64_t stride, int64_t rows,
+                        const Array<float>& error, float relative) {
+    need(error.size() == heap_.queries(), "error: expected one for each query");
+    const float* const bound = error.data();
+    py::gil_scoped_release release;
+    r2ec::FirstThresholds first(heap_, *kernels_, rows, false, relative);
+    if (!first.groups()) return;
+    in_parallel(heap_.queries(), heap_.workers(), [&](int64_t, int64_t query) {
+      first.raise_from(query, bound[query], products + query * stride);
+    });
+  }
+
   template <typename Scan>
   void run(int64_t rows, const Array<float>& error, float relative, const Scan& scan) {
     need(error.size() == heap_.queries(), "error: expected one for each query");
@@ -184,6 +222,7 @@ class TopkScan {
   Array<int64_t> excluded_;
   r2ec::TopkHeap heap_;
   const r2ec::TileKernels* kernels_;
+  bool first_block_ = true;
 };
 
 // Canonical scores float32 [P] of the pairs (query[i], row[i]).

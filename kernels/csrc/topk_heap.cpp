@@ -43,26 +43,33 @@ void TopkHeap::push(int64_t worker, int64_t query, float lower, float upper, int
   own.full_at = kept + std::max(kRoom, k_);
 }
 
-TopkHeap::Result TopkHeap::finish() {
+TopkHeap::Result TopkHeap::begin_result() const {
   Result result{std::vector<std::vector<uint32_t>>(queries_), std::vector<char>(queries_), 0};
   for (int64_t worker = 0; worker < workers_; ++worker)
     result.accepted += accepted_[worker * kPadding];
-  std::vector<Candidate> all;
-  std::vector<float> scratch;
-  for (int64_t query = 0; query < queries_; ++query) {
-    result.failed[query] = threshold(query) == kInfinity;
-    if (result.failed[query]) continue;
-    all.clear();
-    for (int64_t worker = 0; worker < workers_; ++worker) {
-      const auto& own = pool(worker, query).candidates;
-      all.insert(all.end(), own.begin(), own.end());
-    }
-    prune(query, all, scratch);
-    auto& rows = result.rows[query];
-    rows.reserve(all.size());
-    for (const auto& candidate : all) rows.push_back(candidate.row);
-  }
   return result;
+}
+
+void TopkHeap::finish(int64_t query, Result& result) {
+  result.failed[query] = threshold(query) == kInfinity;
+  if (result.failed[query]) return;
+  std::vector<Candidate> all;
+  for (int64_t worker = 0; worker < workers_; ++worker) {
+    const auto& own = pool(worker, query).candidates;
+    all.insert(all.end(), own.begin(), own.end());
+  }
+  std::vector<float> scratch;
+  prune(query, all, scratch);
+  auto& rows = result.rows[query];
+  rows.reserve(all.size());
+  for (const auto& candidate : all) rows.push_back(candidate.row);
+}
+
+std::vector<int64_t> TopkHeap::excluded_counts() const {
+  std::vector<int64_t> counts(queries_, 0);
+  for (const int64_t* pair = excluded_first_; pair != excluded_last_; ++pair)
+    ++counts[*pair % queries_];
+  return counts;
 }
 
 bool TopkHeap::is_excluded(int64_t row, int64_t query) const {

@@ -37,12 +37,18 @@ class TopkHeap {
            int64_t num_excluded);
 
   int64_t queries() const { return queries_; }
+  int64_t k() const { return k_; }
   int64_t workers() const { return workers_; }
 
   // -FLT_MAX at first, so that a score of -inf never meets it; +inf once the query is given up.
   float threshold(int64_t query) const {
     return thresholds_[query].load(std::memory_order_relaxed);
   }
+
+  // At least k rows that are not excluded have scores of at least `threshold`.
+  void raise_threshold(int64_t query, float threshold);
+  // Rows that are not wanted, by query.
+  std::vector<int64_t> excluded_counts() const;
 
   // Keeps a row unless it is excluded or cannot matter. One thread at a time for each worker.
   void push(int64_t worker, int64_t query, float lower, float upper, int64_t row);
@@ -52,8 +58,9 @@ class TopkHeap {
     std::vector<char> failed;                 // by query: given up
     int64_t accepted;                         // scores that reached a threshold
   };
-  // Merges the workers, when no `push` runs any more.
-  Result finish();
+  // Merges the workers, when no `push` runs any more: a result to be filled query by query.
+  Result begin_result() const;
+  void finish(int64_t query, Result& result);
 
  private:
   struct Pool {
@@ -63,7 +70,6 @@ class TopkHeap {
 
   Pool& pool(int64_t worker, int64_t query) { return pools_[worker * queries_ + query]; }
   bool is_excluded(int64_t row, int64_t query) const;
-  void raise_threshold(int64_t query, float threshold);
   void prune(int64_t query, std::vector<Candidate>& candidates, std::vector<float>& scratch);
 
   int64_t queries_, k_, limit_, workers_;

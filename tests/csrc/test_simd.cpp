@@ -90,6 +90,51 @@ TEST(reached_scores_are_found) {
     }
 }
 
+TEST(largest_lower_bounds_of_columns) {
+  Random random;
+  constexpr int64_t kRows = 5, kStride = 41;
+  auto products = random.floats(kRows * kStride);
+  const auto scale = random.floats(kRows), half = random.floats(kRows);
+  std::vector<Bfloat16> short_products;
+  for (float p : products) {
+    uint32_t bits;
+    std::memcpy(&bits, &p, sizeof bits);
+    short_products.push_back({static_cast<uint16_t>(bits >> 16)});
+  }
+  products[2 * kStride + 3] = std::nanf("");  // counts for nothing
+  for (int64_t row = 0; row < kRows; ++row) products[row * kStride + 4] = std::nanf("");
+  for (const TileKernels* kernels : kinds())
+    for (int64_t columns : {1, 7, 16, 33, 41})
+      for (bool plain : {false, true}) {
+        const Epilogue epilogue = {plain ? nullptr : scale.data(), plain ? nullptr : half.data()};
+        std::vector<float> maxima(columns + 1, 7.0f), narrow(columns + 1, 7.0f);
+        kernels->column_maxima_f32({products.data(), kStride, kRows}, columns, epilogue, 0.01f,
+                                   maxima.data());
+        kernels->column_maxima_bf16({short_products.data(), kStride, kRows}, columns, epilogue,
+                                    0.01f, narrow.data());
+        for (int64_t i = 0; i < columns; ++i) {
+          const auto largest = [&](const auto& values) {
+            double found = -kInfinity;
+            for (int64_t row = 0; row < kRows; ++row) {
+              const double p = static_cast<double>(to_float(values[row * kStride + i])) *
+                               (plain ? 1.0 : static_cast<double>(scale[row]));
+              const double low =
+                  p - (plain ? 0.0 : static_cast<double>(half[row])) - 0.01 * std::fabs(p);
+              if (low > found) found = low;
+            }
+            return found;
+          };
+          const auto close = [](float got, double want) {
+            return static_cast<double>(got) == want ||
+                   std::fabs(static_cast<double>(got) - want) < 1e-5;
+          };
+          CHECK(close(maxima[i], largest(products)));
+          CHECK(close(narrow[i], largest(short_products)));
+        }
+        CHECK(maxima[columns] == 7.0f && narrow[columns] == 7.0f);
+      }
+}
+
 TEST(weights_are_summed) {
   Random random;
   for (const TileKernels* kernels : kinds()) {

@@ -31,6 +31,8 @@ extern const TileKernels kAmxKernels = {
     avx512::rows_above,
     avx512::queries_above_bf16,
     avx512::queries_above_f32,
+    avx512::column_maxima_bf16,
+    avx512::column_maxima_f32,
     avx512::update_softmax,
 };
 

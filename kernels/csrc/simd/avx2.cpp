@@ -7,6 +7,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <limits>
+
 #define TARGET __attribute__((target("avx2,fma")))
 
 #include "online_softmax.hpp"
@@ -112,6 +114,27 @@ TARGET uint32_t rows_above(const float* products, int64_t count, Epilogue epilog
   return rows;
 }
 
+TARGET void column_maxima_f32(RowBlock<float> block, int64_t columns, Epilogue epilogue,
+                              float relative, float* maxima) {
+  const __m256 growth = _mm256_set1_ps(relative);
+  int64_t i = 0;
+  for (; i + 8 <= columns; i += 8) {
+    __m256 largest = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t row = 0; row < block.count; ++row) {
+      __m256 p = _mm256_loadu_ps(block.rows + row * block.stride + i);
+      if (epilogue.scale) p = _mm256_mul_ps(p, _mm256_set1_ps(epilogue.scale[row]));
+      __m256 score = p;
+      if (epilogue.half) score = _mm256_sub_ps(p, _mm256_set1_ps(epilogue.half[row]));
+      // of two numbers of which one is NaN, max takes the second
+      largest = _mm256_max_ps(_mm256_fnmadd_ps(growth, magnitude(p), score), largest);
+    }
+    _mm256_storeu_ps(maxima + i, largest);
+  }
+  if (i < columns)
+    portable::column_maxima_f32({block.rows + i, block.stride, block.count}, columns - i, epilogue,
+                                relative, maxima + i);
+}
+
 TARGET int64_t update_softmax(float* products, const float* scale, uint32_t allowed,
                               OnlineSoftmax& softmax, uint32_t& near_ties) {
   return online_softmax_update(products, scale, allowed, softmax, near_ties);
@@ -128,6 +151,8 @@ extern const TileKernels kAvx2Kernels = {
     rows_above,
     portable::queries_above_bf16,
     portable::queries_above_f32,
+    portable::column_maxima_bf16,
+    column_maxima_f32,
     update_softmax,
 };
 

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "online_softmax.hpp"
 #include "simd/four_rows.hpp"
@@ -74,6 +75,26 @@ TARGET uint32_t any_queries_above(const T* products, int64_t count, float scale,
     queries |= static_cast<uint32_t>(_mm512_mask_cmp_ps_mask(mask, upper, least, _CMP_GE_OQ)) << q;
   }
   return queries;
+}
+
+template <typename T>
+TARGET void any_column_maxima(RowBlock<T> block, int64_t columns, Epilogue epilogue, float relative,
+                              float* maxima) {
+  const __m512 growth = _mm512_set1_ps(relative);
+  for (int64_t i = 0; i < columns; i += 16) {
+    const int64_t left = columns - i;
+    const __mmask16 mask = left < 16 ? (1u << left) - 1 : 0xffff;
+    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t row = 0; row < block.count; ++row) {
+      __m512 p = load(block.rows + row * block.stride + i, mask);
+      if (epilogue.scale) p = _mm512_mul_ps(p, _mm512_set1_ps(epilogue.scale[row]));
+      __m512 score = p;
+      if (epilogue.half) score = _mm512_sub_ps(p, _mm512_set1_ps(epilogue.half[row]));
+      // of two numbers of which one is NaN, max takes the second
+      largest = _mm512_max_ps(_mm512_fnmadd_ps(growth, _mm512_abs_ps(p), score), largest);
+    }
+    _mm512_mask_storeu_ps(maxima + i, mask, largest);
+  }
 }
 
 // 2^x for x <= 0; the polynomial of online_softmax.hpp.
@@ -191,6 +212,15 @@ TARGET uint32_t queries_above_f32(const float* products, int64_t count, float sc
   return any_queries_above(products, count, scale, half, need, relative);
 }
 
+TARGET void column_maxima_bf16(RowBlock<Bfloat16> block, int64_t columns, Epilogue epilogue,
+                               float relative, float* maxima) {
+  any_column_maxima(block, columns, epilogue, relative, maxima);
+}
+TARGET void column_maxima_f32(RowBlock<float> block, int64_t columns, Epilogue epilogue, float relative,
+                              float* maxima) {
+  any_column_maxima(block, columns, epilogue, relative, maxima);
+}
+
 }  // namespace avx512
 
 extern const TileKernels kAvx512Kernels = {
@@ -202,6 +232,8 @@ extern const TileKernels kAvx512Kernels = {
     avx512::rows_above,
     avx512::queries_above_bf16,
     avx512::queries_above_f32,
+    avx512::column_maxima_bf16,
+    avx512::column_maxima_f32,
     avx512::update_softmax,
 };
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "online_softmax.hpp"
 
@@ -59,6 +60,22 @@ uint32_t any_queries_above(const T* products, int64_t count, float scale, float 
   return queries;
 }
 
+template <typename T>
+void any_column_maxima(RowBlock<T> block, int64_t columns, Epilogue epilogue, float relative,
+                       float* maxima) {
+  std::fill(maxima, maxima + columns, -std::numeric_limits<float>::infinity());
+  for (int64_t row = 0; row < block.count; ++row) {
+    const T* const products = block.rows + row * block.stride;
+    const float scale = epilogue.scale ? epilogue.scale[row] : 1.0f;
+    const float half = epilogue.half ? epilogue.half[row] : 0.0f;
+    for (int64_t i = 0; i < columns; ++i) {
+      const float p = to_float(products[i]) * scale;
+      const float lower = p - half - relative * std::fabs(p);
+      maxima[i] = lower > maxima[i] ? lower : maxima[i];
+    }
+  }
+}
+
 int64_t update_softmax(float* products, const float* scale, uint32_t allowed,
                        OnlineSoftmax& softmax, uint32_t& near_ties) {
   return online_softmax_update(products, scale, allowed, softmax, near_ties);
@@ -86,6 +103,15 @@ uint32_t queries_above_f32(const float* products, int64_t count, float scale, fl
   return any_queries_above(products, count, scale, half, need, relative);
 }
 
+void column_maxima_bf16(RowBlock<Bfloat16> block, int64_t columns, Epilogue epilogue,
+                        float relative, float* maxima) {
+  any_column_maxima(block, columns, epilogue, relative, maxima);
+}
+void column_maxima_f32(RowBlock<float> block, int64_t columns, Epilogue epilogue, float relative,
+                       float* maxima) {
+  any_column_maxima(block, columns, epilogue, relative, maxima);
+}
+
 }  // namespace portable
 
 extern const TileKernels kPortableKernels = {
@@ -97,6 +123,8 @@ extern const TileKernels kPortableKernels = {
     portable::rows_above,
     portable::queries_above_bf16,
     portable::queries_above_f32,
+    portable::column_maxima_bf16,
+    portable::column_maxima_f32,
     portable::update_softmax,
 };
 

@@ -19,8 +19,8 @@
 //           `error_terms`, because each sums in its own order.
 //
 // The other loops take these products while they are in the cache: `rows_above` and
-// `queries_above_*` compare them with the threshold of a top-k scan, `update_softmax` adds them to
-// an online softmax.
+// `queries_above_*` compare them with the threshold of a top-k scan, `column_maxima_*` give a first
+// one, `update_softmax` adds them to an online softmax.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +33,16 @@ constexpr int64_t kGroup = 32;         // item rows that are multiplied together
 constexpr int64_t kCodeColumns = 64;   // codes and their queries have a multiple of it as columns
 constexpr int64_t kFloatColumns = 16;  // float queries are padded with zeros to a multiple of it
 
-// Rows that are multiplied in the caller's layout: row i begins at rows + i * stride.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// Rows that are read in the caller's layout: row i begins at rows + i * stride.
 template <typename T>
 struct RowBlock {
   const T* rows;
   int64_t stride;  // elements
-  int64_t count;   // 1..kGroup
+  int64_t count;   // 1..kGroup where they are multiplied
 };
 
 // What makes a raw score of a product p: p * scale - half. One of each for a row; null: 1 and 0.
@@ -75,10 +79,6 @@ struct OnlineSoftmax {
   double l;                  // normalizer: the sum of 2^(exponent - m)
 };
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-
 struct TileKernels {
   const char* name;
   // Lays the queries out for `multiply_codes`.
@@ -101,6 +101,13 @@ struct TileKernels {
                                  const float* need, float relative);
   uint32_t (*queries_above_f32)(const float* products, int64_t count, float scale, float half,
                                 const float* need, float relative);
+  // The largest lower bound s - relative |p| of each column's scores, s and p as above, of a block
+  // of products, each row `columns` wide; NaN counts for nothing, -inf where there is no other. The
+  // epilogue is that of the rows.
+  void (*column_maxima_bf16)(RowBlock<Bfloat16> block, int64_t columns, Epilogue epilogue,
+                             float relative, float* maxima);
+  void (*column_maxima_f32)(RowBlock<float> block, int64_t columns, Epilogue epilogue,
+                            float relative, float* maxima);
   // Adds the scores products[i] * scale[i] (scale may be null) of the rows whose bit is set in
   // `allowed`; overwrites the products. Returns how many lie above `upper`; `near_ties` receives
   // the bits of those in lower..upper.
