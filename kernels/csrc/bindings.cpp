@@ -3,11 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <functional>
-#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
-#include "first_thresholds.hpp"
+#include "row_search.hpp"
+#include "topk_scan.hpp"
 
 using namespace r2ec_bindings;
 
@@ -91,33 +91,35 @@ class TopkScan {
            const std::string& cpu)
       : excluded_(excluded),
         heap_(queries, k, limit, std::max<int64_t>(1, workers), excluded_.data(), excluded_.size()),
-        kernels_(&kernels_named(cpu)) {}
+        kernels_(kernels_named(cpu)),
+        feed_(heap_, kernels_) {}
 
   void scan_codes(const CodeArrays& arrays, float relative) {
     need(arrays.queries.shape(0) == heap_.queries(), "queries: expected one for each");
     const auto table = arrays.table();
-    const auto operand = arrays.operand(*kernels_);
+    const auto operand = arrays.operand(kernels_);
     const r2ec::CodeQueries prepared = {operand, arrays.step.data()};
-    run(arrays.rows, arrays.error, relative,
-        [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-          r2ec::scan_codes(table, prepared, first, last, sink);
-        });
+    const float* const error = of_queries(arrays.error);
+    py::gil_scoped_release release;
+    feed_.run(arrays.rows, error, relative,
+              [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
+                r2ec::scan_codes(table, prepared, first, last, sink);
+              });
   }
 
   // Returns the rows whose scores have no bound, in any order.
   Array<int64_t> scan_floats(const FloatArrays& arrays) {
     need(arrays.queries.shape(0) == heap_.queries(), "queries: expected one for each");
-    const auto operand = arrays.operand(*kernels_, 2);
+    const auto operand = arrays.operand(kernels_, 2);
     const auto prepared = arrays.prepared(operand);
-    std::vector<std::vector<int64_t>> unbounded(heap_.workers());
-    run(arrays.rows.shape(0), arrays.floor, 0x1p-22f,
-        [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-          r2ec::scan_floats(arrays.table(), prepared, arrays.similarity, arrays.huge, first, last,
-                            sink, unbounded[sink.worker]);
-        });
-    std::vector<int64_t> all;
-    for (const auto& own : unbounded) all.insert(all.end(), own.begin(), own.end());
-    return to_numpy(all);
+    const auto table = arrays.table();
+    std::vector<int64_t> unbounded;
+    {
+      py::gil_scoped_release release;
+      unbounded =
+          feed_.floats(table, arrays.rows.shape(0), prepared, arrays.similarity, arrays.huge);
+    }
+    return to_numpy(unbounded);
   }
 
   // Products [N, M], bfloat16 as its bits or float32, or the transpose of float32 [M, N] in memory.
@@ -125,36 +127,11 @@ class TopkScan {
                      const std::optional<Array<float>>& scale,
                      const std::optional<Array<float>>& half, const Array<float>& error,
                      float relative) {
-    need(products.ndim() == 2 && products.shape(0) >= rows && products.shape(1) == heap_.queries(),
-         "products: expected [rows, queries]");
     const auto own = epilogue_of(scale, half, rows);
-    const int64_t size = products.itemsize();
-    const int64_t by_row = products.strides(0) / size, by_query = products.strides(1) / size;
-    const bool is_float = py::isinstance<py::array_t<float>>(products);
-    need(is_float || py::isinstance<py::array_t<uint16_t>>(products),
-         "products: expected float32 or the bits of bfloat16");
-    const void* const values = products.data();
-    if (by_query == 1 || heap_.queries() == 1) {
-      const auto scan = [&](const auto* typed) {
-        if (std::exchange(first_block_, false) && heap_.queries() >= kManyQueries)
-          raise_by_rows(typed, by_row, own, rows, error, relative);
-        run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-          r2ec::scan_products(typed, by_row, own, start, first, last, sink);
-        });
-      };
-      if (is_float)
-        scan(static_cast<const float*>(values));
-      else
-        scan(static_cast<const r2ec::Bfloat16*>(values));
-    } else {
-      need(is_float && by_row == 1, "products: expected rows or queries side by side");
-      const auto* const typed = static_cast<const float*>(values);
-      if (std::exchange(first_block_, false) && !own.scale && !own.half)
-        raise_by_columns(typed, by_query, rows, error, relative);
-      run(rows, error, relative, [&](int64_t first, int64_t last, const r2ec::ScanSink& sink) {
-        r2ec::scan_product_columns(typed, by_query, own, start, first, last, sink);
-      });
-    }
+    const ProductBlock block(products, rows, heap_.queries());
+    const float* const bound = of_queries(error);
+    py::gil_scoped_release release;
+    feed_.products(block, own, start, bound, relative);
   }
 
   // (rows int64 [M, most], -1 behind the last; failed bool [M]; how many scores were accepted).
@@ -162,67 +139,26 @@ class TopkScan {
     r2ec::TopkHeap::Result result;
     {
       py::gil_scoped_release release;
-      result = heap_.begin_result();
-      in_parallel(heap_.queries(), heap_.workers(),
-                  [&](int64_t, int64_t query) { heap_.finish(query, result); });
+      result = finished(heap_);
     }
-    size_t most = 0;
-    for (const auto& rows : result.rows) most = std::max(most, rows.size());
     const auto queries = static_cast<py::ssize_t>(result.rows.size());
-    Array<int64_t> rows({queries, static_cast<py::ssize_t>(most)});
+    Array<int64_t> rows({queries, static_cast<py::ssize_t>(most_rows(result))});
+    write_rows(result, rows.mutable_data());
     Array<bool> failed(queries);
-    for (py::ssize_t q = 0; q < queries; ++q) {
-      int64_t* const out = rows.mutable_data() + q * static_cast<py::ssize_t>(most);
-      std::fill(std::copy(result.rows[q].begin(), result.rows[q].end(), out), out + most, -1);
-      failed.mutable_data()[q] = result.failed[q] != 0;
-    }
+    std::copy(result.failed.begin(), result.failed.end(), failed.mutable_data());
     return py::make_tuple(rows, failed, result.accepted);
   }
 
  private:
-  static constexpr int64_t kManyQueries = 8;  // fewer fill no vector: a row's maxima cost too much
-
-  template <typename T>
-  void raise_by_rows(const T* products, int64_t stride, r2ec::Epilogue epilogue, int64_t rows,
-                     const Array<float>& error, float relative) {
+  const float* of_queries(const Array<float>& error) const {
     need(error.size() == heap_.queries(), "error: expected one for each query");
-    const float* const bound = error.data();
-    py::gil_scoped_release release;
-    r2ec::FirstThresholds first(heap_, *kernels_, rows, true, relative);
-    in_parallel(first.groups(), heap_.workers(), [&](int64_t, int64_t group) {
-      first.add(group, products, stride, epilogue);
-    });
-    if (first.groups())
-      in_parallel(heap_.queries(), heap_.workers(),
-                  [&](int64_t, int64_t query) { first.raise(query, bound[query]); });
-  }
-
-  void raise_by_columns(const float* products, int64_t stride, int64_t rows,
-                        const Array<float>& error, float relative) {
-    need(error.size() == heap_.queries(), "error: expected one for each query");
-    const float* const bound = error.data();
-    py::gil_scoped_release release;
-    r2ec::FirstThresholds first(heap_, *kernels_, rows, false, relative);
-    if (!first.groups()) return;
-    in_parallel(heap_.queries(), heap_.workers(), [&](int64_t, int64_t query) {
-      first.raise_from(query, bound[query], products + query * stride);
-    });
-  }
-
-  template <typename Scan>
-  void run(int64_t rows, const Array<float>& error, float relative, const Scan& scan) {
-    need(error.size() == heap_.queries(), "error: expected one for each query");
-    const float* const bound = error.data();
-    py::gil_scoped_release release;
-    by_pieces(rows, heap_.workers(), [&](int64_t worker, int64_t first, int64_t last) {
-      scan(first, last, r2ec::ScanSink{heap_, *kernels_, worker, bound, relative});
-    });
+    return error.data();
   }
 
   Array<int64_t> excluded_;
   r2ec::TopkHeap heap_;
-  const r2ec::TileKernels* kernels_;
-  bool first_block_ = true;
+  const r2ec::TileKernels& kernels_;
+  HeapFeed feed_;
 };
 
 // Canonical scores float32 [P] of the pairs (query[i], row[i]).
@@ -261,32 +197,14 @@ Array<int64_t> best_keys(const ScoringArrays& arrays, const std::optional<Array<
   need(candidates.ndim() == 2 && candidates.shape(0) == num_queries,
        "candidates: expected [queries, n]");
   const int64_t* const id = optional_rows(ids, arrays.rows.shape(0), "ids: too short");
-  const int64_t width = candidates.shape(1);
   for (int64_t i = 0; i < candidates.size(); ++i) arrays.check_row(candidates.data()[i]);
   Array<int64_t> keys({num_queries, k});
   int64_t* const out = keys.mutable_data();
-  const int64_t* const from = candidates.data();
   const auto view = arrays.view();
   {
     py::gil_scoped_release release;
-    std::vector<int64_t> all(num_queries * width, r2ec::kNoKey);
-    constexpr int64_t kPairs = 16;  // taken at a time
-    const int64_t pieces = (num_queries * width + kPairs - 1) / kPairs;
-    in_parallel(pieces, threads, [&](int64_t, int64_t piece) {
-      r2ec::Scorer scorer(view);
-      const int64_t end = std::min(num_queries * width, (piece + 1) * kPairs);
-      for (int64_t i = piece * kPairs; i < end; ++i) {
-        const int64_t row = from[i];
-        if (i + 1 < end && from[i + 1] >= 0) scorer.ask_for(from[i + 1]);
-        if (row >= 0) all[i] = r2ec::order_key(scorer.score(i / width, row), id ? id[row] : row);
-      }
-    });
-    in_parallel(num_queries, threads, [&](int64_t, int64_t q) {
-      int64_t* const own = all.data() + q * width;
-      const int64_t kept = std::min(k, width);
-      std::partial_sort(own, own + kept, own + width, std::greater<int64_t>());
-      std::fill(std::copy(own, own + kept, out + q * k), out + (q + 1) * k, r2ec::kNoKey);
-    });
+    write_best_keys(view, id, {candidates.data(), num_queries, candidates.shape(1)}, k, threads,
+                    out);
   }
   return keys;
 }
@@ -370,4 +288,15 @@ PYBIND11_MODULE(_native, module) {
            py::arg("rows"), py::arg("scale").none(true), py::arg("half").none(true),
            py::arg("error"), py::arg("relative"))
       .def("finish", &TopkScan::finish);
+  py::class_<RowSearch>(module, "RowSearch")
+      .def(py::init<py::array_t<float>, Array<float>, const std::string&, double, double, int64_t,
+                    int64_t, std::optional<Array<int64_t>>, std::optional<Array<int64_t>>, int64_t,
+                    const std::string&>(),
+           py::arg("rows"), py::arg("queries"), py::arg("similarity"), py::arg("temperature"),
+           py::arg("huge"), py::arg("k"), py::arg("limit"), py::arg("excluded").none(true),
+           py::arg("offsets").none(true), py::arg("threads"), py::arg("cpu"))
+      .def_property_readonly("bounded", &RowSearch::bounded)
+      .def("scan", &RowSearch::scan)
+      .def("add", &RowSearch::add, py::arg("products"), py::arg("start"), py::arg("norms"))
+      .def("finish", &RowSearch::finish, py::arg("ids").none(true));
 }

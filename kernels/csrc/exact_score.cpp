@@ -7,13 +7,23 @@
 
 namespace r2ec {
 
+namespace {
+constexpr int64_t kMaxItems = 4294967295;  // 2^32 - 1
+}
+
 int64_t order_key(float score, int64_t id) {
   if (std::isnan(score)) return kNoKey;
-  constexpr int64_t kMaxItems = 4294967295;  // 2^32 - 1
   int32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
   const int64_t ordered = bits < 0 ? bits ^ 0x7fffffff : bits;
   return ordered * (kMaxItems + 1) + (kMaxItems - id);
+}
+
+void from_order_key(int64_t key, float& score, int64_t& id) {
+  const auto ordered = static_cast<int32_t>(key >> 32);
+  const int32_t bits = ordered < 0 ? ordered ^ 0x7fffffff : ordered;
+  id = kMaxItems - (key & kMaxItems);
+  std::memcpy(&score, &bits, sizeof score);
 }
 
 namespace {
@@ -71,17 +81,17 @@ float Scorer::score(int64_t query, int64_t row) {
   const int64_t columns = scoring_.table.columns;
   const double* const q = scoring_.queries + query * columns;
   const float* const x = scoring_.table.rows + row * scoring_.table.stride;
-  const Float64Sums sums = scoring_.sums(q, x, columns);
   // above what two orders of summing the same terms differ by, relative to the sum of their sizes
   const double unit = 2.5 * static_cast<double>(columns + 4) * kUnit;
   const double temperature = scoring_.temperature, norm = scoring_.query_norms[query];
   float score;
   bool sure = false;
   if (scoring_.similarity == Similarity::kL2) {
-    const double error = unit * sums.distance;
-    sure = rounded(-std::sqrt(sums.distance + error), -std::sqrt(sums.distance - error),
-                   temperature, score);
+    const double distance = scoring_.sums.distance(q, x, columns), error = unit * distance;
+    sure =
+        rounded(-std::sqrt(distance + error), -std::sqrt(distance - error), temperature, score);
   } else {
+    const Float64Sums sums = scoring_.sums.products(q, x, columns);
     const double scale = norm * std::sqrt(sums.square);
     if (scoring_.similarity == Similarity::kDot) {
       const double error = unit * scale;

@@ -10,7 +10,7 @@
 // bound round to the same float32 number, that is the score, and only else the fixed order decides.
 // Compiled without contraction: a fused multiply-add would skip a rounding of the fixed order.
 //
-// Work: 6 * D operations and 4 * D bytes of a row for each pair.
+// Work: 4 * D operations (l2: 3 * D) and 4 * D bytes of a row for each pair.
 #pragma once
 
 #include <cstdint>
@@ -58,5 +58,7 @@ constexpr int64_t kNoKey = INT64_MIN;  // of no item: below every item's key
 // The integer by which results are ordered, descending: score first, then the lower id. kNoKey for
 // NaN, which cannot be compared.
 int64_t order_key(float score, int64_t id);
+// The score and the id of an item's key.
+void from_order_key(int64_t key, float& score, int64_t& id);
 
 }  // namespace r2ec

@@ -32,6 +32,41 @@ inline uint32_t bounded_rows(const CodeTable& table, int64_t row, int64_t count)
   return allowed;
 }
 
+// Error of a raw score relative to its size, where a product has errors of `terms` * 2^-24: canonical
+// rounding, the norm and its reciprocal (cosine) or its square (l2) included.
+inline double error_unit(Similarity similarity, double terms) {
+  constexpr double kSafety = 1.01;  // second-order terms and float32 norms
+  const double all = similarity == Similarity::kCosine ? 1.5 * terms + 12.0 : terms + 10.0;
+  return kSafety * all * 0x1p-24;
+}
+
+// An upper bound of rows' norms, of which `largest` is the largest in float32: squares below
+// float32's normal range may be lost from a norm.
+inline double norm_bound(double largest, int64_t columns) {
+  return largest * 1.001 + std::sqrt(static_cast<double>(columns)) * 0x1p-62;
+}
+
+// Bound of the raw scores' errors of a query, for rows of at most `row_norm`. AMX tiles flush parts
+// and sums below the normal range to 0, not only products: twice the floor.
+inline double score_error(Similarity similarity, double unit, double query_norm, double row_norm,
+                          double floor) {
+  const double size = similarity == Similarity::kCosine ? query_norm
+                      : similarity == Similarity::kL2
+                          ? (query_norm + row_norm) * (query_norm + row_norm)
+                          : query_norm * row_norm;
+  return (unit * size + 2.0 * floor) * (1 + 0x1p-20);
+}
+
+// Whether float32 holds a row's norm, so that its score has a bound.
+inline bool is_bounded(const FloatTable& table, Similarity similarity, double huge, int64_t row,
+                       double norm) {
+  if (similarity == Similarity::kCosine && norm < 1.0 / huge) {
+    const float* const values = table.rows + row * table.stride;
+    return std::all_of(values, values + table.columns, [](float x) { return x == 0.0f; });
+  }
+  return norm <= huge;  // false for NaN
+}
+
 // A group of float32 rows.
 class FloatGroup {
  public:
@@ -43,7 +78,6 @@ class FloatGroup {
         huge_(huge),
         kernels_(kernels),
         error_unit_(error_unit(similarity, queries.operand.error_terms)),
-        norm_slack_(std::sqrt(static_cast<double>(table.columns)) * 0x1p-62),
         products_(queries.operand.num_queries * kGroup) {}
 
   // Rows without a bound are appended to `unbounded`.
@@ -57,14 +91,14 @@ class FloatGroup {
       const double norm = std::sqrt(static_cast<double>(squares[i]));
       scale_[i] = norm > 0.0 ? static_cast<float>(1.0 / norm) : 0.0f;
       half_[i] = 0.5f * squares[i];
-      if (is_bounded(row + i, norm)) {
+      if (is_bounded(table_, similarity_, huge_, row + i, norm)) {
         largest_ = std::max(largest_, norm);
         allowed_ |= 1u << i;
       } else {
         unbounded.push_back(row + i);
       }
     }
-    largest_ = largest_ * 1.001 + norm_slack_;
+    largest_ = norm_bound(largest_, table_.columns);
   }
 
   float* products(int64_t query) { return products_.data() + query * kGroup; }
@@ -74,39 +108,18 @@ class FloatGroup {
   }
   uint32_t allowed() const { return allowed_; }  // bits of bounded rows
 
-  // Bound of the raw scores' errors. AMX tiles flush parts and sums below the normal range to 0,
-  // not only products: twice the floor.
   double error(int64_t query) const {
-    const double norm = queries_.norm[query];
-    const double size = similarity_ == Similarity::kCosine ? norm
-                        : similarity_ == Similarity::kL2   ? (norm + largest_) * (norm + largest_)
-                                                           : norm * largest_;
-    return (error_unit_ * size + 2.0 * queries_.floor[query]) * (1 + 0x1p-20);
+    return score_error(similarity_, error_unit_, queries_.norm[query], largest_,
+                       queries_.floor[query]);
   }
 
  private:
-  // Canonical rounding, the norm and its reciprocal (cosine) or its square (l2) included.
-  static double error_unit(Similarity similarity, double terms) {
-    constexpr double kSafety = 1.01;  // second-order terms and float32 norms
-    const double all = similarity == Similarity::kCosine ? 1.5 * terms + 12.0 : terms + 10.0;
-    return kSafety * all * 0x1p-24;
-  }
-
-  bool is_bounded(int64_t row, double norm) const {
-    if (similarity_ == Similarity::kCosine && norm < 1.0 / huge_) {
-      const float* const values = table_.rows + row * table_.stride;
-      return std::all_of(values, values + table_.columns, [](float x) { return x == 0.0f; });
-    }
-    return norm <= huge_;  // false for NaN
-  }
-
   const FloatTable& table_;
   const FloatQueries& queries_;
   const Similarity similarity_;
   const double huge_;
   const TileKernels& kernels_;
   const double error_unit_;
-  const double norm_slack_;      // squares below float32's normal range may be lost from a norm
   std::vector<float> products_;  // [queries, kGroup]
   float scale_[kGroup], half_[kGroup];
   uint32_t allowed_ = 0;

@@ -10,47 +10,62 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 
-inline __attribute__((always_inline)) Float64Sums sums(const double* query, const float* row,
-                                                       int64_t columns) {
-  double dot[kLanes] = {}, square[kLanes] = {}, distance[kLanes] = {};
+// The lanes' sum: halves are added, so that compilers add vectors to the last.
+inline __attribute__((always_inline)) double total(double* lanes) {
+  for (int64_t width = kLanes / 2; width; width /= 2)
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+inline __attribute__((always_inline)) Float64Sums products_of(const double* query, const float* row,
+                                                              int64_t columns) {
+  double dot[kLanes] = {}, square[kLanes] = {};
   int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double q = query[c + lane], x = static_cast<double>(row[c + lane]), gap = q - x;
-      dot[lane] += q * x;
+      const double x = static_cast<double>(row[c + lane]);
+      dot[lane] += query[c + lane] * x;
       square[lane] += x * x;
+    }
+  for (int64_t lane = 0; c < columns; ++c, ++lane) {
+    const double x = static_cast<double>(row[c]);
+    dot[lane] += query[c] * x;
+    square[lane] += x * x;
+  }
+  return {total(dot), total(square)};
+}
+
+inline __attribute__((always_inline)) double distance_of(const double* query, const float* row,
+                                                         int64_t columns) {
+  double distance[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double gap = query[c + lane] - static_cast<double>(row[c + lane]);
       distance[lane] += gap * gap;
     }
   for (int64_t lane = 0; c < columns; ++c, ++lane) {
-    const double q = query[c], x = static_cast<double>(row[c]), gap = q - x;
-    dot[lane] += q * x;
-    square[lane] += x * x;
+    const double gap = query[c] - static_cast<double>(row[c]);
     distance[lane] += gap * gap;
   }
-  Float64Sums total = {};
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    total.dot += dot[lane];
-    total.square += square[lane];
-    total.distance += distance[lane];
-  }
-  return total;
+  return total(distance);
 }
 
-Float64Sums portable(const double* query, const float* row, int64_t columns) {
-  return sums(query, row, columns);
-}
+#define R2EC_FLOAT64_SUMMER(name, attributes)                                                   \
+  attributes Float64Sums name##_products(const double* query, const float* row, int64_t n) {    \
+    return products_of(query, row, n);                                                          \
+  }                                                                                             \
+  attributes double name##_distance(const double* query, const float* row, int64_t n) {         \
+    return distance_of(query, row, n);                                                          \
+  }                                                                                             \
+  constexpr Float64Summer name = {name##_products, name##_distance};
 
+R2EC_FLOAT64_SUMMER(portable, )
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) Float64Sums avx2(const double* query, const float* row,
-                                                     int64_t columns) {
-  return sums(query, row, columns);
-}
-
-__attribute__((target("avx512f,avx2,fma"))) Float64Sums avx512(const double* query,
-                                                               const float* row, int64_t columns) {
-  return sums(query, row, columns);
-}
+R2EC_FLOAT64_SUMMER(avx2, __attribute__((target("avx2,fma"))))
+R2EC_FLOAT64_SUMMER(avx512, __attribute__((target("avx512f,avx2,fma,prefer-vector-width=512"))))
 #endif
+#undef R2EC_FLOAT64_SUMMER
 
 }  // namespace
 

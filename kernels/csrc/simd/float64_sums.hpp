@@ -11,12 +11,14 @@
 namespace r2ec {
 
 struct Float64Sums {
-  double dot;       // query . row
-  double square;    // |row|^2
-  double distance;  // |query - row|^2
+  double dot;     // query . row
+  double square;  // |row|^2
 };
 
-using Float64Summer = Float64Sums (*)(const double* query, const float* row, int64_t columns);
+struct Float64Summer {
+  Float64Sums (*products)(const double* query, const float* row, int64_t columns);
+  double (*distance)(const double* query, const float* row, int64_t columns);  // |query - row|^2
+};
 
 // By the name of a CPU's kernels (tiles.hpp); AMX has those of AVX-512.
 Float64Summer float64_summer(const char* cpu);

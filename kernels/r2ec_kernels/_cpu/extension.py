@@ -143,6 +143,23 @@ class Collector:
         return torch.from_numpy(rows), torch.from_numpy(failed), met
 
 
+def row_search(
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    similarity: str,
+    temperature: float,
+    k: int,
+    limit: int,
+    excluded: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+) -> Any:
+    """The compiled half of ``_scan.row_search.search``, for rows that it ``reads``."""
+    arrays = map(_array, (rows, queries))
+    settings = similarity, temperature, HUGE, k, limit
+    left_out = map(_array, (excluded, offsets))
+    return _native.RowSearch(*arrays, *settings, *left_out, torch.get_num_threads(), _cpu)
+
+
 def reads(rows: torch.Tensor) -> bool:
     """Whether rows [N, d] are of the kind that compiled code reads."""
     side_by_side = rows.shape[-1] == 1 or rows.stride(-1) == 1

@@ -122,6 +122,11 @@ def float32_unit(d: int, similarity: str) -> float:
     return _SAFETY * terms * UNIT
 
 
+def narrow_products(device: torch.device) -> bool:
+    """Whether the user allows TF32 or bfloat16 inside float32 products."""
+    return _product_unit(device) > 0
+
+
 def _product_unit(device: torch.device) -> float:
     """Extra relative error of float32 products where the user allows TF32 or bfloat16 inside."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 _SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's cache
 _REPEATS = 3
-_HOPELESS = 3.0  # times the best on a small sample: not tried on a large one
+_FEW = 1024  # rows of a small sample: enough to outweigh what any call costs
+_HOPELESS = 8.0  # times the best on a small sample: not tried on a large one
 
 _timings: dict[tuple, dict[str, float]] = {}
 _lock = threading.Lock()
@@ -48,7 +49,7 @@ def seconds_per_row(
 
 
 def _measure(runs: dict[str, Callable[[int], int]], rows: int, row_bytes: int) -> dict[str, float]:
-    small = {name: _seconds_per_row(run, min(rows, 128)) for name, run in runs.items()}
+    small = {name: _seconds_per_row(run, min(rows, _FEW)) for name, run in runs.items()}
     limit = _HOPELESS * min(small.values())
     sample = min(rows, _SAMPLE_BYTES // row_bytes)
     return {name: _seconds_per_row(runs[name], sample) for name in runs if small[name] <= limit}

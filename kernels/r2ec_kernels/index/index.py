@@ -17,8 +17,8 @@ from .._exact.included import Include, as_include
 from ..rank.api import TargetStats
 from ..rank.impl.torch import certified_stats
 from ..topk.api import TopK, check_search
-from ..topk.impl.common import SearchStats, certified_topk
-from . import files
+from ..topk.impl.common import SearchStats
+from . import cpu, files
 from .locks import SharedLock
 from .scans import SCANS, ScanChoice, copy_kinds
 from .selection import live_ids, selected
@@ -164,12 +164,8 @@ class ItemIndex:
             kind = self._scans.device_kind()
             settings = queries, k, self.temperature
             return search_storage(self._storage, kind, *settings, exclude, include)
-        table, excluded, _ = selected(self._storage, exclude, include, queries.shape[0])
-        query = prepare_queries(queries, self.similarity, self.temperature)
-        product, scans = self._scans.of_search(query, table, k)
-        scores, ids, stats = certified_topk(table, scans, query, k, excluded)
-        self._scans.observe(product, stats)
-        return scores, ids, lambda: stats
+        settings = queries, k, self.temperature
+        return cpu.search_storage(self._storage, self._scans, *settings, exclude, include)
 
     def target_stats(
         self,

@@ -5,6 +5,7 @@ one, as measured (``autoselect``), with the rows themselves behind it. Log-proba
 the scan by its rounding, so the scan of ``target_stats`` follows from the numbers alone.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .._cpu import extension
-from .._exact.bounds import Queries
+from .._exact.bounds import Queries, prepare_queries
 from .._exact.table import Table
 from .._scan.blocks import GROUP, CoarseScan
 from .._scan.float32 import Float32Scan, block_rows
@@ -28,8 +29,12 @@ from .storage import Storage
 SCANS = ("auto", "none", "fp16", "bf16", "int8")
 _PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
 _UNFIT_SHARE = 1 / 8  # of a search's queries
+_DECISIONS = 256  # kept at once
+_BOOKKEEPING = 3e-4  # seconds of a certified search around its products, and of no row search
 _RESCORING = 1.2e-9  # seconds for a column of a row that is kept and rescored, on one core
 _LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
+
+_Way = tuple[str, Product[Any, Any] | None]  # a copy and its product; ("none", None): the rows
 
 
 def copy_kinds(scan: str, device: torch.device) -> tuple[str, ...]:
@@ -55,6 +60,8 @@ class ScanChoice:
         self._kinds = storage.kinds  # to search with; the storage may keep a "fine" copy beside
         self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
         self._candidates: dict[str, float] = {}  # of a result, by product, as searches found them
+        self._row_searches = self._row_failures = 0  # asked for, and those that could not tell
+        self._rows_fastest: dict[tuple, bool] = {}  # by size, batch class and k
 
     def of_search(
         self, query: Queries, table: Table, k: int
@@ -75,6 +82,29 @@ class ScanChoice:
             return self._code_scan(query, kind, product, _PACKED_ROWS)
 
         return product.name, [codes, rows]
+
+    def rows_are_fastest(self, queries: torch.Tensor, k: int, temperature: float) -> bool:
+        """Whether to search the rows by ``row_search``, which spares a certified search's
+        bookkeeping but reads all of them."""
+        often_fails = self._row_failures > max(_UNFIT_SHARE * self._row_searches, 2)
+        if often_fails or self.scan not in ("auto", "none"):
+            return False
+        key = self._storage.size, batch_class(len(queries)), k, _machine(), self._unfit
+        fastest = self._rows_fastest.get(key)
+        if fastest is None:
+            query = prepare_queries(queries, self._storage.similarity, temperature)
+            seconds = self._seconds(self._products(len(queries)), query, k)
+            rows = seconds.pop("float32", math.inf) - _BOOKKEEPING
+            fastest = rows <= min(seconds.values(), default=math.inf)
+            if len(self._rows_fastest) >= _DECISIONS:
+                self._rows_fastest.clear()
+            self._rows_fastest[key] = fastest
+        return fastest
+
+    def searched_rows(self, could_tell: bool) -> None:
+        """Remember whether a search of the rows alone gave the results."""
+        self._row_searches += 1
+        self._row_failures += not could_tell
 
     def observe(self, name: str, stats: SearchStats) -> None:
         """Remember how many rows a product left to rescore, and take one out of the choice that
@@ -140,37 +170,61 @@ class ScanChoice:
             storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
         )
 
-    def _product(self, query: Queries, k: int) -> tuple[str, Product[Any, Any] | None]:
-        """The copy and the product a search of this batch for k rows scans; ("none", None): the
-        rows."""
-        storage, batch = self._storage, query.scaled.shape[0]
-        runs: dict[str, Callable[[], Callable[[int], int]]] = {}
-        products: dict[str, tuple[str, Product[Any, Any] | None]] = {}
+    def _product(self, query: Queries, k: int) -> _Way:
+        """The copy and the product a search of this batch for k rows scans."""
+        products = self._products(query.scaled.shape[0])
+        seconds = self._seconds(products, query, k)
+        return products[min(seconds, key=seconds.__getitem__)]
+
+    def _products(self, batch: int) -> dict[str, _Way]:
+        """The products that a search of ``batch`` queries can use, by name."""
+        found: dict[str, _Way] = {}
         for kind in self._kinds:
-            codes = storage.codes(kind)
+            codes = self._storage.codes(kind)
             for product in PRODUCTS[kind]:
                 if product.supports(codes, batch) and product.name not in self._unfit:
-                    products[product.name] = (kind, product)
-                    runs[product.name] = partial(measured_run, product, codes, query)
+                    found[product.name] = (kind, product)
         if self.scan in ("auto", "none"):
-            products["float32"] = ("none", None)
-            runs["float32"] = partial(_measured_rows, storage.live("rows"), query)
-        machine = (extension.cpu_kind(), torch.get_num_threads())
-        dtype, width = storage.fields["rows"].dtype, storage.width
-        key = (self.scan, dtype, storage.device, width, batch_class(batch), machine, self._unfit)
-        times = seconds_per_row(key, runs, storage.size, 4 * width)
-        pair = _RESCORING * width / torch.get_num_threads()
+            found["float32"] = ("none", None)
+        return found
 
-        def seconds(name: str) -> float:
+    def _seconds(self, products: dict[str, _Way], query: Queries, k: int) -> dict[str, float]:
+        """What the products of a search and the scores of its candidates take, without those
+        products that are far too slow."""
+        storage, batch = self._storage, query.scaled.shape[0]
+        runs: dict[str, Callable[[], Callable[[int], int]]] = {}
+        for name, (kind, product) in products.items():
+            if product is None:
+                runs[name] = partial(_measured_rows, storage.live("rows"), query)
+            else:
+                runs[name] = partial(measured_run, product, storage.codes(kind), query)
+        dtype, width = storage.fields["rows"].dtype, storage.width
+        key = (self.scan, dtype, storage.device, width, batch_class(batch), _machine(), self._unfit)
+        pair = _RESCORING * width / torch.get_num_threads()
+        seconds = {}
+        for name, of_row in seconds_per_row(key, runs, storage.size, 4 * width).items():
             product = products[name][1]
             usual = 1.0 if product is None else product.candidates
             candidates = self._candidates.get(name, usual) * batch * min(k, storage.size)
-            return times[name] * storage.size + pair * candidates
+            seconds[name] = of_row * storage.size + pair * candidates
+        return seconds
 
-        return products[min(times, key=seconds)]
+
+def _machine() -> tuple[str | None, int]:
+    """What a measurement depends on beside its arguments."""
+    return extension.cpu_kind(), torch.get_num_threads()
 
 
 def _measured_rows(rows: torch.Tensor, query: Queries) -> Callable[[int], int]:
     """As ``products.measured_run``, for the float32 product of the rows themselves."""
+    batch = len(query.scaled)
+    if extension.fits(rows, batch):
+
+        def run(count: int) -> int:
+            nothing = torch.empty(0, dtype=torch.int64)
+            extension.Collector(batch, 1, batch, nothing).add_rows(rows[:count], query)
+            return min(count, len(rows))
+
+        return run
     operand = query.scaled.T.contiguous()
     return lambda count: len(torch.mm(rows[:count].float(), operand))

@@ -27,6 +27,18 @@ def live_ids(storage: Storage, name: str, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
+def excluded_rows(
+    storage: Storage, exclude: TensorExclude, batch: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``exclude`` as ``row_search.search`` takes it: rows of the storage, -1 for ids that were
+    removed, and where each query's begin."""
+    if exclude is None:
+        return None, None
+    place = storage.place
+    ids, offsets = normalize_exclude(exclude, batch, place.numel(), place.device)
+    return place[ids], offsets
+
+
 def selected(
     storage: Storage,
     exclude: TensorExclude,
