@@ -26,18 +26,16 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from r2ec_fast.commands import (
-    diagnose,
-    evaluate,
-    index,
-    prepare,
-    quickstart,
-    reasonings,
-    recommend,
-    report,
-    serve,
-    train,
-)
+from r2ec_fast.commands.diagnose import diagnose
+from r2ec_fast.commands.evaluate import evaluate
+from r2ec_fast.commands.index import index
+from r2ec_fast.commands.prepare import prepare
+from r2ec_fast.commands.quickstart import quickstart
+from r2ec_fast.commands.reasonings import reasonings
+from r2ec_fast.commands.recommend import recommend
+from r2ec_fast.commands.report import report
+from r2ec_fast.commands.serve import serve
+from r2ec_fast.commands.train import train
 from r2ec_fast.utils.id_lists import load_with_text_ids, split_ids
 from r2ec_fast.utils.signals import RunStopped
 

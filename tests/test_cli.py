@@ -346,7 +346,7 @@ def test_errors_are_one_line_unless_asked_for(folder, capsys, monkeypatch):
 
 def test_the_module_runs_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "r2ec_fast.cli", "recommend", "--model", "m"],
+        [sys.executable, "-m", "r2ec_fast", "recommend", "--model", "m"],
         capture_output=True,
         text=True,
     )

@@ -10,7 +10,7 @@ import torch
 from _support.toy import toy_model
 from test_cli import error_line, run
 
-from r2ec_fast import commands
+from r2ec_fast.commands.recommend import recommend
 from r2ec_fast.data import Catalog, IdMap, RecDataset, load_interactions, make_splits
 
 
@@ -27,7 +27,7 @@ def taken(monkeypatch):
         parser = cli.build_parser
 
         def built():
-            cli.FUNCTIONS["recommend"] = commands.recommend
+            cli.FUNCTIONS["recommend"] = recommend
             try:
                 return parser()
             finally:

@@ -1,4 +1,4 @@
-"""The command `r2ec-fast evaluate`; its docstring is the help of its settings."""
+"""`r2ec-fast evaluate`; its docstring is the help of its settings."""
 
 from __future__ import annotations
 
