@@ -102,11 +102,11 @@ const ENDS = { direct: "none", answer: "by itself", eos: "end of text", length: 
 /** Latency by stage, tokens and versions, a column for each answer: [[title, answer], ...]. */
 export function measurements(answers) {
   const rows = [
-    ["Waiting, ms", ({ timing }) => milliseconds(timing.queue_ms)],
-    ["Prompt, ms", ({ timing }) => milliseconds(timing.prompt_ms)],
-    ["Reasoning, ms", ({ timing }) => milliseconds(timing.reasoning_ms)],
-    ["Search, ms", ({ timing }) => milliseconds(timing.search_ms)],
-    ["Total, ms", ({ timing }) => milliseconds(timing.total_ms)],
+    ["Waiting (ms)", ({ timing }) => milliseconds(timing.queue_ms)],
+    ["Prompt (ms)", ({ timing }) => milliseconds(timing.prompt_ms)],
+    ["Reasoning (ms)", ({ timing }) => milliseconds(timing.reasoning_ms)],
+    ["Search (ms)", ({ timing }) => milliseconds(timing.search_ms)],
+    ["Total (ms)", ({ timing }) => milliseconds(timing.total_ms)],
     ["Prompt tokens", ({ usage }) => String(usage.prompt_tokens)],
     ["Reasoning tokens", ({ usage }) => String(usage.completion_tokens)],
     ["Reasoning ended", (answer) => ENDS[answer.finish_reason] ?? answer.finish_reason],
