@@ -68,7 +68,7 @@ void TopkHeap::finish(int64_t query, Result& result) {
 std::vector<int64_t> TopkHeap::excluded_counts() const {
   std::vector<int64_t> counts(queries_, 0);
   for (const int64_t* pair = excluded_first_; pair != excluded_last_; ++pair)
-    ++counts[*pair % queries_];
+    if (*pair >= 0) ++counts[*pair % queries_];
   return counts;
 }
 

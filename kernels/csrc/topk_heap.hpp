@@ -32,7 +32,8 @@ struct Candidate {
 class TopkHeap {
  public:
   // limit: candidates of a query and worker beyond which the query is given up, since too many rows
-  // tie. excluded: sorted row * queries + query of pairs that are not wanted; must outlive this.
+  // tie. excluded: sorted row * queries + query of pairs that are not wanted, negative for none;
+  // must outlive this.
   TopkHeap(int64_t queries, int64_t k, int64_t limit, int64_t workers, const int64_t* excluded,
            int64_t num_excluded);
 

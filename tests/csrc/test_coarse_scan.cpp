@@ -78,7 +78,7 @@ TEST(first_thresholds_are_close_and_never_too_high) {
           for (int64_t row = 0; row < kRows; ++row) sorted[q].push_back({-at(row, q), row});
           std::sort(sorted[q].begin(), sorted[q].end());
         }
-        std::vector<int64_t> excluded;  // the ten best of query 2
+        std::vector<int64_t> excluded = {-9, -1};  // no pairs; and the ten best of query 2
         for (int64_t i = 0; leaves_out && i < 10; ++i)
           excluded.push_back(sorted[2][i].second * kQueries + 2);
         if (leaves_out) sorted[2].erase(sorted[2].begin(), sorted[2].begin() + 10);

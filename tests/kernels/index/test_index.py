@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from _support.search_cases import KINDS, SIMILARITIES, make, make_exclude
+from _support.search_cases import KINDS, SIMILARITIES, assert_same, make, make_exclude
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
 
@@ -105,6 +105,18 @@ def test_target_stats_after_removals():
     assert torch.equal(got.rank, want.rank)
     with pytest.raises(ValueError, match="targets: expected ids in the index, got 3"):
         index.target_stats(problem.queries, torch.tensor([1, 2, 3, 4, 5]))
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_many_queries_may_exclude_what_was_removed(scan):
+    generator = torch.Generator().manual_seed(6)
+    index = ItemIndex(torch.randn(2000, 40, generator=generator), scan=scan)
+    queries = torch.randn(20, 40, generator=generator)
+    best = index.search(queries, 2).indices
+    removed = best[:, 0].unique()
+    index.remove(removed)
+    want = index.search(queries, 5)
+    assert_same(index.search(queries, 5, exclude=removed.expand(20, -1)), want)
 
 
 def test_last_search_tells_what_happened():
