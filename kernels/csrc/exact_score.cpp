@@ -88,8 +88,7 @@ float Scorer::score(int64_t query, int64_t row) {
   bool sure = false;
   if (scoring_.similarity == Similarity::kL2) {
     const double distance = scoring_.sums.distance(q, x, columns), error = unit * distance;
-    sure =
-        rounded(-std::sqrt(distance + error), -std::sqrt(distance - error), temperature, score);
+    sure = rounded(-std::sqrt(distance + error), -std::sqrt(distance - error), temperature, score);
   } else {
     const Float64Sums sums = scoring_.sums.products(q, x, columns);
     const double scale = norm * std::sqrt(sums.square);

@@ -1,8 +1,8 @@
 // A threshold for every query before a top-k scan keeps its first row.
 //
-// In: the first block of products, some thousand rows. Out: in a TopkHeap, thresholds close to those
-// that the whole block will leave, so that it keeps little more than k rows of the block for each
-// query, instead of k (1 + ln(rows / k)) that come and go.
+// In: the first block of products, some thousand rows. Out: in a TopkHeap, thresholds close to
+// those that the whole block will leave, so that it keeps little more than k rows of the block for
+// each query, instead of k (1 + ln(rows / k)) that come and go.
 //
 //   rows     [ group 0 | group 1 | group 2 | ... ]     the largest lower bound of each group;
 //   maxima       .9        .2        .7                the k-th largest of these, at most the

@@ -32,8 +32,8 @@ inline uint32_t bounded_rows(const CodeTable& table, int64_t row, int64_t count)
   return allowed;
 }
 
-// Error of a raw score relative to its size, where a product has errors of `terms` * 2^-24: canonical
-// rounding, the norm and its reciprocal (cosine) or its square (l2) included.
+// Error of a raw score relative to its size, where a product has errors of `terms` * 2^-24:
+// canonical rounding, the norm and its reciprocal (cosine) or its square (l2) included.
 inline double error_unit(Similarity similarity, double terms) {
   constexpr double kSafety = 1.01;  // second-order terms and float32 norms
   const double all = similarity == Similarity::kCosine ? 1.5 * terms + 12.0 : terms + 10.0;

@@ -1,5 +1,6 @@
-// A search of float32 rows from the queries to the results, for calls so small that their fixed costs
-// count: what Python's certified search (topk/impl/common.py) does in some sixty array operations.
+// A search of float32 rows from the queries to the results, for calls so small that their fixed
+// costs count: what Python's certified search (topk/impl/common.py) does in some sixty array
+// operations.
 //
 //   queries -> norms, bounds -> scan(), or add(products) block by block -> finish() -> results
 //
@@ -79,8 +80,8 @@ class RowSearch {
     const double unit = r2ec::error_unit(similarity_, static_cast<double>(queries_.shape(1)));
     std::vector<float> error(queries), of_row;
     for (int64_t q = 0; q < queries; ++q)
-      error[q] = static_cast<float>(
-          r2ec::score_error(similarity_, unit, norm_[q], largest, floor_[q]));
+      error[q] =
+          static_cast<float>(r2ec::score_error(similarity_, unit, norm_[q], largest, floor_[q]));
     r2ec::Epilogue epilogue = {nullptr, nullptr};
     if (similarity_ == r2ec::Similarity::kCosine) {
       for (int64_t i = 0; i < rows; ++i) of_row.push_back(norm[i] > 0.0f ? 1.0f / norm[i] : 0.0f);

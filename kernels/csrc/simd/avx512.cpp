@@ -216,8 +216,8 @@ TARGET void column_maxima_bf16(RowBlock<Bfloat16> block, int64_t columns, Epilog
                                float relative, float* maxima) {
   any_column_maxima(block, columns, epilogue, relative, maxima);
 }
-TARGET void column_maxima_f32(RowBlock<float> block, int64_t columns, Epilogue epilogue, float relative,
-                              float* maxima) {
+TARGET void column_maxima_f32(RowBlock<float> block, int64_t columns, Epilogue epilogue,
+                              float relative, float* maxima) {
   any_column_maxima(block, columns, epilogue, relative, maxima);
 }
 

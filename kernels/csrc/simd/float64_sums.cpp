@@ -51,13 +51,13 @@ inline __attribute__((always_inline)) double distance_of(const double* query, co
   return total(distance);
 }
 
-#define R2EC_FLOAT64_SUMMER(name, attributes)                                                   \
-  attributes Float64Sums name##_products(const double* query, const float* row, int64_t n) {    \
-    return products_of(query, row, n);                                                          \
-  }                                                                                             \
-  attributes double name##_distance(const double* query, const float* row, int64_t n) {         \
-    return distance_of(query, row, n);                                                          \
-  }                                                                                             \
+#define R2EC_FLOAT64_SUMMER(name, attributes)                                                \
+  attributes Float64Sums name##_products(const double* query, const float* row, int64_t n) { \
+    return products_of(query, row, n);                                                       \
+  }                                                                                          \
+  attributes double name##_distance(const double* query, const float* row, int64_t n) {      \
+    return distance_of(query, row, n);                                                       \
+  }                                                                                          \
   constexpr Float64Summer name = {name##_products, name##_distance};
 
 R2EC_FLOAT64_SUMMER(portable, )

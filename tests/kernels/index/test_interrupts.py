@@ -195,28 +195,34 @@ def test_the_fine_copy_is_whole_or_not_there(monkeypatch):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("where", ["certified_topk", "prepare_queries", "certified_stats"])
+@pytest.mark.parametrize(
+    ("module", "where", "k"),
+    [
+        ("cpu", "certified_topk", 7),  # of 50 rows: too many for a search of the rows alone
+        ("cpu", "excluded_rows", 1),  # which this is part of
+        ("index", "prepare_queries", 0),  # 0: target_stats
+        ("index", "certified_stats", 0),
+    ],
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
-def test_a_reader_that_fails_is_not_counted(where, error, monkeypatch):
-    from r2ec_kernels.index import index as module
-
-    index = ItemIndex(rows_like(50, 0))
+def test_a_reader_that_fails_is_not_counted(module, where, k, error, monkeypatch):
+    index = ItemIndex(rows_like(50, 0), scan="none")
     with monkeypatch.context() as patched:
 
         def fail(*arguments, **named):
             raise error
 
-        patched.setattr(module, where, fail)
-        for call in (
-            lambda: index.search(rows_like(1, 1), 1),
-            lambda: index.target_stats(rows_like(1, 1), torch.tensor([3])),
-        ):
-            try:
-                call()
-            except error:
-                index.write(
-                    torch.tensor([1]), rows_like(1, 2)
-                )  # while the failed call's frames still live
+        patched.setattr(f"r2ec_kernels.index.{module}.{where}", fail)
+        try:
+            if k:
+                index.search(rows_like(1, 1), k)
+            else:
+                index.target_stats(rows_like(1, 1), torch.tensor([3]))
+        except error:
+            # while the failed call's frames still live
+            index.write(torch.tensor([1]), rows_like(1, 2))
+        else:
+            pytest.fail(f"{where} was not called")
     writer = threading.Thread(
         target=lambda: index.write(torch.tensor([1]), rows_like(1, 2)), daemon=True
     )
