@@ -128,7 +128,7 @@ class RowSearch {
 
  private:
   static constexpr double kLargest = 0x1p25;  // of a query's norm
-  static constexpr int64_t kDenseShare = 8;   // rows left for each of the k, at least
+  static constexpr int64_t kDenseShare = 8;   // DENSE_SHARE in Python
 
   std::vector<int64_t> pairs(const std::optional<Array<int64_t>>& excluded,
                              const std::optional<Array<int64_t>>& offsets) const {

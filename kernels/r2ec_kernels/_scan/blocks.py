@@ -16,6 +16,8 @@ import torch
 
 from .._cpu import extension
 
+DENSE_SHARE = 8  # k above (rows - excluded) / 8: every row is scored exactly
+CACHED = 1 << 23  # elements of a table that stays in a CPU's cache: its rows may be read twice
 GROUP = 32  # rows whose maximum meets the threshold first
 
 

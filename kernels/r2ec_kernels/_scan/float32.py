@@ -18,12 +18,12 @@ import torch
 from .._cpu import extension
 from .._exact.bounds import Queries
 from .._numbers import HUGE, UNIT
-from .blocks import GROUP, Buffer, Scores, subtracted, whole_groups
+from .blocks import CACHED, GROUP, Buffer, Scores, subtracted, whole_groups
 
 # A block of rows, in elements: on a CPU enough to hide the bookkeeping of a block. Rows
 # that are read twice are taken in pieces that stay in its cache, unless the whole table does.
 _BLOCK, _BLOCK_ROWS = 1 << 24, 1 << 14
-_PIECE, _CACHED = 1 << 20, 1 << 23
+_PIECE = 1 << 20
 _DEVICE_BLOCK = 1 << 26
 
 
@@ -55,7 +55,7 @@ class Float32Scan:
         self.rows, self.norms, self.query = rows, norms, query
         self.offset = torch.zeros(batch, dtype=torch.float64, device=rows.device)
         self.height = self.piece = block_rows(d, batch, rows.device)
-        if norms is None and rows.device.type == "cpu" and rows.numel() > _CACHED:
+        if norms is None and rows.device.type == "cpu" and rows.numel() > CACHED:
             self.piece = min(self.height, max(64, _PIECE // (d + 2 * batch)))
         self.operand = query.scaled.T.contiguous()
         self.buffer = Buffer(rows.device)

@@ -16,11 +16,9 @@ import torch
 
 from .._cpu import extension
 from .._exact.bounds import narrow_products
-from .blocks import visiting_order
+from .blocks import CACHED, DENSE_SHARE, visiting_order
 
-_DENSE_SHARE = 8  # k above (rows - excluded) / 8 is not searched for here
 _PRODUCTS, _PRODUCT_ROWS = 1 << 20, 1 << 14  # of a block, which stays in a core's cache
-_CACHED = 1 << 23  # elements of a table that stays in a CPU's cache: its rows may be read twice
 
 
 class Found(NamedTuple):
@@ -36,7 +34,7 @@ class Found(NamedTuple):
 def can_search(rows: torch.Tensor, queries: torch.Tensor, k: int) -> bool:
     """Whether ``search`` may be asked: for k of rows [N, d], for queries [B, d]."""
     fits = extension.reads(rows) and queries.dtype == torch.float32 and len(queries) > 0
-    return fits and 0 < _DENSE_SHARE * k <= len(rows) and not narrow_products(rows.device)
+    return fits and 0 < DENSE_SHARE * k <= len(rows) and not narrow_products(rows.device)
 
 
 def search(
@@ -81,7 +79,7 @@ def _add_products(
 ) -> bool:
     """Offer the scores of all rows, block by block; False where one has no bound."""
     operand = queries.T.contiguous()
-    wide = len(queries) + (rows.shape[1] if norms is None and rows.numel() > _CACHED else 0)
+    wide = len(queries) + (rows.shape[1] if norms is None and rows.numel() > CACHED else 0)
     height = min(_PRODUCT_ROWS, max(256, _PRODUCTS // wide), len(rows))
     buffer = queries.new_empty(height, len(queries))
     for start, stop in visiting_order(len(rows), height):

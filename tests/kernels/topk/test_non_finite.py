@@ -14,6 +14,7 @@ from _support.search_cases import SIMILARITIES
 from r2ec_kernels import ItemIndex, item_topk
 from r2ec_kernels._cpu import extension
 from r2ec_kernels._exact.scores import PADDING_KEY, from_order_keys, order_keys
+from r2ec_kernels._scan import row_search
 from r2ec_kernels.topk.impl import common
 
 
@@ -118,7 +119,8 @@ def test_merged_keys_of_shards_leave_nan_out(monkeypatch):
 
 
 def test_the_dense_path_alone(monkeypatch):
-    monkeypatch.setattr(common, "_DENSE_SHARE", 10**9)
+    for module in (common, row_search):  # neither search may answer
+        monkeypatch.setattr(module, "DENSE_SHARE", 10**9)
     queries, items = make("both", torch.float32)
     want = topk_by_definition(queries, items, 12, "dot", 1.0, None)
     assert_equal(item_topk(queries, items, 12, impl="torch"), want, "dense")

@@ -12,11 +12,13 @@ from _support.search_cases import (
     make_exclude,
     sorted_topk,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r2ec_kernels import ItemIndex, item_topk
 from r2ec_kernels._cpu import extension
 from r2ec_kernels._exact.excluded import normalize_exclude
 from r2ec_kernels._scan import row_search
+from r2ec_kernels.topk.impl import torch as by_torch
 
 pytestmark = pytest.mark.skipif(
     not extension.available(torch.device("cpu")), reason="needs the C++ extension"
@@ -214,3 +216,22 @@ def test_an_index_stops_asking_what_mostly_fails(monkeypatch):
     for _ in range(9):
         good.search(torch.randn(3, 8), 2)
     assert len(asked) == 12
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+def test_it_takes_a_handful_of_operations(batch):
+    """What it is for. With k above an eighth of the rows the general search does the work."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    problem = make("normal", batch, 900, 24, 5, torch.float32)
+    with Count() as few:
+        by_torch.item_topk(problem.queries, problem.items, 112, "dot", 1.0, None)
+    with Count() as many:
+        by_torch.item_topk(problem.queries, problem.items, 113, "dot", 1.0, None)
+    assert few.calls <= 15 and many.calls >= 3 * few.calls, (few.calls, many.calls)

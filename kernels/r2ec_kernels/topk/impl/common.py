@@ -26,11 +26,10 @@ from ..._exact.bounds import Queries
 from ..._exact.excluded import ExcludedPairs
 from ..._exact.scores import PADDING_KEY, canonical_scores, from_order_keys, order_keys
 from ..._exact.table import Table
-from ..._scan.blocks import CoarseScan, visiting_order
+from ..._scan.blocks import DENSE_SHARE, CoarseScan, visiting_order
 from ..._scan.rescore import best_keys
 from .pool import Pool, pool_limit
 
-_DENSE_SHARE = 8  # k above (rows - excluded) / 8 takes the dense path
 _DENSE_BLOCK = 4096  # rows of a dense block
 _ELEMENTS = 1 << 22  # elements of a dense block
 _INFINITE = 0x7F800000 << 32  # order keys of infinite scores: from here, and below its negative
@@ -83,7 +82,7 @@ def certified_topk(
     if batch == 0 or width == 0:
         return *from_order_keys(keys), SearchStats("dense", batch, 0.0, 0, 0)
     left_rows = count if excluded.empty else count - excluded.counts
-    todo = ~(query.dense | (left_rows < _DENSE_SHARE * width))
+    todo = ~(query.dense | (left_rows < DENSE_SHARE * width))
     candidates, looked_into, name, left = 0, 0, "dense", []
     for make in scans:
         if not bool(todo.any()):
