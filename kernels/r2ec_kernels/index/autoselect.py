@@ -1,22 +1,67 @@
-"""Which product a coarse scan uses: the fastest of those that the index's copies allow, measured.
+"""How a search is made: the fastest of the ways that the index's copies allow, measured.
 
 CPUs differ by two orders of magnitude in what they do with bfloat16 and int8 (AMX, AVX512_BF16 and
-VNNI multiply them; AVX2 has to widen), and the order changes with the batch. So the candidates are
-timed once per process, width and batch class on rows of the index itself. Results never depend on
-the choice: every candidate comes with its error bound.
+VNNI multiply them; AVX2 has to widen), and the order changes with the batch. So the products are
+timed once per process, width and batch class on rows of the index itself. What else a call does is
+guessed, and in a small catalog it is as much as the product: of ways that are foreseen to be close,
+the first calls decide (``Trials``). Results never depend on the choice: every way is exact.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 _SAMPLE_BYTES = 32 << 20  # of the widest candidate's rows: more than a core's cache
 _REPEATS = 3
 _FEW = 1024  # rows of a small sample: enough to outweigh what any call costs
 _HOPELESS = 8.0  # times the best on a small sample: not tried on a large one
+_CLOSE = 1.6  # times the best that was foreseen: tried in calls
+_TURNS = 4  # of each way; the first does not count, its copy is not in a cache yet
+_KINDS = 256  # of calls that are remembered at once
 
 _timings: dict[tuple, dict[str, float]] = {}
 _lock = threading.Lock()
+
+
+class Trials:
+    """Which of some ways of doing a call is fastest, by the first calls of its kind."""
+
+    def __init__(self) -> None:
+        self._fastest: dict[Hashable, str] = {}
+        self._turns: dict[Hashable, dict[str, list[float]]] = {}
+        self._changing = threading.Lock()
+
+    def choose(self, kind: Hashable, foreseen: Callable[[], Mapping[str, float]]) -> str:
+        """The way to take now. ``foreseen`` gives the seconds of each way, by name; it is asked
+        at the first call of a kind."""
+        fastest = self._fastest.get(kind)
+        if fastest is not None:
+            return fastest
+        seconds = {} if kind in self._turns else foreseen()
+        with self._changing:
+            if kind not in self._turns:
+                if len(self._turns) >= _KINDS:
+                    self._turns.clear()
+                    self._fastest.clear()
+                limit = _CLOSE * min(seconds.values())
+                close = [name for name in seconds if seconds[name] <= limit]
+                close.sort(key=lambda name: seconds[name])
+                self._turns[kind] = {name: [] for name in close}
+                if len(close) == 1:
+                    self._fastest[kind] = close[0]
+            turns = self._turns[kind]
+            return min(turns, key=lambda name: len(turns[name]))
+
+    def took(self, kind: Hashable, name: str, seconds: float) -> None:
+        """Remember what a call took that ``choose`` chose the way of."""
+        if kind in self._fastest:
+            return
+        with self._changing:
+            turns = self._turns.get(kind, {})
+            if name in turns:
+                turns[name].append(seconds)
+            if turns and min(map(len, turns.values())) >= _TURNS:
+                self._fastest[kind] = min(turns, key=lambda name: min(turns[name][1:]))
 
 
 def batch_class(batch: int) -> int:

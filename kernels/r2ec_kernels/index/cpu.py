@@ -1,6 +1,7 @@
 """What an index does on a CPU, and wherever torch runs: a search of the rows in a handful of calls
 where that is fastest, else a certified search by the scan that is."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -28,13 +29,35 @@ def search_storage(
 ) -> Searched:
     """Scores float32 [B, k] and ids int64 [B, k] of the k best rows, and what gives the search's
     statistics."""
-    if include is None:
+    if include is not None or not storage.size or not len(queries):
+        return _certified(storage, scans, queries, k, temperature, exclude, include, None)
+    by_rows = row_search.can_search(storage.live("rows"), queries, k)
+    choice = scans.choose(queries, k, temperature, by_rows)
+    began = time.perf_counter()
+    found = None
+    if choice.by_rows:
         found = _search_rows(storage, scans, queries, k, temperature, exclude)
-        if found is not None:
-            return found
+    if found is None:
+        chosen = choice.product
+        found = _certified(storage, scans, queries, k, temperature, exclude, None, chosen)
+    choice.took(time.perf_counter() - began)
+    return found
+
+
+def _certified(
+    storage: Storage,
+    scans: ScanChoice,
+    queries: torch.Tensor,
+    k: int,
+    temperature: float,
+    exclude: TensorExclude,
+    include: torch.Tensor | None,
+    chosen: str | None,
+) -> Searched:
+    """The same by ``certified_topk``; chosen: the product to scan with, if that is known."""
     table, excluded, _ = selected(storage, exclude, include, queries.shape[0])
     query = prepare_queries(queries, storage.similarity, temperature)
-    product, made = scans.of_search(query, table, k)
+    product, made = scans.of_search(query, table, k, chosen)
     scores, ids, stats = certified_topk(table, made, query, k, excluded)
     scans.observe(product, stats)
     return scores, ids, lambda: stats
@@ -48,15 +71,10 @@ def _search_rows(
     temperature: float,
     exclude: TensorExclude,
 ) -> Searched | None:
-    """The same by ``row_search``; None where another way is faster, or it cannot tell."""
-    rows = storage.live("rows") if storage.size else queries[:0]
-    if not row_search.can_search(rows, queries, k):
-        return None
-    if not scans.rows_are_fastest(queries, k, temperature):
-        return None
+    """The same by ``row_search``; None where it cannot tell."""
     excluded, offsets = excluded_rows(storage, exclude, len(queries))
     found = row_search.search(
-        rows,
+        storage.live("rows"),
         queries,
         k,
         similarity=storage.similarity,

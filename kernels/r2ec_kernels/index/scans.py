@@ -1,14 +1,13 @@
 """Which coarse scans a call on an index runs.
 
 A search may use any product of any copy, because its result is exact whatever it used: the fastest
-one, as measured (``autoselect``), with the rows themselves behind it. Log-probabilities depend on
+way, as measured (``autoselect``), with the rows themselves behind it. Log-probabilities depend on
 the scan by its rounding, so the scan of ``target_stats`` follows from the numbers alone.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from ..rank.impl.common import raw_per_score
 from ..rank.impl.torch import RankScan, row_scans
 from ..topk.impl.common import SearchStats
 from . import fbgemm, fine
-from .autoselect import batch_class, seconds_per_row
+from .autoselect import Trials, batch_class, seconds_per_row
 from .code_scan import CodeScan
 from .products import PRODUCTS, Product, has_bf16_tiles, measured_run
 from .storage import Storage
@@ -29,8 +28,7 @@ from .storage import Storage
 SCANS = ("auto", "none", "fp16", "bf16", "int8")
 _PACKED_SCORES, _PACKED_ROWS = 1 << 20, 1 << 16  # of a block of packed codes
 _UNFIT_SHARE = 1 / 8  # of a search's queries
-_DECISIONS = 256  # kept at once
-_BOOKKEEPING = 3e-4  # seconds of a certified search around its products, and of no row search
+_BOOKKEEPING = 2e-4  # seconds of a certified search around its products, and of no row search
 _RESCORING = 1.2e-9  # seconds for a column of a row that is kept and rescored, on one core
 _LOG_PROB_ERROR = 1e-3  # of target_stats: two standard deviations of a single score
 
@@ -52,6 +50,15 @@ def copy_kinds(scan: str, device: torch.device) -> tuple[str, ...]:
     return () if scan == "none" else (scan,)
 
 
+class Choice(NamedTuple):
+    """How a search is made: the product's name; whether ``row_search`` makes it; and what is to be
+    told the seconds it took."""
+
+    product: str
+    by_rows: bool
+    took: Callable[[float], None]
+
+
 class ScanChoice:
     """The scans of one index's ``storage`` under its setting ``scan``."""
 
@@ -61,19 +68,37 @@ class ScanChoice:
         self._unfit: frozenset[str] = frozenset()  # products whose bounds are too wide for the rows
         self._candidates: dict[str, float] = {}  # of a result, by product, as searches found them
         self._row_searches = self._row_failures = 0  # asked for, and those that could not tell
-        self._rows_fastest: dict[tuple, bool] = {}  # by size, batch class and k
+        self._trials = Trials()
+
+    def choose(self, queries: torch.Tensor, k: int, temperature: float, rows: bool) -> "Choice":
+        """How to search all of the storage, which has rows, for k of them; rows: whether
+        ``row_search``, which spares a certified search's bookkeeping, may be asked."""
+        often_fails = self._row_failures > max(_UNFIT_SHARE * self._row_searches, 2)
+        rows = rows and not often_fails and self.scan in ("auto", "none")
+        batch, size = batch_class(len(queries)), self._storage.size.bit_length()
+        kind = size, batch, batch_class(k), rows, queries.dtype, _machine(), self._unfit
+
+        def foreseen() -> dict[str, float]:
+            query = prepare_queries(queries, self._storage.similarity, temperature)
+            seconds = self._seconds(self._products(len(queries)), query, k)
+            around = _BOOKKEEPING if rows else 0.0
+            return {name: of + around * (name != "float32") for name, of in seconds.items()}
+
+        name = self._trials.choose(kind, foreseen)
+        return Choice(name, rows and name == "float32", partial(self._trials.took, kind, name))
 
     def of_search(
-        self, query: Queries, table: Table, k: int
+        self, query: Queries, table: Table, k: int, chosen: str | None = None
     ) -> tuple[str, list[Callable[[Queries], CoarseScan]]]:
         """The name of the product to scan with, and the scans of a search of ``table`` for k rows:
-        the storage's, or one that was gathered of it, whose rows are scanned themselves."""
+        the storage's, or one that was gathered of it, whose rows are scanned themselves. chosen:
+        the product, if that is known."""
         storage = self._storage
         if not self._is_whole(table):
             return "float32", [partial(Float32Scan, table.rows, None)]
         if not storage.size or not len(query.scaled):
             return "none", []
-        kind, product = self._product(query, k)
+        kind, product = self._product(query, k, chosen)
         rows = partial(Float32Scan, storage.live("rows"), storage.live("norm"))
         if product is None:
             return "float32", [rows]
@@ -82,24 +107,6 @@ class ScanChoice:
             return self._code_scan(query, kind, product, _PACKED_ROWS)
 
         return product.name, [codes, rows]
-
-    def rows_are_fastest(self, queries: torch.Tensor, k: int, temperature: float) -> bool:
-        """Whether to search the rows by ``row_search``, which spares a certified search's
-        bookkeeping but reads all of them."""
-        often_fails = self._row_failures > max(_UNFIT_SHARE * self._row_searches, 2)
-        if often_fails or self.scan not in ("auto", "none"):
-            return False
-        key = self._storage.size, batch_class(len(queries)), k, _machine(), self._unfit
-        fastest = self._rows_fastest.get(key)
-        if fastest is None:
-            query = prepare_queries(queries, self._storage.similarity, temperature)
-            seconds = self._seconds(self._products(len(queries)), query, k)
-            rows = seconds.pop("float32", math.inf) - _BOOKKEEPING
-            fastest = rows <= min(seconds.values(), default=math.inf)
-            if len(self._rows_fastest) >= _DECISIONS:
-                self._rows_fastest.clear()
-            self._rows_fastest[key] = fastest
-        return fastest
 
     def searched_rows(self, could_tell: bool) -> None:
         """Remember whether a search of the rows alone gave the results."""
@@ -170,9 +177,11 @@ class ScanChoice:
             storage.copy(kind), storage.limits(kind), storage.mean, product, query, height
         )
 
-    def _product(self, query: Queries, k: int) -> _Way:
+    def _product(self, query: Queries, k: int, chosen: str | None) -> _Way:
         """The copy and the product a search of this batch for k rows scans."""
         products = self._products(query.scaled.shape[0])
+        if chosen in products:
+            return products[chosen]
         seconds = self._seconds(products, query, k)
         return products[min(seconds, key=seconds.__getitem__)]
 
