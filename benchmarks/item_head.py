@@ -4,10 +4,10 @@
     python benchmarks/item_head.py --shapes 64,200000,1024,10 --peers torch,faiss
 
 All methods of a shape run in one process, in turn; a turn of short calls is one that is not timed,
-so that each finds the caches as a busy server's search does, and one that is. ``floor`` is the larger of
-reading the float32 table once at the bandwidth, and of the product at the float32 rate, that this
-machine reaches in the same run. Peaks are bytes that one call allocates through torch above its
-inputs; FAISS and usearch allocate outside torch, so theirs are not known.
+so that each finds the caches as a busy server's search does, and one that is. ``floor`` is the
+larger of reading the float32 table once at the bandwidth, and of the product at the float32 rate,
+that this machine reaches in the same run. Peaks are bytes that one call allocates through torch
+above its inputs; FAISS and usearch allocate outside torch, so theirs are not known.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def measure(
                 "dim": dim,
                 "k": k,
                 "method": name,
-                "ms": round(median * 1e3, 2),
+                "ms": round(median * 1e3, 4),
                 "p20": round(times[len(times) // 5] * 1e3, 2),
                 "p80": round(times[len(times) * 4 // 5] * 1e3, 2),
                 "gb_s": round(items.nbytes / median / 1e9, 1),
