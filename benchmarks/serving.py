@@ -1,13 +1,13 @@
 """Serving under load: open-loop Poisson arrivals at our server and at a plain one, in turns.
 
-    python benchmarks/serving.py --model DIR [--seconds 20] [--repeats 2] [--json FILE]
+    python benchmarks/serving.py --model DIR [--servers ours] [--repeats 2] [--json FILE]
 
 Both servers are started here, one after the other never together: a server that waits would still
 hold its threads. For each mix of requests
 
     direct      no reasoning
     reasoned    at most --tokens tokens
-    mixed       nine direct to one reasoned
+    mixed       nine direct to one reasoned; and the same direct requests at the same moments alone
 
 the most answers a second are found first (as many clients as the server batches, each asking again
 at once), then requests arrive by a Poisson process at given shares of OUR most, whether or not the
@@ -37,6 +37,7 @@ import machine
 
 HERE = Path(__file__).resolve().parent
 MIXES = ("direct", "reasoned", "mixed")
+DIRECT_OF_MIXED = "mixed without its reasonings"
 SHARES = (0.3, 0.8, 1.2)  # of our most answers a second
 CLIENTS = 16
 SERVERS = ("ours", "plain")
@@ -135,8 +136,11 @@ async def saturated(url: str, requests: Requests, seconds: float) -> tuple[list,
     return out, time.monotonic() - begun
 
 
-async def arriving(url: str, requests: Requests, rate: float, seconds: float, seed: int):
-    """Requests at the moments of a Poisson process, whatever has become of those before."""
+async def arriving(
+    url: str, requests: Requests, rate: float, seconds: float, seed: int, reasoned: bool = True
+):
+    """Requests at the moments of a Poisson process, whatever has become of those before; the
+    reasoned ones are left out where ``reasoned`` is False."""
     out: list = []
     clock, tasks = random.Random(seed), []
     begun = time.monotonic()
@@ -144,7 +148,9 @@ async def arriving(url: str, requests: Requests, rate: float, seconds: float, se
     async with _client(url) as client:
         while (at := at + clock.expovariate(rate)) < seconds:
             await asyncio.sleep(max(0.0, begun + at - time.monotonic()))
-            tasks.append(asyncio.create_task(ask(client, requests.next(), out)))
+            body = requests.next()
+            if reasoned or body["mode"] == "direct":
+                tasks.append(asyncio.create_task(ask(client, body, out)))
         _, late = await asyncio.wait(tasks, timeout=max(30.0, 2 * seconds)) if tasks else ((), ())
         for task in late:
             task.cancel()
@@ -199,7 +205,7 @@ def run(options: argparse.Namespace) -> list[Load]:
     for mix in options.mixes:
         most: dict[str, float] = {}
         deadline = 0.0
-        for server in reversed(SERVERS):  # the plain one first: its time makes the deadline
+        for server in reversed(options.servers):  # the plain one first: its time makes the deadline
             with running(server, options.model, options.port) as url:
                 make = lambda seed, mix=mix: Requests(items, mix, options.tokens, seed)  # noqa: E731
                 one = alone(url, make(0))
@@ -209,16 +215,20 @@ def run(options: argparse.Namespace) -> list[Load]:
                 most[server] = loads[-1].answered
                 print(f"{mix}, {server}: {one * 1e3:.0f} ms alone, at most {most[server]:.2f}/s")
         for repeat in range(options.repeats):
-            for server in SERVERS:
+            for server in options.servers:
                 with running(server, options.model, options.port) as url:
                     alone(url, make(0))
                     for share in options.shares:
                         rate = share * most["ours"]
-                        results, taken = asyncio.run(
-                            arriving(url, make(2 + repeat), rate, options.seconds, repeat)
-                        )
-                        loads.append(summary(server, mix, share, rate, results, taken, deadline))
-                        print(line(loads[-1]), flush=True)
+                        for name in (mix, DIRECT_OF_MIXED) if mix == "mixed" else (mix,):
+                            asked, whole = make(2 + repeat), name == mix
+                            results, taken = asyncio.run(
+                                arriving(url, asked, rate, options.seconds, repeat, whole)
+                            )
+                            loads.append(
+                                summary(server, name, share, rate, results, taken, deadline)
+                            )
+                            print(line(loads[-1]), flush=True)
     return loads
 
 
@@ -237,6 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="directory that a training run exported")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--repeats", type=int, default=1)
