@@ -148,7 +148,7 @@ def test_evaluate_prints_baselines_and_both_modes(folder, capsys):
     assert sum(written["direct"][f"{name}/examples"] for name in targets) == 5
     assert written["baselines"]["item-knn"]["settings"] == {"neighbours": 100}
     # without what lies beyond accuracy
-    assert run("evaluate", *arguments, "--modes", "[direct]", "--beyond_accuracy", "false") == 0
+    assert run("evaluate", *arguments, "--modes", "direct", "--beyond_accuracy", "false") == 0
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2 and tables[1].startswith("| baseline |")
 

@@ -23,10 +23,10 @@ def evaluate(
     data: str,
     model: str | None = None,
     split: str = "test",
-    modes: list[str] = list(MODES),  # noqa: B006 (jsonargparse shows it; it is never changed)
+    modes: str | list[str] = "direct,reasoned",
     samples: int = 0,
     baselines: bool | str | list[str] = True,
-    baseline_settings: dict[str, dict[str, Any]] = {},  # noqa: B006 (as above)
+    baseline_settings: dict[str, dict[str, Any]] = {},  # noqa: B006 (jsonargparse shows it; it is never changed)
     beyond_accuracy: bool = True,
     filter: dict[str, Any] | None = None,
     exclude_window: bool = False,
@@ -48,7 +48,8 @@ def evaluate(
         model: directory that a training run exported, or any causal language model (untrained: its
             item table is then encoded first). Without one only the baselines are evaluated.
         split: train, valid or test.
-        modes: any of direct (no reasoning) and reasoned (greedy reasoning first).
+        modes: any of direct (no reasoning) and reasoned (greedy reasoning first), as a list or
+            separated by commas.
         samples: examples, a seeded sample; 0 = all.
         baselines: on the same examples: counting (or true), all, none (or false), or any of
             popularity, markov-1, item-knn, als, bpr, sasrec, esasrec, sasrec-text. All but the
@@ -87,9 +88,7 @@ def evaluate(
     from r2ec_fast.model.loading import give_items, load_model
     from r2ec_fast.prompts.segments import PromptAssembler
 
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"modes: expected any of {', '.join(MODES)}, got {mode!r}")
+    chosen = _chosen_modes(modes)
     names = chosen_baselines(baselines)
     settings = checked_settings(names, baseline_settings)
     _check_methods(model, names, exclude_window)
@@ -116,7 +115,7 @@ def evaluate(
     if r2ec is not None:
         builder = r2ec.prompt_builder(dataset.data.catalog)
         engine = transformers_engine(r2ec, builder)
-        for mode in modes:
+        for mode in chosen:
             evaluation.add_model(
                 mode,
                 r2ec,
@@ -143,6 +142,15 @@ def _with_targets_in(dataset: RecDataset, examples: Examples, include: np.ndarra
         f"{len(kept):,} of {len(examples):,} examples\n"
     )
     return kept
+
+
+def _chosen_modes(modes: str | list[str]) -> list[str]:
+    """A list, or names separated by commas; each once."""
+    names = [name.strip() for name in modes.split(",")] if isinstance(modes, str) else modes
+    for name in names:
+        if name not in MODES:
+            raise ValueError(f"modes: expected any of {', '.join(MODES)}, got {name!r}")
+    return list(dict.fromkeys(names))
 
 
 def _check_methods(model: str | None, baselines: list[str], exclude_window: bool) -> None:
