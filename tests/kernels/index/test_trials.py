@@ -71,6 +71,8 @@ def test_results_are_the_same_at_every_turn(batch: int, monkeypatch: pytest.Monk
     scans = set()
     for _ in range(24):
         found = index.search(queries, 10)
-        assert torch.equal(found.indices, wanted.indices) and torch.equal(found.scores, wanted.scores)
+        assert torch.equal(found.indices, wanted.indices) and torch.equal(
+            found.scores, wanted.scores
+        )
         scans.add(index.last_search.scan)
     assert len(scans) > 1
