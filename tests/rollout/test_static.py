@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,11 @@ def test_it_is_chosen_on_gpus_alone(make_model, tokenizer, monkeypatch):
     monkeypatch.setattr(transformers_engine, "model_device", lambda model: torch.device("cuda"))
     assert choose_decoder(model) == "static" and choose_decoder(gpt2) == "plain"
     assert choose_decoder(model, "shared") == "shared"
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    stretched = make_model("llama", rope_parameters=rope)
+    assert choose_decoder(stretched) == "shared"
+    with pytest.raises(ValueError, match="'static' cannot run.*follow the length of a row"):
+        choose_decoder(stretched, "static")
     model.lm_head = nn.Linear(24, 17, bias=False, device="meta")
     assert choose_decoder(model) == "shared"
     with pytest.raises(ValueError, match="'static' cannot run.*on several devices"):
@@ -310,13 +316,18 @@ def test_it_is_chosen_on_gpus_alone(make_model, tokenizer, monkeypatch):
 # ---- graphs -------------------------------------------------------------------------------------
 
 
+class Aside(str):
+    def wait_stream(self, other):
+        pass
+
+
 class Device:
     """Stands in for torch.cuda: a capture records the calls of a step, a replay makes them."""
 
     def __init__(self, fails=False):
         self.fails, self.recording, self.log = fails, None, []
-        self.CUDAGraph, self.Stream = self._graph, lambda device=None: self
-        self.default_generators = [self]
+        self.CUDAGraph, self.Stream = self._graph, lambda device: Aside("aside")
+        self.default_generators, self.at = [self], "here"
 
     def _graph(self):
         self.calls = []
@@ -324,20 +335,23 @@ class Device:
 
     def step(self):
         if self.recording is None:
-            self.log.append("step")
+            self.log.append(f"step {self.at}")
         else:
             self.recording.append("replayed")
             if self.fails:
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     def replay(self):
+        assert self.at == "here"
         self.log += self.calls
 
     @contextmanager
-    def graph(self, graph, capture_error_mode):
-        self.recording = graph.calls
+    def graph(self, graph, stream, capture_error_mode):
+        assert stream == "aside"
+        self.recording, self.at = graph.calls, stream
         try:
             yield
+            self.at = "here"  # not after an error, as in torch
         finally:
             self.recording = None
 
@@ -345,16 +359,20 @@ class Device:
     def device(self, device):
         yield
 
-    stream = device
+    @contextmanager
+    def stream(self, stream):
+        self.at = stream
+        yield
+        self.at = "here"
+
+    def set_stream(self, stream):
+        self.at = stream.name
 
     def current_stream(self):
-        return self
+        return SimpleNamespace(name=self.at, wait_stream=lambda other: None)
 
     def current_device(self):
         return 0
-
-    def wait_stream(self, other):
-        pass
 
     def clone_state(self):
         return "state"
@@ -363,37 +381,47 @@ class Device:
         self.log.append(state)
 
 
+@pytest.fixture
+def clean():
+    """What a process keeps of its steppers is dropped before a test and after it."""
+    for forget in (stepper._warn.cache_clear, stepper._side_stream.cache_clear):
+        forget()
+    yield
+    for forget in (stepper._warn.cache_clear, stepper._side_stream.cache_clear):
+        forget()
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_graph_replays_steps_after_warm_up_and_errors_leave_steps(monkeypatch, caplog, fails):
-    stepper._warn.cache_clear()
+def test_a_graph_replays_steps_after_warm_up_and_errors_leave_steps(
+    monkeypatch, caplog, clean, fails
+):
     for _ in range(2):
         cuda = Device(fails)
         monkeypatch.setattr(stepper.torch, "cuda", cuda)
         step = Stepper(cuda.step, torch.device("cuda:0"))
         for _ in range(WARM_UP + 4):
             step()
-        rest = ["state", *["step"] * 4] if fails else ["replayed"] * 4
-        assert cuda.log == [*["step"] * WARM_UP, *rest]
+        rest = ["state", *["step here"] * 4] if fails else ["replayed"] * 4
+        assert cuda.log == [*["step aside"] * WARM_UP, *rest]
     messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     reason = "rollouts run without a CUDA graph, which is slower: operation not permitted when"
     assert len(messages) == fails and all(reason in m and "more" not in m for m in messages)
-    stepper._warn.cache_clear()
 
 
-def test_no_graph_on_a_cpu(monkeypatch):
+def test_no_graph_on_a_cpu(monkeypatch, clean):
     cuda = Device()
     monkeypatch.setattr(stepper.torch, "cuda", cuda)
     step = Stepper(cuda.step, torch.device("cpu"))
     for _ in range(WARM_UP + 3):
         step()
-    assert cuda.log == ["step"] * (WARM_UP + 3)
+    assert cuda.log == ["step here"] * (WARM_UP + 3)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("draws", DRAWS)
 def test_a_captured_graph_gives_the_rows_of_eager_steps(
-    make_model, tokenizer, prompts, monkeypatch, caplog, name, draws
+    make_model, tokenizer, prompts, monkeypatch, caplog, clean, name, draws
 ):
     model = make_model(name).to("cuda")
     changes = DRAWS[draws] | {"max_completion_length": 40}
@@ -403,7 +431,6 @@ def test_a_captured_graph_gives_the_rows_of_eager_steps(
         torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
     )
     assert choose_decoder(model) == "static"
-    stepper._warn.cache_clear()
     got = rows_of("auto", model, tokenizer, prompts, **changes)
     assert replays and "without a CUDA graph" not in caplog.text
     captured = len(replays)
@@ -417,14 +444,13 @@ def test_a_captured_graph_gives_the_rows_of_eager_steps(
 
 @pytest.mark.gpu
 def test_a_step_that_cannot_be_captured_runs_eagerly(
-    make_model, tokenizer, prompts, monkeypatch, caplog
+    make_model, tokenizer, prompts, monkeypatch, caplog, clean
 ):
     model = make_model("llama").to("cuda")
     changes = {"max_completion_length": 40}
     right = rows_of("shared", model, tokenizer, prompts, **changes)
     step = Slots.step
     monkeypatch.setattr(Slots, "step", lambda slots: (step(slots), slots.finished.any().item()))
-    stepper._warn.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert_equal_rows(rows_of("static", model, tokenizer, prompts, **changes), right)
     assert "without a CUDA graph" in caplog.text

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from r2ec_fast.model.hf_compat import base_causal_lm, rope_follows_length
 from r2ec_fast.packing.ragged import Rows
 from r2ec_fast.rollout.shared_prompt.decoder import SharedPromptDecoder
 from r2ec_fast.rollout.static.cache import StaticCache
@@ -24,6 +25,8 @@ class StaticDecoder(SharedPromptDecoder):
 
         if reason := SharedPromptDecoder.refuses(model):
             return reason
+        if rope_follows_length(base_causal_lm(model).config):
+            return "its rotary frequencies follow the length of a row"
         if len({parameter.device for parameter in model.parameters()}) > 1:
             return "its weights are on several devices"
         if any(isinstance(module, FSDPModule) for module in model.modules()):

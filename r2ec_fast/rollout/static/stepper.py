@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # steps before a capture: libraries choose their algorithms and take their workspaces
+
+_side_stream_lock = Lock()
 
 
 class Stepper:
@@ -24,7 +27,6 @@ class Stepper:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._may_capture = device.type == "cuda"
         self._warm_up = WARM_UP
-        self._aside = torch.cuda.Stream(device) if self._may_capture else None
 
     def __call__(self) -> None:
         if not self._may_capture:
@@ -42,29 +44,41 @@ class Stepper:
                 self._step()
 
     def _step_aside(self) -> None:
-        here = torch.cuda.current_stream()
-        assert self._aside is not None
-        self._aside.wait_stream(here)
-        with torch.cuda.stream(self._aside):
-            self._step()
-        here.wait_stream(self._aside)
+        here, aside = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        with _side_stream_lock:
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                self._step()
+            here.wait_stream(aside)
 
     def _capture(self) -> None:
         """Record a step without running it."""
-        graph = torch.cuda.CUDAGraph()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        here, device = torch.cuda.current_stream(), torch.cuda.current_device()
+        generator = torch.cuda.default_generators[device]
         state = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(
+            graph,
+            stream=_side_stream(device),
+            capture_error_mode="thread_local",  # other threads may use the device meanwhile
+        )
         try:
-            # other threads may use the device meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _side_stream_lock, capture:
                 self._step()
         except RuntimeError as error:
-            # a capture that breaks off leaves the generator waiting for the capture's end
+            # a capture that breaks off leaves its stream in place and the generator waiting
+            torch.cuda.set_stream(here)
             generator.graphsafe_set_state(state)
             self._may_capture = False
             _warn(str(error).split("\n")[0])
         else:
             self._graph = graph
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    # one a device: libraries keep a workspace for every stream that they have seen
+    return torch.cuda.Stream(device)
 
 
 @cache
