@@ -302,6 +302,11 @@ def test_it_is_chosen_on_gpus_alone(make_model, tokenizer, monkeypatch):
     monkeypatch.setattr(transformers_engine, "model_device", lambda model: torch.device("cuda"))
     assert choose_decoder(model) == "static" and choose_decoder(gpt2) == "plain"
     assert choose_decoder(model, "shared") == "shared"
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.distributed.fsdp.FSDPModule", nn.Linear)
+        assert choose_decoder(model) == "shared"
+        with pytest.raises(ValueError, match="'static' cannot run.*sharded over processes"):
+            choose_decoder(model, "static")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     stretched = make_model("llama", rope_parameters=rope)
     assert choose_decoder(stretched) == "shared"
