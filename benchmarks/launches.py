@@ -11,11 +11,15 @@ under a dispatch mode that counts. Counted are
 - of them, launches of the project's own kernels;
 - host waits: operations after which the host has to wait for the device, such as ``item``,
   ``tolist``, ``nonzero`` and selections by a mask.
+
+``decode`` counts a token of the decoders for a toy Llama of two and of three layers: the difference
+is what a layer costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -37,8 +41,9 @@ from r2ec_kernels import ItemIndex, _checks, ops
 NUM_ITEMS, DIM, K, HISTORY = 2048, 64, 20, 20
 BATCHES = (1, 16, 64, 256)
 SCANS = ("none", "bf16", "int8")
-GENERATIONS = 4  # reasonings of a group
+GENERATIONS, TOP_K = 4, 50  # reasonings of a group; tokens among which one is drawn
 TOKENS, NUM_WORDS = 2, 5000  # of a reasoning, and of the vocabulary: three blocks
+PROMPT, ROOM = 12, 8  # tokens of a prompt and of a completion
 STORED = ("old_log_prob", "sampler_log_prob", "ref_log_prob")
 
 # what starts no work on a device: views, allocations, questions about a tensor
@@ -246,7 +251,86 @@ def loss_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
     }
 
 
-CALLS = {"search": search_calls, "rank": rank_calls, "reward": reward_calls, "loss": loss_calls}
+def decode_calls() -> dict[str, Callable[[int], Callable[[], object]]]:
+    """A token of every row by decoder, drawn and read; a batch is that many prompts of two
+    lengths."""
+    return {
+        f"{name} decoder, {layers} layers": functools.partial(make, layers)
+        for name, make in (("static", _static_token), ("shared", _shared_token))
+        for layers in (2, 3)
+    }
+
+
+def _toy_llama(layers: int, batch: int):
+    """A model, prompts, and the keys of their rows."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from workload import SIZES
+
+    config = LlamaConfig(**SIZES["toy"][1] | {"num_hidden_layers": layers})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    prompts = [[5] * (PROMPT - i % 2) for i in range(batch)]
+    return model, prompts, torch.arange(batch * GENERATIONS)
+
+
+def _static_token(layers: int, batch: int) -> Callable[[], object]:
+    from workload import small_tokenizer
+
+    from r2ec_fast.packing.ragged import Ragged
+    from r2ec_fast.rollout.job import Job, RowEnds
+    from r2ec_fast.rollout.marker import MarkerStop
+    from r2ec_fast.rollout.sampling import SamplingParams
+    from r2ec_fast.rollout.static.decoder import StaticDecoder
+    from r2ec_fast.rollout.static.slots import Slots
+
+    model, prompts, keys = _toy_llama(layers, batch)
+    decoder = StaticDecoder(model)
+    ends = RowEnds(MarkerStop(small_tokenizer(["<answer>"]), "<answer>"), [1], [0])
+    job = Job(
+        Ragged.of(prompts, "prompts"),
+        keys,
+        GENERATIONS,
+        ROOM,
+        ROOM,
+        SamplingParams(top_k=TOP_K),
+        ends,
+    )
+    with torch.no_grad(), decoder.session():
+        logits = decoder.start(prompts, GENERATIONS, ROOM)
+        slots = Slots(decoder, keys, job, [])
+        slots.draw(logits)
+
+    def token() -> None:
+        with torch.no_grad(), decoder.session():
+            slots.step()
+
+    return token
+
+
+def _shared_token(layers: int, batch: int) -> Callable[[], object]:
+    from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
+    from r2ec_fast.rollout.shared_prompt.decoder import SharedPromptDecoder
+
+    model, prompts, keys = _toy_llama(layers, batch)
+    decoder = SharedPromptDecoder(model)
+    with torch.no_grad(), decoder.session():
+        logits = decoder.start(prompts, GENERATIONS, ROOM)
+
+    def token() -> None:
+        with torch.no_grad(), decoder.session():
+            drawn = sample_tokens(logits, keys, 0, SamplingParams(top_k=TOP_K))
+            drawn.log_prob.tolist()
+            decoder.step(torch.tensor(drawn.tokens.tolist()), None)
+
+    return token
+
+
+CALLS = {
+    "search": search_calls,
+    "rank": rank_calls,
+    "reward": reward_calls,
+    "loss": loss_calls,
+    "decode": decode_calls,
+}
 
 
 def measure(make: Callable[[int], Callable[[], object]], batch: int) -> Cost:

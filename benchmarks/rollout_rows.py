@@ -18,10 +18,16 @@ def entries(options: Options) -> Iterator[Entry]:
     prompt, new = (40, 8) if options.tiny else (600, 32)
     for samples in (8, 64) if options.device == "cuda" else (2, 4, 8):
         shape = {"P": prompt, "R": new, "G": samples}
-        methods = ("shared", "plain", "generate")
+        methods = (*_decoders(options), "generate")
         build = functools.partial(_rollout_cases, options, prompt, new, samples)
         op = f"samples, {options.label}"
         yield Entry("rollout", op, shape, methods, build, "generate", "decode")
+
+
+def _decoders(options: Options) -> tuple[str, ...]:
+    # static slots are for graphs, which a CPU has none of; a toy size shows that they work
+    on_graphs = options.device == "cuda" or options.tiny
+    return ("static", "shared", "plain") if on_graphs else ("shared", "plain")
 
 
 def _rollout_cases(options: Options, prompt: int, new: int, samples: int) -> list[Case]:
@@ -44,7 +50,7 @@ def _rollout_cases(options: Options, prompt: int, new: int, samples: int) -> lis
             work=float(samples * new),
             unit="tokens",
         )
-        for name in ("shared", "plain")
+        for name in _decoders(options)
     ]
     run = rollout.generate_run(model, ids, samples, new)
     length = prompt + new

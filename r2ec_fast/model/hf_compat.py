@@ -155,14 +155,27 @@ def context_limit(config: "PreTrainedConfig") -> int | None:
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope else [v for v in rope.values() if isinstance(v, dict)]
-    for kind in kinds:
-        if kind.get("rope_type") == "longrope" or "dynamic" in str(kind.get("rope_type")):
+    for kind in _rope_settings(text):
+        if _follows_length(kind):
             trained = kind.get("original_max_position_embeddings")
             trained = trained or getattr(text, "original_max_position_embeddings", None) or limit
             limit = trained if limit is None else min(limit, trained)
     return limit
+
+
+def rope_follows_length(config: "PreTrainedConfig") -> bool:
+    """Whether rotary frequencies follow the length of a row (dynamic NTK, LongRoPE), which a model
+    then asks its positions for in every pass."""
+    return any(map(_follows_length, _rope_settings(config.get_text_config())))
+
+
+def _rope_settings(text: "PreTrainedConfig") -> list[dict[str, Any]]:
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return [rope] if "rope_type" in rope else [v for v in rope.values() if isinstance(v, dict)]
+
+
+def _follows_length(rope: dict[str, Any]) -> bool:
+    return rope.get("rope_type") == "longrope" or "dynamic" in str(rope.get("rope_type"))
 
 
 def base_causal_lm(model: nn.Module) -> "PreTrainedModel":

@@ -63,18 +63,20 @@ def row_keys(
     return _absorb(state, samples).to(device)
 
 
-def gumbel(keys: Tensor, position: int, token_ids: Tensor) -> Tensor:
+def gumbel(keys: Tensor, position: int | Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise for each candidate token of each row.
 
     Args:
         keys: int64 [n] from `row_keys`.
-        position: index of the token within the completion, from 0.
+        position: index of the token within the completion, from 0; or int64 [1] that holds it.
         token_ids: int64 [n, c], the candidates.
 
     Returns:
         float64 [n, c]; finite everywhere.
     """
-    state = _absorb(keys, torch.full_like(keys, position))
+    if not isinstance(position, Tensor):
+        position = torch.full_like(keys, position)
+    state = _absorb(keys, position)
     bits = _absorb(state[:, None], token_ids)
     # 53 random bits, centred in their cell: never 0, never 1
     uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53

@@ -31,7 +31,9 @@ class Sampled(NamedTuple):
     log_prob: Tensor  # float32 [n]
 
 
-def sample_tokens(logits: Tensor, keys: Tensor, position: int, params: SamplingParams) -> Sampled:
+def sample_tokens(
+    logits: Tensor, keys: Tensor, position: int | Tensor, params: SamplingParams
+) -> Sampled:
     """Draw one token a row by the Gumbel-max rule.
 
     The arg-max of `logits / temperature + noise` over the `top_k` best logits is a draw from the
@@ -41,7 +43,7 @@ def sample_tokens(logits: Tensor, keys: Tensor, position: int, params: SamplingP
     Args:
         logits: [n, V], final (soft-capped where the model caps).
         keys: int64 [n], see `noise.row_keys`.
-        position: index of the token within the completion.
+        position: index of the token within the completion; or int64 [1] that holds it.
     """
     scaled = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     scaled = scaled / params.temperature

@@ -1,32 +1,39 @@
 """Rollouts on transformers: one prefill a prompt, G samples that share it."""
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from r2ec_fast.model.hf_compat import base_causal_lm, context_limit, eval_mode
+from r2ec_fast.model.hf_compat import base_causal_lm, context_limit, eval_mode, model_device
 from r2ec_fast.model.prefix_cache import KnownPrefix
-from r2ec_fast.packing.ragged import Ragged, Rows
+from r2ec_fast.packing.ragged import Rows
+from r2ec_fast.rollout import stepwise
 from r2ec_fast.rollout.base import Rollouts, Trajectory, assemble, check_request
+from r2ec_fast.rollout.job import Job, RowEnds
 from r2ec_fast.rollout.marker import MarkerStop
 from r2ec_fast.rollout.noise import row_keys
 from r2ec_fast.rollout.onednn_linear import MIN_STEPS, PackedLinears
 from r2ec_fast.rollout.plain_decoder import PlainDecoder
-from r2ec_fast.rollout.sampling import SamplingParams, sample_tokens
+from r2ec_fast.rollout.sampling import SamplingParams
 from r2ec_fast.rollout.shared_prompt.decoder import SharedPromptDecoder
+from r2ec_fast.rollout.static import loop as static
+from r2ec_fast.rollout.static.decoder import StaticDecoder
 from r2ec_fast.utils.memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 Decoder = SharedPromptDecoder | PlainDecoder
-DECODERS: dict[str, type[Decoder]] = {"shared": SharedPromptDecoder, "plain": PlainDecoder}
+DECODERS: dict[str, type[Decoder]] = {
+    "shared": SharedPromptDecoder,
+    "static": StaticDecoder,
+    "plain": PlainDecoder,
+}
 
 
 class TransformersEngine:
@@ -41,8 +48,9 @@ class TransformersEngine:
             alone.
         eos_token_ids: tokens that end a text; default: those of the generation config and the
             tokenizer.
-        decoder: "shared" (prompt cache stored and read once for all samples), "plain" (the model's
-            own cache and attention; any architecture), or "auto" (see `choose_decoder`).
+        decoder: "shared" (prompt cache stored and read once for all samples), "static" (as shared,
+            in steps that a CUDA graph replays), "plain" (the model's own cache and attention; any
+            architecture), or "auto" (see `choose_decoder`).
         max_tokens_in_flight: bound on cached tokens; `generate` splits the prompts into batches by
             it, with at least one prompt a batch. Where memory runs out it is lowered, with a
             warning, and the call done again: the samples stay the same.
@@ -136,12 +144,13 @@ class TransformersEngine:
         room = max_completion_length + (1 + len(self.marker_ids) if states else 0)
         self._check_positions(prompts.lengths, room)
         params = SamplingParams(temperature, top_k, greedy)
+        ends = RowEnds(self.stop, self.marker_ids, self.eos_token_ids)
         keys = row_keys(user_keys, num_generations, seed=seed, step=step)
         decoder = DECODERS[self.decoder](self.model, self.prefix)
         lengths = prompts.lengths.tolist()
         while True:
             plan = list(decoder.batches(lengths, num_generations, room, budget))
-            job = _Job(prompts, keys, num_generations, max_completion_length, room, params)
+            job = Job(prompts, keys, num_generations, max_completion_length, room, params, ends)
             try:
                 return self._run(decoder, plan, job)
             except (RuntimeError, MemoryError) as error:
@@ -159,7 +168,7 @@ class TransformersEngine:
             self.max_tokens_in_flight = min(self.max_tokens_in_flight, budget)
             logger.warning("out of memory in a rollout: max_tokens_in_flight is now %d", budget)
 
-    def _run(self, decoder: Decoder, plan: list[list[int]], job: "_Job") -> Rollouts:
+    def _run(self, decoder: Decoder, plan: list[list[int]], job: Job) -> Rollouts:
         rows, group = [Trajectory() for _ in job.keys], job.num_generations
         packed, steps = self._packed, MIN_STEPS
         if packed is None:
@@ -175,67 +184,11 @@ class TransformersEngine:
                 index = [i * group + g for i in batch for g in range(group)]
                 own = [rows[r] for r in index]
                 logits = decoder.start(job.prompts.select(batch), group, job.room)
-                self._decode(decoder, logits, own, job.keys[index], job, newest)
+                if isinstance(decoder, StaticDecoder):
+                    static.decode(decoder, logits, own, job.keys[index], job, newest)
+                else:
+                    stepwise.decode(decoder, logits, own, job.keys[index], job, newest)
         return assemble(rows, self.marker_ids)
-
-    def _decode(
-        self,
-        decoder: Decoder,
-        logits: torch.Tensor,
-        rows: list[Trajectory],
-        keys: torch.Tensor,
-        job: "_Job",
-        newest: list[torch.Tensor],
-    ) -> None:
-        """Sample until every row is finished. A finished row leaves the batch at once, or, where
-        states are wanted, when it has read its own end."""
-        keys = keys.to(logits.device)
-        unread: list[list[int] | None] = [None] * len(rows)  # of a finished row
-        for position in itertools.count():
-            if None in unread:
-                drawn = sample_tokens(logits, keys, position, job.params)
-                tokens, log_probs = drawn.tokens.tolist(), drawn.log_prob.tolist()
-            last = position + 1 >= job.max_completion_length
-            alive = []
-            for local, row in enumerate(rows):
-                rest = unread[local]
-                if rest is None:
-                    goes_on = self._goes_on(row, tokens[local], log_probs[local])
-                    if not goes_on or last:
-                        rest = unread[local] = self._ending(row) if job.wants_states else []
-                if rest is None:
-                    alive.append(local)
-                elif rest:
-                    tokens[local] = rest.pop(0)
-                    alive.append(local)
-            if not alive:
-                return
-            keep = None
-            if len(alive) < len(rows):
-                keep = torch.tensor(alive, device=logits.device)
-                keys = keys[keep]
-                rows, unread = [rows[i] for i in alive], [unread[i] for i in alive]
-                tokens = [tokens[i] for i in alive]
-            logits = decoder.step(torch.tensor(tokens, device=logits.device), keep)
-            for row, rest, state in zip(rows, unread, newest[0], strict=True):
-                if rest == []:  # it has read its last token
-                    row.state = state
-
-    def _ending(self, row: Trajectory) -> list[int]:
-        """What a finished row has not read: its last token, the marker that is appended to it."""
-        last = [] if row.finish_reason == "eos" else row.tokens[-1:]
-        return last if row.finish_reason == "answer" else [*last, *self.marker_ids]
-
-    def _goes_on(self, row: Trajectory, token: int, log_prob: float) -> bool:
-        if token in self.eos_token_ids:
-            row.finish_reason = "eos"
-            return False
-        row.tokens.append(token)
-        row.log_prob.append(log_prob)
-        if self.stop.closes(row.tokens):
-            row.finish_reason = "answer"
-            return False
-        return True
 
     def _check_positions(self, lengths: np.ndarray, max_completion_length: int) -> None:
         limit = context_limit(base_causal_lm(self.model).config)
@@ -245,21 +198,6 @@ class TransformersEngine:
                 f"the longest prompt ({longest} tokens) plus max_completion_length "
                 f"({max_completion_length}) exceeds the model's {limit} positions"
             )
-
-
-class _Job(NamedTuple):
-    """The rows that a call of `generate` asks for."""
-
-    prompts: Ragged
-    keys: torch.Tensor  # int64 [B * G]
-    num_generations: int
-    max_completion_length: int
-    room: int  # cached tokens of a completion
-    params: SamplingParams
-
-    @property
-    def wants_states(self) -> bool:
-        return self.room > self.max_completion_length
 
 
 @contextmanager
@@ -279,22 +217,27 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
-    """Name of the decoder to run; "auto": "shared" where it knows the architecture, else "plain".
+    """Name of the decoder to run; "auto": "static" on a GPU and "shared" elsewhere, where they know
+    the architecture, else "plain".
 
     Raises:
-        ValueError: an unknown name, or "shared" for a model it cannot run.
+        ValueError: an unknown name, or "static" or "shared" for a model it cannot run.
     """
     if decoder not in ("auto", *DECODERS):
-        raise ValueError(f"decoder must be one of auto, shared, plain, got {decoder!r}")
+        raise ValueError(f"decoder must be one of auto, {', '.join(DECODERS)}, got {decoder!r}")
     if decoder == "plain":
         return decoder
-    reason = SharedPromptDecoder.refuses(model)
-    if reason is None:
-        return "shared"
-    if decoder == "shared":
-        raise ValueError(f"decoder 'shared' cannot run this model: {reason}")
-    logger.warning("rollouts use the slower plain decoder: %s", reason)
-    return "plain"
+    kind = StaticDecoder if decoder == "static" else SharedPromptDecoder
+    reason = kind.refuses(model)
+    if decoder != "auto":
+        if reason is not None:
+            raise ValueError(f"decoder {decoder!r} cannot run this model: {reason}")
+        return decoder
+    if reason is not None:
+        logger.warning("rollouts use the slower plain decoder: %s", reason)
+        return "plain"
+    on_gpu = model_device(model).type == "cuda"
+    return "static" if on_gpu and StaticDecoder.refuses(model) is None else "shared"
 
 
 def default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

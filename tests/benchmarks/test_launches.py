@@ -11,6 +11,8 @@ from _support.processes import environment
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 MOST = 40  # device operations of a call
+DECODERS = {"static": (53, 100, 0), "shared": (53, 107, 3)}  # operations a layer and beside them,
+# and waits, for a token of a Llama in bfloat16 after prompts of two lengths
 MOST_OF_A_LOSS = 16  # beside three for each block and tile; 16-bit states have two more, default
 # item_targets one
 
@@ -27,6 +29,7 @@ def counts(tmp_path_factory) -> list[dict]:
         "search",
         "reward",
         "loss",
+        "decode",
         "--batches",
         "1",
         "24",
@@ -37,7 +40,7 @@ def counts(tmp_path_factory) -> list[dict]:
 
 @pytest.fixture
 def rows(counts) -> list[dict]:
-    return [row for row in counts if not row["call"].startswith("recpo_loss")]
+    return [row for row in counts if not row["call"].startswith(("recpo_loss", *DECODERS))]
 
 
 def test_a_loss_costs_three_operations_a_block_and_a_few_a_call(counts):
@@ -47,6 +50,19 @@ def test_a_loss_costs_three_operations_a_block_and_a_few_a_call(counts):
         blocks = row["launches"]["update_kernel"]  # one for each tile of tokens and block of words
         assert blocks == 3 and row["operations"] - 3 * blocks <= MOST_OF_A_LOSS, row["names"]
         assert row["waits"] == 0, row["names"]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_table_of_the_rollout_guide(counts, decoder):
+    a_layer, beside, waits = DECODERS[decoder]
+    for layers in (2, 3):
+        rows = [row for row in counts if row["call"] == f"{decoder} decoder, {layers} layers"]
+        one, many = sorted(rows, key=lambda row: row["batch"])
+        assert many["operations"] == layers * a_layer + beside, many["names"]
+        assert one["operations"] == many["operations"] or decoder == "shared"
+        assert one["waits"] == many["waits"] == waits and not many["launches"]
+    guide = (BENCHMARK.parents[1] / "docs" / "guides" / "rollout.md").read_text()
+    assert f'| `"{decoder}"` | {a_layer} | {beside} | {waits} |' in guide
 
 
 def test_a_search_costs_the_same_for_any_batch_and_waits_for_nothing(rows):

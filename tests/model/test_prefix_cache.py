@@ -53,7 +53,7 @@ def test_its_keys_and_values_are_used_and_not_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("decoder", ["shared", "plain"])
+@pytest.mark.parametrize("decoder", ["shared", "static", "plain"])
 def test_samples_are_those_without_it(kind, decoder):
     model, builder, rows = model_and_rows(kind, 3)
     plain = transformers_engine(model, builder)

@@ -18,11 +18,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_model():
-    def make(name: str, dtype: torch.dtype = torch.float64, scale: float = 3.0):
+    def make(name: str, dtype: torch.dtype = torch.float64, scale: float = 3.0, **settings):
         # spread logits: sharp attention, varied next tokens
         how = {"dtype": dtype, "seed": 6, "scale": scale, "embeddings": True}
         tied = {"tie_word_embeddings": name not in ("llama", "mistral", "qwen3")}
-        return toy_backbone(name, **how, **SIZES, **tied).eval()
+        return toy_backbone(name, **how, **SIZES, **tied, **settings).eval()
 
     return make
 

@@ -129,7 +129,9 @@ def test_decoder_is_chosen_by_architecture_and_logged(make_model, tokenizer, cap
     assert "plain decoder: model type 'gpt2'" in caplog.text
     with pytest.raises(ValueError, match="decoder 'shared' cannot run this model.*gpt2"):
         TransformersEngine(gpt2, tokenizer, "b>", decoder="shared")
-    with pytest.raises(ValueError, match="decoder must be one of auto, shared, plain, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="decoder must be one of auto, shared, static, plain, got 'fast'"
+    ):
         choose_decoder(gpt2, "fast")
     out = engine.generate(
         [[1, 2, 3], [4]], user_keys=[0, 1], num_generations=2, max_completion_length=5, greedy=True

@@ -22,7 +22,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.fixture(params=["shared", "plain"])
+@pytest.fixture(params=["shared", "plain", "static"])
 def decoder(request):
     return request.param
 

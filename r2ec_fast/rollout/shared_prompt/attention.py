@@ -144,7 +144,7 @@ def _decode(
     )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    bias = cache.bias(window)
+    bias = cache.bias(window, rep)
     if bias is not None:
         scores = scores + bias
     weights = _softmax(scores).to(prefix_v.dtype)

@@ -29,6 +29,7 @@ class SharedPromptCache(Cache):
         super().__init__(layers=[])
         self.known = known  # what the prompts begin with
         self.lengths = torch.tensor(lengths)
+        self._longest = max(lengths)
         self.num_samples = num_samples
         self.max_suffix = max_suffix
         self.prefix: list[tuple[Tensor, Tensor]] = []
@@ -36,7 +37,7 @@ class SharedPromptCache(Cache):
         self.prompt = 0  # the prompt that is being prefilled
         self.suffix_length: int | None = None  # tokens in the suffixes; None while prefilling
         self.slots: Tensor | None = None  # int64 [n] slot of each live row; None: row r in slot r
-        self._bias: dict[int | None, Tensor | None] = {}
+        self._bias: dict[tuple[int | None, int], Tensor | None] = {}
 
     @property
     def num_prompts(self) -> int:
@@ -73,7 +74,7 @@ class SharedPromptCache(Cache):
 
     def _allocate(self, like: Tensor) -> None:
         heads, dim = like.shape[1], like.shape[3]
-        prompts, longest = self.num_prompts, int(self.lengths.max())
+        prompts, longest = self.num_prompts, self._longest
         self.lengths = self.lengths.to(like.device)
         # zeros: padding is masked by a zero weight, which must not meet a NaN
         prefix = (prompts, heads, longest, dim)
@@ -114,20 +115,23 @@ class SharedPromptCache(Cache):
         self.num_samples = width
         self.slots = None if len(slots) == len(source) else target
 
-    def bias(self, window: int | None) -> Tensor | None:
+    def bias(self, window: int | None, rep: int) -> Tensor | None:
         """0 where the newest token of a prompt's rows may look, -inf elsewhere; None = everywhere.
 
         Args:
             window: sliding window (the token itself included), or None.
+            rep: query heads of a key/value head.
 
         Returns:
-            float32 [B, 1, 1, P + suffix_length], or None.
+            float32 [B, 1, 1, P + suffix_length] where all rows of a prompt stand at one position,
+            else [B, 1, G * rep, P + suffix_length], or None.
         """
-        if window not in self._bias:
-            self._bias[window] = self._make_bias(window)
-        return self._bias[window]
+        key = (window, rep)
+        if key not in self._bias:
+            self._bias[key] = self._make_bias(window, rep)
+        return self._bias[key]
 
-    def _make_bias(self, window: int | None) -> Tensor | None:
+    def _make_bias(self, window: int | None, rep: int) -> Tensor | None:
         longest, suffix = self.prefix[0][0].shape[2], self.suffix_length or 0
         ragged = bool((self.lengths < longest).any())
         if not ragged and (window is None or longest + suffix <= window):

@@ -24,6 +24,8 @@ MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3
 class SharedPromptDecoder:
     """Decodes with `SharedPromptCache` and the `r2ec_rollout` attention implementation."""
 
+    cache_type = SharedPromptCache
+
     def __init__(self, model: nn.Module, prefix: KnownPrefix | None = None) -> None:
         self._model = model
         self._prefix = prefix  # what prompts may begin with; it is not computed again then
@@ -67,7 +69,7 @@ class SharedPromptDecoder:
             known = None
         first = 0 if known is None else len(known)
         lengths = prompts.lengths.tolist()
-        self._cache = SharedPromptCache(lengths, num_generations, max_completion_length, known)
+        self._cache = self.cache_type(lengths, num_generations, max_completion_length, known)
         device = model_device(self._model)
         logits = []
         for index, prompt in enumerate(prompts):
