@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from r2ec_fast.model.hf_compat import base_causal_lm, context_limit, eval_mode, model_device
+from r2ec_fast.model.hf_compat import base_causal_lm, context_limit, eval_mode
 from r2ec_fast.model.prefix_cache import KnownPrefix
 from r2ec_fast.packing.ragged import Rows
 from r2ec_fast.rollout import stepwise
@@ -217,8 +217,8 @@ def newest_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
-    """Name of the decoder to run; "auto": "static" on a GPU and "shared" elsewhere, where they know
-    the architecture, else "plain".
+    """Name of the decoder to run; "auto": "shared" where it knows the architecture, else "plain".
+    "static" is to be asked for: no graph of it has run on a GPU yet.
 
     Raises:
         ValueError: an unknown name, or "static" or "shared" for a model it cannot run.
@@ -236,8 +236,7 @@ def choose_decoder(model: nn.Module, decoder: str = "auto") -> str:
     if reason is not None:
         logger.warning("rollouts use the slower plain decoder: %s", reason)
         return "plain"
-    on_gpu = model_device(model).type == "cuda"
-    return "static" if on_gpu and StaticDecoder.refuses(model) is None else "shared"
+    return "shared"
 
 
 def default_eos(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
