@@ -1,17 +1,16 @@
 """The configurations of the scan's kernels that ship, with their work and instruction budgets."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 
 from .groups import GROUPS
-from .launch import Launch, candidates
+from .launch import Launch, by_number, candidates
 from .product import group_max_kernel
 from .tiles import group_best_kernel
-from .wide import MOST_REGISTERS, UNALIGNED_STEP, levels, wide_kernel
+from .wide import MOST_REGISTERS, levels, wide_kernel
 
 # Of ``aot --budget``, on sm_90: columns of the table that shares are predicted for; instructions of
 # the loop by (bytes of a number, BLOCK_M), and of the epilogue, its shuffles and its accesses to
@@ -58,7 +57,30 @@ def aot_configs() -> list[dict[str, Any]]:
                 case |= {"backend": backend, "work": _work(config, group, batch, size)}
                 case["budget"] = _budget(config, group, size, flags["TAKE_NORM"])
                 found.append(case)
-    return [*found, *_wide_configs(), *_product_configs()]
+    return [*found, *_odd_configs(), *_wide_configs(), *_product_configs()]
+
+
+def _odd_configs() -> list[dict[str, Any]]:
+    """Of ``tiles``, for a d that is no multiple of 16: the rows of a plain table, loaded number by
+    number, and those of an index, with zero columns behind."""
+    found = []
+    for dtype, batch, backend in itertools.product(
+        (torch.bfloat16, torch.float32), (16, 64), ("cuda", "hip")
+    ):
+        taken, known = reversed(_flags(dtype))
+        for flags in (taken, known):
+            [config] = candidates(batch, dtype.itemsize, backend, flags["TAKE_NORM"])[:1]
+            if flags is taken:
+                config = by_number(config, dtype.itemsize)
+            case = _case(config, GROUPS[0], dtype, flags)
+            case["constexprs"] |= {"EVEN_K": False}
+            case |= {"backend": backend, "work": _work(config, GROUPS[0], batch, dtype.itemsize)}
+            if flags is taken:
+                case["aligned"] = ()
+            else:
+                case["budget"] = {"load_bits": 128, "wgmma": True}
+            found.append(case)
+    return found
 
 
 def _flags(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -164,7 +186,7 @@ def _wide_case(
 ) -> dict[str, Any]:
     [config] = [c for c in candidates(1024, dtype.itemsize, backend) if c.kind == "fused"]
     if not aligned:
-        config = replace(config, block_k=UNALIGNED_STEP[dtype.itemsize])
+        config = by_number(config, dtype.itemsize)
     kinds = [f"*{kind}" for kind in _TYPES[dtype]]
     if tma:
         tiles = (config.block_n, config.block_k), (config.block_m, config.block_k)

@@ -29,7 +29,7 @@ import triton.language as tl
 from ...._scan.triton_exclusions import TilePairs, pair_places
 from .factors import inverse_norm, norm_bound
 from .groups import LOWEST, Scanned
-from .launch import Launch
+from .launch import Launch, by_pointers
 
 
 @triton.jit
@@ -149,6 +149,8 @@ def run_tiles(
     """Fill first and second [B, groups], and the tiles' largest norms, for ``operand`` [B, d]."""
     codes, d = scanned.codes, operand.shape[1]
     batch, count = operand.shape[0], codes.shape[0]
+    strides = codes.stride(0), operand.stride(0)
+    config = by_pointers(config, codes.element_size(), d, *strides)
     programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
     group_best_kernel[(programs,)](
         x_ptr=codes,
@@ -164,20 +166,21 @@ def run_tiles(
         num_items=count,
         num_queries=batch,
         d=d,
-        stride_x=codes.stride(0),
-        stride_q=operand.stride(0),
-        **_constants(config, group, d, codes.dtype, scanned, pairs is not None),
+        stride_x=strides[0],
+        stride_q=strides[1],
+        **_constants(config, group, operand, scanned, pairs is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
 def _constants(
-    config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: bool
+    config: Launch, group: int, operand: torch.Tensor, scanned: Scanned, pairs: bool
 ) -> dict[str, object]:
     """The compile-time arguments of the kernel."""
     interpreted = triton.knobs.runtime.interpret
-    split = dtype == torch.float32 and not interpreted
+    codes, d = scanned.codes, operand.shape[1]
+    split = codes.dtype == torch.float32 and not interpreted
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -30,10 +30,8 @@ import triton.language as tl
 from ...._scan.triton_exclusions import TilePairs, pair_places
 from .factors import Factors
 from .groups import LOWEST
-from .launch import Launch, multiprocessors
+from .launch import Launch, by_pointers, multiprocessors
 
-# Columns of a step where rows are not aligned: a load an element, and registers for all of them.
-UNALIGNED_STEP = {1: 32, 2: 32, 4: 16}
 # Of a thread, by target and bytes of a number, for tiles by TMA: on sm_90 two programs share a
 # multiprocessor; on sm_100 the compiler would take fewer than it needs.
 MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 160}}
@@ -228,9 +226,9 @@ def run_wide(
     interpreted = triton.knobs.runtime.interpret
     strides = codes.stride(0), operand.stride(0)
     tma = _takes_tma(codes) and _takes_tma(operand)
+    if not tma:
+        config = by_pointers(config, codes.element_size(), d, *strides)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    if not tma and any(size % 16 for size in (d, *strides)):
-        block_k = min(block_k, UNALIGNED_STEP[codes.element_size()])
     x: Any = codes
     q: Any = operand
     if tma:
