@@ -9,11 +9,12 @@ from .._exact.excluded import TensorExclude
 from .._exact.included import gather, is_gathered, normalize_include
 from .._exact.table import Table
 from .._scan.triton_exclusions import exclusions
-from .._scan.triton_queries import DeviceQueries, prepare_on_device
+from .._scan.triton_queries import prepare_on_device
 from ..rank.impl.triton import Norms, table_stats
 from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
-from ..topk.impl.triton.groups import Scanned, operand_type, scan_rows
+from ..topk.impl.triton.direction import prepare_rows
+from ..topk.impl.triton.groups import Scanned, operand_type
 from .quantize import DIM_MULTIPLE
 from .selection import view
 from .storage import Storage
@@ -39,13 +40,13 @@ def search_storage(
     table = _table(storage)
     if included is not None and is_gathered(table, included):
         table, place = gather(table, included, place)
-        scanned = scan_rows(table.rows, similarity)
-        query = _prepared(queries, table, similarity, temperature)
+        scanned, query = prepare_rows(table.rows, queries, similarity, temperature)
         return search(scanned, query, table, k, excluded, "triton gathered", place)
     table = _table(storage, included)
     if kind is None or not storage.size:
         scanned = _scan_of_rows(storage)
-        query = _prepared(queries, table, similarity, temperature)
+        width, dtype = scanned.codes.shape[1], scanned.codes.dtype
+        query = prepare_on_device(queries, similarity, temperature, dtype, width=width)
     else:
         scanned = _scan_of_codes(storage, kind)
         query = prepare_on_device(
@@ -63,14 +64,6 @@ def search_storage(
 def _table(storage: Storage, included: torch.Tensor | None = None) -> Table:
     """``selection.view`` with zero columns behind the rows (``Storage.aligned_rows``)."""
     return replace(view(storage, included), rows=storage.aligned_rows())
-
-
-def _prepared(
-    queries: torch.Tensor, table: Table, similarity: str, temperature: float
-) -> DeviceQueries:
-    """The batch for a scan of the rows themselves, as wide as they are."""
-    rows = table.rows
-    return prepare_on_device(queries, similarity, temperature, rows.dtype, width=rows.shape[1])
 
 
 def _scan_of_rows(storage: Storage) -> Scanned:
