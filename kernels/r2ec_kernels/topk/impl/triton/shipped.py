@@ -34,7 +34,7 @@ _NORM_EPILOGUE_BUDGET |= {(128, 32): (1920, 234, 186), (128, 128): (1900, 250, 1
 # the results, a few a tile.
 _WIDE_LOOP = {1: 184, 2: 92, 4: 445}
 _WIDE_EPILOGUE, _PLAIN_EPILOGUE = 60, 40
-_OFF_EPILOGUE = 70  # some rows are switched off
+_OFF_EPILOGUE = 66  # some rows are switched off
 _WIDE_MOVES = {32: (4, 0), 128: (8, 4)}
 _TYPES = {
     torch.int8: ("i8", "bf16"),

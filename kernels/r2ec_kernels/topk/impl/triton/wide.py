@@ -79,10 +79,12 @@ def store_best(
     o_j = tl.arange(0, BLOCK_N // 8)[None, :, None, None]
     o_h = tl.arange(0, 4)[None, None, :, None]
     o_place = o_j * WIDTH + tl.arange(0, 2)[None, None, None, :]
-    b_s = ((b_s.to(tl.int32, bitcast=True) & keep) | o_place).to(tl.float32, bitcast=True)
-    # From here on a score of -inf would have become a NaN: -inf is no row.
+    b_i = (b_s.to(tl.int32, bitcast=True) & keep) | o_place
     if HAS_OFF:
-        b_s = tl.where(b_s == b_s, b_s, -float("inf"))
+        # -inf with a place is a NaN, above all other negative floats as an unsigned integer
+        b_i = tl.minimum(b_i.to(tl.uint32, bitcast=True), 0xFF800000)
+    # from here on -inf is no row
+    b_s = b_i.to(tl.float32, bitcast=True)
     left = num_items - i_n * BLOCK_N
     if left < BLOCK_N:
         b_left = left // 8 * WIDTH + tl.minimum(tl.maximum(left % 8 - o_h * 2, 0), 2)
