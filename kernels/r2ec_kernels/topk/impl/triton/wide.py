@@ -34,7 +34,7 @@ from .launch import Launch, by_pointers, multiprocessors
 
 # Of a thread, by target and bytes of a number, for tiles by TMA: on sm_90 two programs share a
 # multiprocessor; on sm_100 the compiler would take fewer than it needs.
-MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 160}}
+MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 224}}
 
 
 @triton.jit
