@@ -1,6 +1,7 @@
 """How many device operations and host waits one public call costs on the Triton path.
 
-    python benchmarks/launches.py [--ops search rank ...] [--batches 1 16 64 256] [--json FILE]
+    python benchmarks/launches.py [--ops search rank ...] [--batches 1 16 64 256] [--dry]
+        [--json FILE]
 
 Nothing is timed, and no GPU is needed: the calls run in Triton's interpreter, on small tables,
 under a dispatch mode that counts. Counted are
@@ -14,6 +15,10 @@ under a dispatch mode that counts. Counted are
 
 ``decode`` counts a token of the decoders for a toy Llama of two and of three layers: the difference
 is what a layer costs.
+
+With ``--dry`` the project's kernels are counted and not run, so that large batches take no longer
+than small ones. The counts are the same: what a kernel computes can only change what is launched
+after it by way of the host, and that would be a wait.
 """
 
 from __future__ import annotations
@@ -119,8 +124,9 @@ def _by_mask(indices: list[torch.Tensor | None]) -> bool:
 
 
 @contextmanager
-def counted() -> Iterator[Cost]:
-    """The cost of what runs inside, on the CPU as if it were a GPU."""
+def counted(dry: bool = False) -> Iterator[Cost]:
+    """The cost of what runs inside, on the CPU as if it were a GPU. dry: kernels are not run, and
+    what they would write holds anything."""
     from triton.runtime import interpreter
 
     cost = Cost()
@@ -131,6 +137,8 @@ def counted() -> Iterator[Cost]:
         name = executor.fn.__name__.strip("_")
         mode.count(name)
         cost.launches[name] += 1
+        if dry:
+            return None
         with torch.utils._python_dispatch._disable_current_modes():
             return launch(executor, *args, **kwargs)
 
@@ -333,11 +341,12 @@ CALLS = {
 }
 
 
-def measure(make: Callable[[int], Callable[[], object]], batch: int) -> Cost:
+def measure(make: Callable[[int], Callable[[], object]], batch: int, dry: bool = False) -> Cost:
     """The cost of a second call: the first may make what later ones keep."""
     call = make(batch)
-    call()
-    with counted() as cost:
+    with counted(dry):
+        call()
+    with counted(dry) as cost:
         call()
     return cost
 
@@ -346,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ops", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--dry", action="store_true", help="count kernels without running them")
     parser.add_argument("--json", type=Path, help="also write every operation's count here")
     parser.add_argument("--names", action="store_true", help="print the operations by name")
     options = parser.parse_args(arguments)
@@ -356,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
         for call, make in CALLS[name]().items():
             cells = []
             for batch in options.batches:
-                cost = measure(make, batch)
+                cost = measure(make, batch, options.dry)
                 own = sum(cost.launches.values())
                 cells.append(f"{cost.operations} ({own}) + {cost.waits}")
                 counts = {"names": dict(cost.names), "launches": dict(cost.launches)}

@@ -50,6 +50,13 @@ def resolve(impl: str, device: torch.device, op: str, available: frozenset[str])
     return impl
 
 
+def means_triton(device: torch.device) -> bool:
+    """Whether "auto" on ``device`` means Triton's kernels; False also where they cannot run."""
+    name = os.environ.get("R2EC_IMPL") or "auto"
+    wanted = device.type == "cuda" if name == "auto" else name == "triton"
+    return wanted and triton_problem(device) is None
+
+
 def checks_enabled() -> bool:
     """Whether ``R2EC_CHECK=1`` asks for checks of every call's values (NaN, infinity, ids)."""
     return os.environ.get("R2EC_CHECK") == "1"

@@ -160,6 +160,8 @@ def describe(case: dict[str, Any]) -> str:
     constants = case["constexprs"].items()
     sizes = [f"{name.lower()}={value}" for name, value in constants if type(value) is int]
     flags = [name.lower() for name, value in constants if value is True]
+    if "stride_x" in case["signature"] and "stride_x" not in case.get("aligned", ("stride_x",)):
+        flags.append("unaligned")
     return " ".join([*(types or ["fp32"]), *sizes, *flags, f"warps={case['num_warps']}"])
 
 

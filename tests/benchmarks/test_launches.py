@@ -13,6 +13,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "launches.py"
 MOST = 40  # device operations of a call
 DECODERS = {"static": (53, 100, 0), "shared": (53, 107, 3)}  # operations a layer and beside them,
 # and waits, for a token of a Llama in bfloat16 after prompts of two lengths
+BATCHES = (1, 16, 64, 256)
 MOST_OF_A_LOSS = 16  # beside three for each block and tile; 16-bit states have two more, default
 # item_targets one
 
@@ -22,19 +23,21 @@ def counts(tmp_path_factory) -> list[dict]:
     if problem := interpreter_problem():
         pytest.skip(problem)
     file = tmp_path_factory.mktemp("launches") / "rows.json"
-    command = [
-        sys.executable,
-        BENCHMARK,
-        "--ops",
-        "search",
-        "reward",
-        "loss",
-        "decode",
-        "--batches",
-        "1",
-        "24",
-    ]
-    subprocess.run([*command, "--json", file], env=environment(), check=True, capture_output=True)
+    return run(file, "--ops", "search", "reward", "loss", "decode", "--batches", "1", "24")
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory) -> list[dict]:
+    """Searches of up to 256 queries, whose kernels are counted and not run."""
+    if problem := interpreter_problem():
+        pytest.skip(problem)
+    file = tmp_path_factory.mktemp("launches") / "dry.json"
+    return run(file, "--dry", "--ops", "search", "--batches", *map(str, BATCHES))
+
+
+def run(file: Path, *arguments: str) -> list[dict]:
+    command = [sys.executable, BENCHMARK, *arguments, "--json", file]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
     return json.loads(file.read_text())
 
 
@@ -73,6 +76,21 @@ def test_a_search_costs_the_same_for_any_batch_and_waits_for_nothing(rows):
         one, many = (row for row in rows if row["call"] == call)
         assert one["operations"] == many["operations"] <= MOST, (call, one["names"], many["names"])
         assert one["waits"] == many["waits"] == 0, call
+
+
+def test_hundreds_of_queries_cost_what_one_costs(dry, rows):
+    """But for one launch from 65 queries on: what makes scores of products is then made ahead."""
+    real = {(row["call"], row["batch"]): row["names"] for row in rows}
+    calls = {row["call"] for row in dry}
+    assert {f"ItemIndex({scan}).search, exclude" for scan in ("none", "bf16", "int8")} <= calls
+    for call in calls:
+        found = {row["batch"]: row for row in dry if row["call"] == call}
+        assert tuple(found) == BATCHES
+        assert found[1]["names"] == real[call, 1], call  # dry or not
+        for batch, row in found.items():
+            ahead = batch > 64 and row["names"].get("factors_kernel", 0)
+            assert row["operations"] - ahead == found[1]["operations"], (call, batch, row["names"])
+            assert row["operations"] <= MOST and row["waits"] == 0, (call, batch)
 
 
 def test_rows_of_an_allow_list_are_gathered_without_a_wait():

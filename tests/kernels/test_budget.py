@@ -120,9 +120,10 @@ def test_a_real_kernel(wide, tmp_path, capsys):
     assert counts["products"] == {"HGMMA.64x128x16.F32.BF16": 4}
     assert counts["product_flops"] == record["work"]["flops"] == 2 * 128 * 128 * 64
     assert counts["wgmma"] and not counts["tma"] and not counts["persistent"]
-    assert counts["loads"] == {"LDGSTS.128": 8}  # 2 x 128 rows of 128 bytes, 256 threads of 16
-    assert 180 <= counts["epilogue_shuffles"] <= 240
-    assert 150 <= counts["loop"] <= 220 and 1000 <= counts["epilogue"] <= 1800
+    # 2 x 128 rows of 128 bytes, 256 threads of 16; what rows share, 64 float32 for each thread's 8
+    assert counts["loads"] == {"LDGSTS.128": 8, "LDG.128": 2}
+    assert 180 <= counts["epilogue_shuffles"] <= 250
+    assert 150 <= counts["loop"] <= 300 and 1000 <= counts["epilogue"] <= 1900
     assert record["per_1024_scores"] == counts["epilogue"] / 16
     assert [tile["card"] for tile in record["predictions"]] == ["H100 SXM", "H200"]
     assert all(0 < tile["alone"] <= tile["share"] <= 1 for tile in record["predictions"])

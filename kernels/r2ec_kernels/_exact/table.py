@@ -10,7 +10,7 @@ class Table:
     """Stored rows during one call. Rows are positions; ids are what users see.
 
     Attributes:
-        rows: [N, d], the stored values.
+        rows: [N, d], the stored values. Triton's kernels take zero columns behind them too.
         ids: int64 [N], the id of each row; None: its position.
         allowed: bool [N], the rows that are returned, or compete (``included``); None: all.
     """

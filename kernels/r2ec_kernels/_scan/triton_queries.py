@@ -1,6 +1,7 @@
 """Queries prepared for a tensor-core scan, in one kernel: what it multiplies, and their bounds.
 
-For queries Q [M, d] it computes, with s_m the power of two that brings |q_m| near 1 ("l2": 1),
+For queries Q [M, d] it computes, with s_m the power of two that brings |q_m| near 1 ("l2": 1;
+where q_m shares the direction of a mean of length 1: what brings their product to 1),
 
     operand = round(s q - mean)          in the scan's type, zero columns behind
     norm, held, missed = |s q|, |s q - mean|, |s q - mean - operand|
@@ -25,6 +26,7 @@ from .._numbers import HUGE
 
 _HUGE = tl.constexpr(HUGE)
 _BLOCK_D = 512
+_SHARES = tl.constexpr(4.0)  # cosines from 1/4 on: a scaled query is no longer than 4
 
 
 @triton.jit
@@ -67,14 +69,22 @@ def _prepare_kernel(
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_D]
     b_square = tl.zeros([BLOCK_D], tl.float64)
+    b_along = tl.zeros([BLOCK_D], tl.float64)
     for first in range(0, d, BLOCK_D):
         b_q = tl.load(q_ptr + i_m * stride_q + first + o_d, mask=first + o_d < d, other=0.0)
         b_q = b_q.to(tl.float64)
         b_square += b_q * b_q
+        if HAS_MEAN and SIMILARITY != "l2":
+            b_mean = tl.load(mean_ptr + first + o_d, mask=first + o_d < d, other=0.0)
+            b_along += b_q * b_mean.to(tl.float64)
     norm = tl.sqrt(tl.sum(b_square, axis=0))
     temperature = float64_of(temperature)
     fits = fits_float32(norm, temperature)
     scale = scale_of(norm, fits, SIMILARITY)
+    if HAS_MEAN and SIMILARITY != "l2":
+        along = tl.sum(b_along, axis=0)
+        shares = fits & (norm > 0) & (along * _SHARES >= norm)
+        scale = tl.where(shares, 1.0 / tl.where(shares, along, 1.0), scale)
     b_held = tl.zeros([BLOCK_D], tl.float64)
     b_missed = tl.zeros([BLOCK_D], tl.float64)
     for first in range(0, width, BLOCK_D):
@@ -82,7 +92,7 @@ def _prepare_kernel(
         b_q = tl.load(q_ptr + i_m * stride_q + first + o_d, mask=m_d, other=0.0).to(tl.float64)
         b_exact = tl.where(fits, b_q * scale, 0.0)
         if HAS_MEAN:
-            b_exact -= tl.load(mean_ptr + first + o_d, mask=m_d, other=0.0)
+            b_exact -= tl.load(mean_ptr + first + o_d, mask=m_d, other=0.0).to(tl.float64)
         b_operand = b_exact.to(tl.float32).to(operand_ptr.dtype.element_ty)
         tl.store(operand_ptr + i_m * width + first + o_d, b_operand, mask=first + o_d < width)
         b_rest = b_exact - b_operand.to(tl.float32).to(tl.float64)
@@ -159,7 +169,8 @@ def prepare_on_device(
 ) -> DeviceQueries:
     """Prepare a batch [B, d] for a scan that multiplies ``dtype``.
 
-    mean: float64 [d], subtracted from the scaled queries; width: columns of the operand (d); low:
+    mean: [d] or wider, subtracted from the scaled queries, of any length for "l2", else of length 1
+    or 0; width: columns of the operand (d); low:
     also what the operand misses.
     """
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
@@ -194,16 +205,21 @@ def aot_configs() -> list[dict[str, Any]]:
     """The kernel's configurations, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     found = []
     for given, operand, similarity, mean in (
-        ("fp32", "bf16", "l2", True),
-        ("fp32", "fp32", "cosine", False),
-        ("bf16", "bf16", "cosine", False),
-        ("fp16", "fp16", "dot", False),
+        ("fp32", "bf16", "l2", "fp64"),
+        ("fp32", "bf16", "cosine", "fp32"),
+        ("fp32", "fp32", "cosine", None),
+        ("bf16", "bf16", "cosine", None),
+        ("fp16", "fp16", "dot", None),
     ):
-        kinds = {"q_ptr": f"*{given}", "mean_ptr": "*fp64", "operand_ptr": f"*{operand}"}
+        kinds = {
+            "q_ptr": f"*{given}",
+            "mean_ptr": f"*{mean or 'fp64'}",
+            "operand_ptr": f"*{operand}",
+        }
         kinds |= {"low_ptr": f"*{operand}", "bounds_ptr": "*fp32", "temperature": "i64"}
         constants = {
             "SIMILARITY": similarity,
-            "HAS_MEAN": mean,
+            "HAS_MEAN": mean is not None,
             "HAS_LOW": not mean,
             "BLOCK_D": _BLOCK_D,
         }

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from .._checks import MAX_ITEMS
+from .._dispatch import means_triton
 from .._scan.blocks import whole_groups
 from . import fine
 from .fbgemm import BLOCK, PackedCodes
 from .quantize import Limits, ScanCopy, encode, mean_row
 
 _SEED = 20240607  # of the row permutation
+ROW_MULTIPLE = 16  # columns of a row that Triton's kernels read: loads of 16 bytes, and TMA
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class State:
         kinds: of the copies kept.
         fields: tensors of ``capacity`` rows, of which the first ``size`` are live: rows [d], ids,
             norm and those of ``quantize.encode`` and ``fine.refine``, prefixed by the copy's kind
-            ("int8.code").
+            ("int8.code"). On the Triton path zero columns lie behind ``rows``, up to a multiple of
+            ROW_MULTIPLE.
         packed: the codes of an "fp16" copy, which are no tensor.
         place: int64, the row of an id; -1 once removed.
         size: live rows.
@@ -261,6 +264,11 @@ class Storage:
         """The live part of a field."""
         return self.fields[name][: self.size]
 
+    def aligned_rows(self) -> torch.Tensor:
+        """The live rows with the zero columns behind them: [size, >= d]."""
+        rows = self.live("rows")
+        return rows.as_strided((self.size, rows.stride(0)), rows.stride())
+
     def codes(self, kind: str) -> torch.Tensor | PackedCodes:
         """The codes of a copy: live rows, and rows without meaning up to a whole group."""
         if kind == "fp16" and self._state.packed is not None:
@@ -304,7 +312,8 @@ class Storage:
         """Fields of ``capacity`` rows, and the width of packed codes where there are some."""
         capacity = whole_groups(capacity)
         example, code = self._encoded(like[:0], self.place[:0].to(like.device))
-        fields = {
+        fields = {"rows": _empty_rows(example.pop("rows"), capacity)}
+        fields |= {
             name: torch.empty(capacity, *tensor.shape[1:], dtype=tensor.dtype, device=like.device)
             for name, tensor in example.items()
         }
@@ -338,6 +347,15 @@ class Storage:
                 made[kind] = encode(rows, kind, self.similarity, self.mean)
             fields |= {f"{kind}.{name}": tensor for name, tensor in made[kind].items()}
         return fields
+
+
+def _empty_rows(like: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Room for rows [capacity, d]; on the Triton path with zero columns behind them."""
+    d = like.shape[1]
+    behind = -d % ROW_MULTIPLE if means_triton(like.device) else 0
+    rows = like.new_empty(capacity, d + behind)
+    rows[:, d:] = 0
+    return rows[:, :d]
 
 
 class _Undoing:

@@ -1,17 +1,20 @@
 """An index by the Triton kernels: searches of its rows or of a low-precision copy, and ranks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from .._exact.excluded import TensorExclude
 from .._exact.included import gather, is_gathered, normalize_include
+from .._exact.table import Table
 from .._scan.triton_exclusions import exclusions
 from .._scan.triton_queries import prepare_on_device
 from ..rank.impl.triton import Norms, table_stats
 from ..topk.impl.common import SearchStats
 from ..topk.impl.triton import search
-from ..topk.impl.triton.groups import Scanned, operand_type, scan_rows
+from ..topk.impl.triton.direction import prepare_rows
+from ..topk.impl.triton.groups import Scanned, operand_type
 from .quantize import DIM_MULTIPLE
 from .selection import view
 from .storage import Storage
@@ -34,16 +37,16 @@ def search_storage(
     excluded = exclusions(exclude, queries.shape[0], storage.place.numel(), storage.device)
     similarity, place = storage.similarity, storage.place
     included = normalize_include(include, place.numel(), storage.device)
-    table = view(storage)
+    table = _table(storage)
     if included is not None and is_gathered(table, included):
         table, place = gather(table, included, place)
-        scanned = scan_rows(table.rows, similarity)
-        query = prepare_on_device(queries, similarity, temperature, table.rows.dtype)
+        scanned, query = prepare_rows(table.rows, queries, similarity, temperature)
         return search(scanned, query, table, k, excluded, "triton gathered", place)
-    table = view(storage, included)
+    table = _table(storage, included)
     if kind is None or not storage.size:
         scanned = _scan_of_rows(storage)
-        query = prepare_on_device(queries, similarity, temperature, table.rows.dtype)
+        width, dtype = scanned.codes.shape[1], scanned.codes.dtype
+        query = prepare_on_device(queries, similarity, temperature, dtype, width=width)
     else:
         scanned = _scan_of_codes(storage, kind)
         query = prepare_on_device(
@@ -58,10 +61,15 @@ def search_storage(
     return search(scanned, query, table, k, excluded, name, place)
 
 
+def _table(storage: Storage, included: torch.Tensor | None = None) -> Table:
+    """``selection.view`` with zero columns behind the rows (``Storage.aligned_rows``)."""
+    return replace(view(storage, included), rows=storage.aligned_rows())
+
+
 def _scan_of_rows(storage: Storage) -> Scanned:
     similarity = storage.similarity
     return Scanned(
-        storage.live("rows"),
+        storage.aligned_rows(),
         by_norm="none" if similarity == "dot" else similarity,
         norms=storage.live("norm"),
         limits=storage.limits("none").of_scan if storage.size else None,
@@ -95,6 +103,6 @@ def stats_of_storage(
         return targets.new_full(nothing.shape, -1), nothing
     norms = Norms(storage.live("norm"), storage.limits("none").of_scan)
     included = normalize_include(include, storage.place.numel(), storage.device)
-    table = view(storage, included)
+    table = _table(storage, included)
     settings = storage.similarity, temperature
     return table_stats(queries, table, targets, *settings, excluded, norms, storage.place)

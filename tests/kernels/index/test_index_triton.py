@@ -5,6 +5,7 @@ import torch
 from _support.search_cases import KINDS, SIMILARITIES, assert_same, make, make_exclude
 
 from r2ec_kernels import ItemIndex, item_topk, target_stats
+from r2ec_kernels.index import files
 
 INTERPRETED_TYPES = ("float32", "bfloat16")  # there the kernel multiplies in float32
 INTERPRETED_SHARE = 3
@@ -110,3 +111,64 @@ def test_save_and_load(tmp_path, device, dtype):
     again = ItemIndex.load(tmp_path / "index.safetensors", device=device)
     assert again.device.type == device and len(again) == 298
     assert_searches_like_a_table(again, problem.queries.to(device), 4)
+
+
+@pytest.mark.parametrize("dim", [1, 20, 33, 64])
+def test_rows_have_zero_columns_behind_them(dim, device, dtype):
+    """So that kernels load 16 bytes at once, whatever d is; nothing else shows it."""
+    from r2ec_kernels.topk.impl.triton.wide import _takes_tma
+
+    problem = make("normal", 3, 150, dim, 4, dtype)
+    index = ItemIndex(problem.items.to(device), scan="none")
+    storage = index._storage
+
+    def check() -> None:
+        rows = storage.aligned_rows()
+        assert rows.shape == (len(index), -(-dim // 16) * 16) and rows.stride(0) % 16 == 0
+        assert _takes_tma(rows) and not rows[:, dim:].any()
+        assert torch.equal(rows[:, :dim], storage.live("rows"))
+
+    check()
+    fresh = make("normal", 1, 90, dim, 5, dtype).items.to(device)
+    index.write(index.ids[:9], fresh[:9])
+    index.append(fresh)  # more than there is room for
+    check()
+    index.remove(index.ids[::7])
+    check()
+    index.remove(index.ids)
+    index.append(fresh[:2])
+    check()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_columns_behind_change_no_bit(similarity, device, dtype, monkeypatch, tmp_path):
+    """Rows, norms, saved files and results are those of an index without them."""
+    problem = make("row scales", 4, 300, 21, 6, dtype)
+    made = [ItemIndex(problem.items.to(device), similarity=similarity, scan="none")]
+    monkeypatch.setenv("R2EC_IMPL", "torch")
+    made.append(ItemIndex(problem.items, similarity=similarity, scan="none"))
+    monkeypatch.setenv("R2EC_IMPL", "triton" if device == "cpu" else "auto")
+    wide, narrow = (index._storage for index in made)
+    assert (wide.aligned_rows().shape[1], narrow.aligned_rows().shape[1]) == (32, 21)
+    for number, index in enumerate(made):
+        index.write([3, 5], problem.items[7:9].to(index.device))
+        index.save(tmp_path / str(number))
+    assert torch.equal(wide.live("norm").cpu(), narrow.live("norm"))
+    assert torch.equal(made[0].items.cpu(), made[1].items) and made[0].dim == 21
+    (_, *saved), (_, *other) = (files.read_index(tmp_path / name) for name in ("0", "1"))
+    assert all(map(torch.equal, saved[:2], other[:2])) and saved[2] == other[2]
+    queries, targets = problem.queries.to(device), torch.arange(4)
+    found = made[0].search(queries, 4)
+    stats = made[0].target_stats(queries, targets.to(device))
+    copied = made[0].items
+    assert_same(found, item_topk(queries, copied, 4, similarity=similarity, impl="reference"))
+    want = target_stats(queries, copied, targets.to(device), similarity=similarity)
+    assert torch.equal(stats.rank, want.rank)
+
+
+@pytest.mark.interpreter
+def test_an_index_on_a_cpu_keeps_rows_side_by_side(device, monkeypatch):
+    for name in ("", "torch"):
+        monkeypatch.setenv("R2EC_IMPL", name)
+        index = ItemIndex(torch.ones(40, 20), scan="none")
+        assert index._storage.live("rows").is_contiguous()

@@ -80,6 +80,15 @@ def stand_in(scanned, operand, group, pair_row, pair_of):
     limits = scanned.limits
     if limits is None:
         limits = torch.stack([torch.zeros(()), torch.zeros(()), norms.max()])
+    if scanned.direction is not None:
+        *_, middle = direction = scanned.direction
+        for start in range(0, count, 8192):
+            rows = codes[start : start + 8192].float()
+            if scanned.by_norm == "cosine":
+                rows = rows / norms[start : start + 8192, None]
+            scores[:, start : start + 8192] += rows @ direction[:-1] - middle
+            far = torch.linalg.vector_norm(rows - middle * direction[:-1], dim=1).max()
+            limits[0] = torch.maximum(limits[0], far * 1.01)
     bits = scores.view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = (bits & -group) | (torch.arange(count) % group).int()
@@ -113,6 +122,53 @@ def test_the_stand_in_is_what_the_kernel_leaves(device, monkeypatch):
     assert torch.equal(ours.first & 31, theirs.first & 31)
     assert torch.equal(ours.second & 31, theirs.second & 31)
     assert torch.allclose(ours.limits[2], theirs.limits[2], rtol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("type_of_rows", ["float32", "bfloat16"])
+def test_rows_of_a_plain_table_that_share_a_direction(type_of_rows, similarity, device):
+    """Their bound is relative to what they do not share: a few rows a result. Without that, queries
+    of float32 beside rows of bfloat16 list every row."""
+    from r2ec_kernels._scan.triton_queries import prepare_on_device
+    from r2ec_kernels.topk.impl.triton import candidates
+    from r2ec_kernels.topk.impl.triton.direction import prepare_rows
+    from r2ec_kernels.topk.impl.triton.groups import scan_rows
+
+    k, d = 10, 512
+    queries, rows = tables("shared mean", 10_000, d)
+    rows = rows.to(getattr(torch, type_of_rows))
+
+    def listed(scanned, query) -> torch.Tensor:
+        found = stand_in(scanned, query.operand, 32, None, None)
+        lists = candidates.reach(found, scanned, query, k, 32, 4096)
+        return lists.count[:, 0] + 32 * lists.count[:, 1]
+
+    assert (listed(*prepare_rows(rows, queries, similarity, 1.0)) <= 20 * k).all()
+    if type_of_rows == "bfloat16":
+        query = prepare_on_device(queries, similarity, 1.0, rows.dtype)
+        wide = listed(scan_rows(rows, similarity), query)
+        assert wide.float().mean() >= (300 if similarity == "dot" else 9000)
+
+
+@pytest.mark.interpreter
+def test_a_direction_is_taken_where_there_is_one(device):
+    from r2ec_kernels.topk.impl.triton.direction import shared_direction
+
+    _, shared = tables("shared mean", 3000, 24)
+    _, random = tables("random", 3000, 24)
+    for similarity in ("dot", "cosine"):
+        *direction, middle = shared_direction(shared, similarity)
+        direction = torch.stack(direction)
+        along = shared @ direction
+        if similarity == "cosine":
+            along /= torch.linalg.vector_norm(shared, dim=1)
+        assert abs(float(torch.linalg.vector_norm(direction)) - 1) < 1e-6
+        assert abs(float(along.mean() - middle)) < 0.02 * float(along.mean())
+        for table in (random, shared[:0], shared * 0, torch.full_like(shared, float("nan"))):
+            assert not shared_direction(table, similarity).any()
+    shared[4, 3] = float("inf")  # of every second row, which are looked at
+    assert not shared_direction(shared, "dot").any()
 
 
 @pytest.mark.slow

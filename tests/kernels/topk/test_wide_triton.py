@@ -100,6 +100,34 @@ def test_the_two_best_of_every_group(count, d, similarity, group, wide, device, 
     check_groups(group_best(scanned, operand, group, given), group, scores, hidden[:, :count])
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("scan", ["tiles", *SCANS])
+@pytest.mark.parametrize("d", [24, 31])
+def test_what_rows_share_is_given_back(d, scan, similarity, device, dtype, monkeypatch):
+    """Scores but for t, and the largest distance from t c, from every scan."""
+    from r2ec_kernels.topk.impl.triton import launch
+    from r2ec_kernels.topk.impl.triton.direction import prepare_rows
+    from r2ec_kernels.topk.impl.triton.scan import group_best
+
+    if scan != "tiles":
+        monkeypatch.setenv("R2EC_SEARCH_WIDE", scan)
+        table = launch.candidates
+        monkeypatch.setattr(launch, "candidates", lambda batch, *args: table(1024, *args))
+    problem = make("shared mean", BATCH, 300, d, 3, dtype)
+    items, queries = problem.items.to(device), problem.queries.to(device) + 3
+    scanned, query = prepare_rows(items, queries, similarity, 1.0)
+    direction, middle = scanned.direction[:-1].double(), scanned.direction[-1].double()
+    assert middle > 0
+    found = group_best(scanned, query.operand, 32)
+    rows = items.double()
+    length = torch.linalg.vector_norm(rows, dim=1) if similarity == "cosine" else 1.0
+    scores = (query.operand.double() @ rows.T + direction @ rows.T) / length - middle
+    check_groups(found, 32, scores)
+    rows = rows / length[:, None] if similarity == "cosine" else rows
+    far = torch.linalg.vector_norm(rows - middle * direction, dim=1).max()
+    assert far <= found.limits[0] <= 1.1 * far + 0.02 * middle
+
+
 @pytest.mark.parametrize("group", [32, 128])
 def test_codes_with_factors_of_their_own(group, wide, device):
     from r2ec_kernels.topk.impl.triton.groups import Scanned

@@ -94,7 +94,12 @@ def table_stats(
     if not batch:
         return rank, log_prob
     query = prepare_on_device(
-        queries, similarity, temperature, rows.dtype, low=rows.dtype != torch.float32
+        queries,
+        similarity,
+        temperature,
+        rows.dtype,
+        width=rows.shape[1],
+        low=rows.dtype != torch.float32,
     )
     call = _Call(query, table, excluded, norms, place, target_rows)
     call.find_origin(targets)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...._scan.triton_queries import DeviceQueries
+from .direction import added_unit
 from .groups import (
     GROUPS,
     LOWEST,
@@ -43,9 +44,11 @@ def _error(
     stride_bounds,
     unit,
     scan_unit,
+    along_unit,
     root_d,
     SIMILARITY: tl.constexpr,
     CODES: tl.constexpr,
+    HAS_ALONG: tl.constexpr,
 ):
     """How far the scan's scores of a query may be off: float32, infinite without a bound."""
     p_m = bounds_ptr + i_m
@@ -55,7 +58,10 @@ def _error(
     size = high
     if SIMILARITY == "cosine":
         size = high * 0.0 + 1.0
-    if SIMILARITY == "l2":
+    if HAS_ALONG:
+        error = along_unit * (norm + 1.0) * size + floor
+        far = tl.load(limits_ptr)
+    elif SIMILARITY == "l2":
         error = unit * ((norm + high) * (norm + high)) + floor
     else:
         error = unit * norm * size + floor
@@ -65,6 +71,8 @@ def _error(
         if SIMILARITY == "l2":
             reach = held + held_size + residual
             error += 1.02 * (2.0**-21 + _PACK_UNIT) * (reach * reach)
+    elif HAS_ALONG:
+        error += 1.02 * (missed * far + scan_unit * (held + missed) * size + _PACK_UNIT * far)
     else:
         error += 1.02 * (missed + scan_unit * norm) * size
         if SIMILARITY == "l2":
@@ -99,9 +107,11 @@ def _reach_kernel(
     capacity,
     unit,
     scan_unit,
+    along_unit,
     root_d,
     SIMILARITY: tl.constexpr,
     CODES: tl.constexpr,
+    HAS_ALONG: tl.constexpr,
     GROUP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -113,7 +123,17 @@ def _reach_kernel(
     """
     i_m = tl.program_id(0).to(tl.int64)
     error = _error(
-        i_m, bounds_ptr, limits_ptr, stride_bounds, unit, scan_unit, root_d, SIMILARITY, CODES
+        i_m,
+        bounds_ptr,
+        limits_ptr,
+        stride_bounds,
+        unit,
+        scan_unit,
+        along_unit,
+        root_d,
+        SIMILARITY,
+        CODES,
+        HAS_ALONG,
     )
     cut = _cut(tl.load(kth_ptr + i_m * stride_kth), error, GROUP)
     if tl.program_id(1) == 0:
@@ -185,9 +205,11 @@ def reach(
         capacity=capacity,
         unit=query.unit,
         scan_unit=scan_unit + (query.unit if scanned.coded else 0.0),
+        along_unit=added_unit(query.operand.shape[1]),
         root_d=d**0.5,
         SIMILARITY=query.similarity,
         CODES=scanned.coded,
+        HAS_ALONG=scanned.direction is not None,
         GROUP=group,
         SPAN=found.span,
         BLOCK_G=_BLOCK_GROUPS,
@@ -202,11 +224,12 @@ def aot_configs() -> list[dict[str, Any]]:
         ("first_ptr", "second_ptr", "kth_ptr", "rows_ptr", "groups_ptr", "count_ptr"), "*i32"
     )
     kinds |= dict.fromkeys(("bounds_ptr", "limits_ptr", "cut_ptr"), "*fp32")
-    kinds |= dict.fromkeys(("unit", "scan_unit", "root_d"), "fp32")
+    kinds |= dict.fromkeys(("unit", "scan_unit", "along_unit", "root_d"), "fp32")
     found = []
     shipped = (("dot", False), ("l2", False), ("cosine", True), ("l2", True))
     for (similarity, coded), group in itertools.product(shipped, GROUPS):
         constants = {"SIMILARITY": similarity, "CODES": coded, "GROUP": group}
+        constants |= {"HAS_ALONG": similarity == "dot"}
         constants |= {"SPAN": 128, "BLOCK_G": _BLOCK_GROUPS}
         names = _reach_kernel.arg_names
         found.append(

@@ -58,8 +58,11 @@ class Scanned:
         norms: float32 [N], of the rows; None where the scan takes them, or none are wanted.
         coded: whether the codes only stand for the rows, and have residuals.
         limits: float32 [3]: the largest residual, size and norm of the rows (``index.quantize``),
-            the norm infinite where a row has no bound; None where the scan takes the norms.
+            the norm infinite where a row has no bound; None where the scan takes the norms. With a
+            direction the first is the largest distance from t c.
         some_off: whether some rows are switched off, by an infinite ``sub``.
+        direction: float32 [d + 1], taken off the queries and given back by the scan where it takes
+            the norms (``direction``); None for none.
     """
 
     codes: torch.Tensor
@@ -70,6 +73,7 @@ class Scanned:
     coded: bool = False
     limits: torch.Tensor | None = None
     some_off: bool = False
+    direction: torch.Tensor | None = None
 
     @property
     def takes_norms(self) -> bool:

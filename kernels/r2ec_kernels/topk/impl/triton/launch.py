@@ -60,6 +60,8 @@ _WIDE_NORMS = {
     2: [Launch(128, 128, 64, 8, 3), *_WIDE[2]],
     4: [Launch(128, 128, 32, 8, 2), *_WIDE[4]],
 }
+# Columns of a step where rows are not aligned, by bytes of a number.
+_UNALIGNED_STEP = {"tiles": {1: 16, 2: 16, 4: 16}, "fused": {1: 32, 2: 32, 4: 16}}
 _NORMS_APART = 256  # queries, above which that launch pays
 _INTERPRETED = Launch(16, 64, 32, 1, 1)
 _INTERPRETED_WIDE = [Launch(64, 128, 32, 1, 1, "fused"), Launch(32, 128, 0, 1, 1, "cublas")]
@@ -87,6 +89,18 @@ def candidates(batch: int, itemsize: int, backend: str, takes_norms: bool = Fals
     if backend == "hip":
         return [replace(launch, num_stages=min(2, launch.num_stages)) for launch in table]
     return table
+
+
+def by_number(config: Launch, itemsize: int) -> Launch:
+    """The same for rows that are loaded number by number: registers hold all of a step."""
+    step = min(config.block_k, _UNALIGNED_STEP[config.kind][itemsize])
+    return replace(config, block_k=step, num_warps=max(8, config.num_warps))
+
+
+def by_pointers(config: Launch, itemsize: int, *sizes: int) -> Launch:
+    """The same for rows loaded by pointers; sizes: a row's, and from row to row, in elements."""
+    aligned = all(size % 16 == 0 for size in sizes)
+    return config if aligned else by_number(config, itemsize)
 
 
 @functools.cache

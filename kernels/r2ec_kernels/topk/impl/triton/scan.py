@@ -65,7 +65,7 @@ def _scan(
         norms = None
         if scanned.takes_norms:
             row_tiles = triton.cdiv(count, config.block_n)
-            norms = torch.empty(row_tiles, dtype=torch.float32, device=device)
+            norms = torch.zeros(3, row_tiles, dtype=torch.float32, device=device)
         run_tiles(scanned, operand, group, first, second, norms, pairs, config)
         return GroupBest(first, second, limits_of(scanned, norms), span)
     factors = row_factors(scanned, d, config.block_n)

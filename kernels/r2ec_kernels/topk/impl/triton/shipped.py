@@ -1,17 +1,16 @@
 """The configurations of the scan's kernels that ship, with their work and instruction budgets."""
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 
 from .groups import GROUPS
-from .launch import Launch, candidates
+from .launch import Launch, by_number, candidates
 from .product import group_max_kernel
 from .tiles import group_best_kernel
-from .wide import MOST_REGISTERS, UNALIGNED_STEP, levels, wide_kernel
+from .wide import MOST_REGISTERS, levels, wide_kernel
 
 # Of ``aot --budget``, on sm_90: columns of the table that shares are predicted for; instructions of
 # the loop by (bytes of a number, BLOCK_M), and of the epilogue, its shuffles and its accesses to
@@ -23,19 +22,19 @@ _LOOP_BUDGET |= {(4, 16): 323, (4, 64): 545}
 _EPILOGUE_BUDGET = {(16, 32): (830, 52, 50), (16, 128): (735, 29, 31)}
 _EPILOGUE_BUDGET |= {(32, 32): (860, 104, 92), (32, 128): (670, 54, 50)}
 _EPILOGUE_BUDGET |= {(64, 32): (1700, 208, 175), (64, 128): (1290, 108, 92)}
-# The same where the kernel takes the norms.
-_NORM_LOOP_BUDGET = {(2, 16): 355, (2, 32): 355, (2, 64): 365, (2, 128): 217}
-_NORM_LOOP_BUDGET |= {(4, 16): 420, (4, 32): 490, (4, 128): 478}
-_NORM_EPILOGUE_BUDGET = {(16, 32): (1240, 82, 54), (16, 128): (1165, 60, 36)}
-_NORM_EPILOGUE_BUDGET |= {(32, 32): (1365, 132, 94), (32, 128): (1180, 84, 54)}
-_NORM_EPILOGUE_BUDGET |= {(64, 32): (2090, 232, 174), (64, 128): (1715, 136, 94)}
-_NORM_EPILOGUE_BUDGET |= {(128, 32): (1820, 222, 173), (128, 128): (1800, 238, 173)}
+# The same where the kernel takes the norms, and what rows share.
+_NORM_LOOP_BUDGET = {(2, 16): 490, (2, 32): 490, (2, 64): 500, (2, 128): 292}
+_NORM_LOOP_BUDGET |= {(4, 16): 515, (4, 32): 590, (4, 128): 528}
+_NORM_EPILOGUE_BUDGET = {(16, 32): (1435, 88, 64), (16, 128): (1350, 66, 46)}
+_NORM_EPILOGUE_BUDGET |= {(32, 32): (1545, 140, 106), (32, 128): (1350, 91, 65)}
+_NORM_EPILOGUE_BUDGET |= {(64, 32): (2250, 240, 188), (64, 128): (1860, 144, 106)}
+_NORM_EPILOGUE_BUDGET |= {(128, 32): (1920, 234, 186), (128, 128): (1900, 250, 186)}
 # Of the scan for many queries: the loop by bytes of a number; the epilogue of 1,024 scores, with
 # factors and exclusions and without them; shuffles and accesses to shared memory by GROUP: those of
 # the results, a few a tile.
 _WIDE_LOOP = {1: 184, 2: 92, 4: 445}
 _WIDE_EPILOGUE, _PLAIN_EPILOGUE = 60, 40
-_OFF_EPILOGUE = 70  # some rows are switched off
+_OFF_EPILOGUE = 66  # some rows are switched off
 _WIDE_MOVES = {32: (4, 0), 128: (8, 4)}
 _TYPES = {
     torch.int8: ("i8", "bf16"),
@@ -58,7 +57,30 @@ def aot_configs() -> list[dict[str, Any]]:
                 case |= {"backend": backend, "work": _work(config, group, batch, size)}
                 case["budget"] = _budget(config, group, size, flags["TAKE_NORM"])
                 found.append(case)
-    return [*found, *_wide_configs(), *_product_configs()]
+    return [*found, *_odd_configs(), *_wide_configs(), *_product_configs()]
+
+
+def _odd_configs() -> list[dict[str, Any]]:
+    """Of ``tiles``, for a d that is no multiple of 16: the rows of a plain table, loaded number by
+    number, and those of an index, with zero columns behind."""
+    found = []
+    for dtype, batch, backend in itertools.product(
+        (torch.bfloat16, torch.float32), (16, 64), ("cuda", "hip")
+    ):
+        taken, known = reversed(_flags(dtype))
+        for flags in (taken, known):
+            [config] = candidates(batch, dtype.itemsize, backend, flags["TAKE_NORM"])[:1]
+            if flags is taken:
+                config = by_number(config, dtype.itemsize)
+            case = _case(config, GROUPS[0], dtype, flags)
+            case["constexprs"] |= {"EVEN_K": False}
+            case |= {"backend": backend, "work": _work(config, GROUPS[0], batch, dtype.itemsize)}
+            if flags is taken:
+                case["aligned"] = ()
+            else:
+                case["budget"] = {"load_bits": 128, "wgmma": True}
+            found.append(case)
+    return found
 
 
 def _flags(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -74,7 +96,9 @@ def _case(config: Launch, group: int, dtype: torch.dtype, flags: dict[str, Any])
     rows, queries = _TYPES[dtype]
     types = {"x_ptr": f"*{rows}", "q_ptr": f"*{queries}"}
     types |= {"first_ptr": "*i32", "second_ptr": "*i32"}
-    types |= dict.fromkeys(("mul_ptr", "sub_ptr", "norm_ptr", "tile_norm_ptr"), "*fp32")
+    types |= dict.fromkeys(
+        ("mul_ptr", "sub_ptr", "norm_ptr", "along_ptr", "tile_norm_ptr"), "*fp32"
+    )
     types |= dict.fromkeys(("pair_ptr", "pair_start_ptr"), "*i64")
     constants = {
         "BLOCK_M": config.block_m,
@@ -83,6 +107,7 @@ def _case(config: Launch, group: int, dtype: torch.dtype, flags: dict[str, Any])
         "GROUP": group,
         "EVEN_K": True,
         **flags,
+        "HAS_ALONG": flags["TAKE_NORM"] and flags["BY_NORM"] != "l2",
         "PRECISION": "bf16x3" if dtype == torch.float32 else "ieee",
         "WIDEN": False,
     }
@@ -144,6 +169,8 @@ def _wide_configs() -> list[dict[str, Any]]:
         found.append(_wide_case(group, dtype, flags, "hip", ("gfx942",)))
         if dtype == torch.bfloat16:
             found.append(_wide_case(group, dtype, plain, "cuda", ("sm_90", "sm_100"), tma=True))
+            # of a plain table, with what its rows share
+            found.append(_wide_case(group, dtype, codes, "cuda", ("sm_90", "sm_100"), tma=True))
             some = codes | {"HAS_OFF": True}
             found.append(_wide_case(group, dtype, some, "cuda", ("sm_90", "sm_100"), tma=True))
     for dtype, given in itertools.product(
@@ -164,7 +191,7 @@ def _wide_case(
 ) -> dict[str, Any]:
     [config] = [c for c in candidates(1024, dtype.itemsize, backend) if c.kind == "fused"]
     if not aligned:
-        config = replace(config, block_k=UNALIGNED_STEP[dtype.itemsize])
+        config = by_number(config, dtype.itemsize)
     kinds = [f"*{kind}" for kind in _TYPES[dtype]]
     if tma:
         tiles = (config.block_n, config.block_k), (config.block_m, config.block_k)

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from ...._scan.triton_exclusions import TilePairs, pair_places
-from .factors import inverse_norm, norm_bound
+from .factors import distance_bound, inverse_norm, norm_bound
 from .groups import LOWEST, Scanned
-from .launch import Launch
+from .launch import Launch, by_pointers
 
 
 @triton.jit
@@ -39,6 +39,7 @@ def group_best_kernel(
     mul_ptr,
     sub_ptr,
     norm_ptr,
+    along_ptr,
     tile_norm_ptr,
     pair_ptr,
     pair_start_ptr,
@@ -58,6 +59,7 @@ def group_best_kernel(
     HAS_SUB: tl.constexpr,
     BY_NORM: tl.constexpr,
     TAKE_NORM: tl.constexpr,
+    HAS_ALONG: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -67,7 +69,8 @@ def group_best_kernel(
     first, second: int32 [M, ceil(N / GROUP)]. The program's excluded pairs are those numbered
     pair_start[program] .. pair_start[program + 1] - 1. BY_NORM: what a norm does to a score,
     "none", "cosine" or "l2". TAKE_NORM: take the norms here, and write the largest of the tile to
-    tile_norm[i_n], infinity where one has no bound.
+    tile_norm[2, i_n], infinity where one has no bound. HAS_ALONG: c . x - t is part of the score,
+    and tile_norm[0, i_n] the largest distance from t c; along: float32 [d + 1] (``direction``).
     """
     i_m = tl.program_id(0) % tl.cdiv(num_queries, BLOCK_M)
     i_n = tl.program_id(0) // tl.cdiv(num_queries, BLOCK_M)
@@ -80,6 +83,7 @@ def group_best_kernel(
     p_q = q_ptr + o_m.to(tl.int64)[None, :] * stride_q + o_k[:, None]
     b_s = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     b_square = tl.zeros([BLOCK_N], dtype=tl.float32)
+    b_along = tl.zeros([BLOCK_N], dtype=tl.float32)
     for k in range(0, d, BLOCK_K):
         # [BLOCK_N, BLOCK_K] items, [BLOCK_K, BLOCK_M] queries
         if EVEN_K:
@@ -97,17 +101,30 @@ def group_best_kernel(
         if TAKE_NORM:
             b_wide = b_x.to(tl.float32)
             b_square += tl.sum(b_wide * b_wide, axis=1)
+            if HAS_ALONG:
+                b_c = tl.load(along_ptr + k + o_k, mask=k + o_k < d, other=0)
+                b_along += tl.sum(b_wide * b_c[None, :], axis=1)
     # [BLOCK_N]
     if TAKE_NORM:
         b_norm = tl.sqrt(b_square)
         b_bound = norm_bound(b_norm, m_n, p_x, d, BY_NORM, BLOCK_N, BLOCK_K)
-        tl.store(tile_norm_ptr + i_n, tl.max(b_bound, axis=0))
+        p_limit = tile_norm_ptr + i_n
+        tl.store(p_limit + 2 * tl.cdiv(num_items, BLOCK_N), tl.max(b_bound, axis=0))
     elif BY_NORM != "none":
         b_norm = tl.load(norm_ptr + o_n, mask=m_n, other=0)
     if BY_NORM == "cosine":
-        b_s = b_s * inverse_norm(b_norm)[:, None]
+        b_mul = inverse_norm(b_norm)
+        b_s = b_s * b_mul[:, None]
+        b_along = b_along * b_mul
     elif BY_NORM == "l2":
         b_s = b_s - (0.5 * b_norm * b_norm)[:, None]
+    if HAS_ALONG:
+        middle = tl.load(along_ptr + d)
+        if BY_NORM == "cosine":  # of rows at length 1
+            b_square = b_square * b_mul * b_mul
+        b_far = distance_bound(b_square, b_along, middle, d, m_n)
+        tl.store(p_limit, tl.max(b_far, axis=0))
+        b_s = b_s + (b_along - middle)[:, None]
     if HAS_MUL:
         b_s = b_s * tl.load(mul_ptr + o_n, mask=m_n, other=0)[:, None]
     if HAS_SUB:
@@ -149,6 +166,8 @@ def run_tiles(
     """Fill first and second [B, groups], and the tiles' largest norms, for ``operand`` [B, d]."""
     codes, d = scanned.codes, operand.shape[1]
     batch, count = operand.shape[0], codes.shape[0]
+    strides = codes.stride(0), operand.stride(0)
+    config = by_pointers(config, codes.element_size(), d, *strides)
     programs = triton.cdiv(count, config.block_n) * triton.cdiv(batch, config.block_m)
     group_best_kernel[(programs,)](
         x_ptr=codes,
@@ -156,6 +175,7 @@ def run_tiles(
         mul_ptr=scanned.mul,
         sub_ptr=scanned.sub,
         norm_ptr=scanned.norms,
+        along_ptr=scanned.direction,
         tile_norm_ptr=tile_norms,
         pair_ptr=None if pairs is None else pairs.keys,
         pair_start_ptr=None if pairs is None else pairs.start,
@@ -164,20 +184,21 @@ def run_tiles(
         num_items=count,
         num_queries=batch,
         d=d,
-        stride_x=codes.stride(0),
-        stride_q=operand.stride(0),
-        **_constants(config, group, d, codes.dtype, scanned, pairs is not None),
+        stride_x=strides[0],
+        stride_q=strides[1],
+        **_constants(config, group, operand, scanned, pairs is not None),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
 def _constants(
-    config: Launch, group: int, d: int, dtype: torch.dtype, scanned: Scanned, pairs: bool
+    config: Launch, group: int, operand: torch.Tensor, scanned: Scanned, pairs: bool
 ) -> dict[str, object]:
     """The compile-time arguments of the kernel."""
     interpreted = triton.knobs.runtime.interpret
-    split = dtype == torch.float32 and not interpreted
+    codes, d = scanned.codes, operand.shape[1]
+    split = codes.dtype == torch.float32 and not interpreted
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -188,6 +209,7 @@ def _constants(
         "HAS_SUB": scanned.sub is not None,
         "BY_NORM": scanned.by_norm,
         "TAKE_NORM": scanned.takes_norms,
+        "HAS_ALONG": scanned.direction is not None,
         "HAS_PAIRS": pairs,
         "PRECISION": "bf16x3" if split else "ieee",
         "WIDEN": interpreted,

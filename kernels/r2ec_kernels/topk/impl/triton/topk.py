@@ -1,5 +1,6 @@
 """item_topk on the tensor cores: one scan that keeps two scores a group of rows, then certainty.
 
+    direction    what the rows of a plain table share                  (``direction``)
     prepare      queries in the scan's type, and their bounds          (``_scan.triton_queries``)
     group_best   the two best scores of every group of rows            (``scan``)
     reach        which rows may be among the k best                    (``candidates``)
@@ -19,10 +20,11 @@ from ...._exact.excluded import TensorExclude
 from ...._exact.included import as_mask, gather, is_gathered, normalize_include
 from ...._exact.table import Table
 from ...._scan.triton_exclusions import Exclusions, exclusions
-from ...._scan.triton_queries import DeviceQueries, prepare_on_device
+from ...._scan.triton_queries import DeviceQueries
 from ..common import SearchStats
 from . import candidates, rescore
-from .groups import Scanned, group_size, operand_type, scan_rows
+from .direction import prepare_rows
+from .groups import Scanned, group_size
 from .scan import group_best
 
 __all__ = ["aot_configs", "item_topk", "search"]
@@ -120,9 +122,8 @@ def item_topk(
         table, place = gather(table, included, None)
     elif included is not None:
         table = Table(items, allowed=as_mask(included, items.shape[0]))
-    scanned = scan_rows(table.rows, similarity)
+    scanned, query = prepare_rows(table.rows, queries, similarity, temperature)
     table = replace(table, rows=scanned.codes)
-    query = prepare_on_device(queries, similarity, temperature, operand_type(scanned.codes))
     scores, ids, _ = search(scanned, query, table, k, excluded, "triton", place)
     return scores, ids
 
@@ -130,11 +131,12 @@ def item_topk(
 def aot_configs() -> list[dict]:
     """Every configuration that ships, for ahead-of-time compilation (``r2ec_kernels.aot``)."""
     from ...._scan import triton_exclusions, triton_queries
-    from . import factors, shipped
+    from . import direction, factors, shipped
 
     return [
         *triton_exclusions.aot_configs(),
         *triton_queries.aot_configs(),
+        *direction.aot_configs(),
         *factors.aot_configs(),
         *shipped.aot_configs(),
         *candidates.aot_configs(),

@@ -30,13 +30,11 @@ import triton.language as tl
 from ...._scan.triton_exclusions import TilePairs, pair_places
 from .factors import Factors
 from .groups import LOWEST
-from .launch import Launch, multiprocessors
+from .launch import Launch, by_pointers, multiprocessors
 
-# Columns of a step where rows are not aligned: a load an element, and registers for all of them.
-UNALIGNED_STEP = {1: 32, 2: 32, 4: 16}
 # Of a thread, by target and bytes of a number, for tiles by TMA: on sm_90 two programs share a
 # multiprocessor; on sm_100 the compiler would take fewer than it needs.
-MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 160}}
+MOST_REGISTERS = {"sm_90": {1: 128, 2: 128}, "sm_100": {2: 224}}
 
 
 @triton.jit
@@ -81,10 +79,12 @@ def store_best(
     o_j = tl.arange(0, BLOCK_N // 8)[None, :, None, None]
     o_h = tl.arange(0, 4)[None, None, :, None]
     o_place = o_j * WIDTH + tl.arange(0, 2)[None, None, None, :]
-    b_s = ((b_s.to(tl.int32, bitcast=True) & keep) | o_place).to(tl.float32, bitcast=True)
-    # From here on a score of -inf would have become a NaN: -inf is no row.
+    b_i = (b_s.to(tl.int32, bitcast=True) & keep) | o_place
     if HAS_OFF:
-        b_s = tl.where(b_s == b_s, b_s, -float("inf"))
+        # -inf with a place is a NaN, above all other negative floats as an unsigned integer
+        b_i = tl.minimum(b_i.to(tl.uint32, bitcast=True), 0xFF800000)
+    # from here on -inf is no row
+    b_s = b_i.to(tl.float32, bitcast=True)
     left = num_items - i_n * BLOCK_N
     if left < BLOCK_N:
         b_left = left // 8 * WIDTH + tl.minimum(tl.maximum(left % 8 - o_h * 2, 0), 2)
@@ -228,9 +228,9 @@ def run_wide(
     interpreted = triton.knobs.runtime.interpret
     strides = codes.stride(0), operand.stride(0)
     tma = _takes_tma(codes) and _takes_tma(operand)
+    if not tma:
+        config = by_pointers(config, codes.element_size(), d, *strides)
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    if not tma and any(size % 16 for size in (d, *strides)):
-        block_k = min(block_k, UNALIGNED_STEP[codes.element_size()])
     x: Any = codes
     q: Any = operand
     if tma:
