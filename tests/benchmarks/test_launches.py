@@ -22,6 +22,8 @@ def counts(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("launches") / "rows.json"
     command = [
         sys.executable,
+        "-m",
+        "_support.old_triton",
         BENCHMARK,
         "--ops",
         "search",
