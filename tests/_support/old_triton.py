@@ -1,6 +1,6 @@
 """Triton's interpreter under every pair of triton and numpy that the packages admit.
 
-    python -m _support.old_triton SCRIPT ARGUMENTS...     runs a script that uses the interpreter
+    python -m _support.old_triton SCRIPT ARGUMENTS...     runs a script with TRITON_INTERPRET=1
 
 A loop over ``range`` asks a scalar of a kernel for its ``__index__``. Triton 3.6 answers with
 ``int`` of an array of shape [1], which numpy refuses from 2.4 on; Triton 3.7 and newer squeeze the
@@ -10,6 +10,7 @@ launch, so what sets it is wrapped.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from importlib.metadata import version
@@ -33,6 +34,7 @@ def mend() -> None:
 
 
 def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     mend()
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)  # as if the script had been named to Python
