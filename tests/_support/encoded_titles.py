@@ -65,14 +65,20 @@ def hashed(texts: list[str], d: int) -> torch.Tensor:
     return vectors + length * direction
 
 
-def model_states(texts: list[str], count: int, device: str) -> torch.Tensor:
-    """float32 [count, d]: last states of R2EC_TEST_MODEL, those of the texts' beginnings of
-    SHORTEST to LONGEST tokens."""
+def model_folder() -> str:
+    """R2EC_TEST_MODEL."""
     folder = os.environ.get("R2EC_TEST_MODEL")
     if not folder:
         pytest.skip("R2EC_TEST_MODEL does not name a language model")
+    return folder
+
+
+def model_states(texts: list[str], count: int, device: str) -> torch.Tensor:
+    """float32 [count, d]: last states of R2EC_TEST_MODEL, those of the texts' beginnings of
+    SHORTEST to LONGEST tokens."""
     from transformers import AutoModel, AutoTokenizer
 
+    folder = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     found: list[torch.Tensor] = []

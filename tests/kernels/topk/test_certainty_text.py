@@ -12,7 +12,14 @@ import functools
 
 import pytest
 import torch
-from _support.encoded_titles import SHARED_COSINE, hashed, model_states, parts_of, titles
+from _support.encoded_titles import (
+    SHARED_COSINE,
+    hashed,
+    model_folder,
+    model_states,
+    parts_of,
+    titles,
+)
 from _support.scan_stand_in import count_lists, use_stand_in
 from _support.search_cases import assert_same
 
@@ -27,6 +34,14 @@ NUM_STATES = 12_800
 def on_the_triton_path(device, monkeypatch):
     if device == "cpu":
         monkeypatch.setenv("R2EC_IMPL", "triton")
+
+
+@pytest.fixture(autouse=True)
+def is_stored(request):
+    """Skips here too, not only in the interpreter's process."""
+    titles()
+    if request.node.callspec.params.get("encoding", "").startswith("model"):
+        model_folder()
 
 
 @functools.cache
