@@ -155,7 +155,8 @@ def quiet_profile(device: str, **how: bool) -> profile:
 
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device == "cuda" else []
-    return profile(activities=activities, **how)
+    # without acc_events torch 2.11 warns, even of the first cycle
+    return profile(activities=activities, acc_events=True, **how)
 
 
 def torch_peak_mib(run: Callable[[], object]) -> float:

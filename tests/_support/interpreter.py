@@ -24,6 +24,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from _support import old_triton
 from _support.processes import environment
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,6 +40,8 @@ _SELECTED = pytest.StashKey[dict[Path, list[str]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_REPORTS], config.stash[_SELECTED] = {}, {}
+    if INTERPRETED and interpreter_problem() is None:
+        old_triton.mend()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -138,14 +141,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 def interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    from importlib.metadata import version
-
-    triton, numpy = (tuple(map(int, version(p).split(".")[:2])) for p in ("triton", "numpy"))
-    if triton < (3, 7) and numpy >= (2, 4):
-        return "the interpreter of triton 3.6 does not run with numpy 2.4 or newer"
-    return None
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
 def _run_once(path: Path, names: list[str], folder: Path) -> dict[str, dict]:

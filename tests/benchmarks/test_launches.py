@@ -36,8 +36,8 @@ def dry(tmp_path_factory) -> list[dict]:
 
 
 def run(file: Path, *arguments: str) -> list[dict]:
-    command = [sys.executable, BENCHMARK, *arguments, "--json", file]
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    command = [sys.executable, "-m", "_support.old_triton", BENCHMARK, *arguments]
+    subprocess.run([*command, "--json", file], env=environment(), check=True, capture_output=True)
     return json.loads(file.read_text())
 
 

@@ -68,3 +68,38 @@ def test_each_case_is_told_by_name(tmp_path):
     assert not any("interpreter-3" in found for found in told)
     for words in ("two is wrong", "told there", "no reason at all", "no table", "not finished"):
         assert words in done.stdout, words
+
+
+LOOP = """
+import sys
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def sum_of_rows(x_ptr, out_ptr, length_ptr, BLOCK: tl.constexpr):
+    length = tl.load(length_ptr + tl.program_id(0))
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(tl.program_id(0), length):  # of numbers that the kernel has computed
+        total += tl.load(x_ptr + start * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), total)
+
+x, out, lengths = torch.ones(4, 8), torch.zeros(2, 8), torch.tensor([3, 4])
+sum_of_rows[(2,)](x, out, lengths, BLOCK=8)
+assert out.eq(3).all(), out
+assert sys.argv[1:] == ["a", "b"] and sys.path[0] == SCRIPT_FOLDER
+print("counted")
+"""
+
+
+def test_a_loop_runs_to_a_number_of_the_kernel(tmp_path):
+    """Not so by itself in triton 3.6 with numpy 2.4 or newer: ``_support.old_triton``."""
+    if problem := interpreter_problem():
+        pytest.skip(problem)
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP.replace("SCRIPT_FOLDER", repr(str(tmp_path))))
+    command = [sys.executable, "-m", "_support.old_triton", str(script), "a", "b"]
+    done = subprocess.run(
+        command, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "counted\n", done.stderr

@@ -21,6 +21,7 @@ def run(ranks: int, store: Path, impl: str) -> list[tuple[str, int]]:
         subprocess.Popen(
             [
                 sys.executable,
+                *(["-m", "_support.old_triton"] if impl == "triton" else []),
                 str(HERE / "shards_check.py"),
                 str(rank),
                 str(ranks),

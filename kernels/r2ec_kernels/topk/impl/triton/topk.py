@@ -65,7 +65,8 @@ def search(
         scanned = _switched_off(scanned, table.allowed)
     every = count < _DENSE_SHARE * width
     group = group_size(count, width)
-    capacity = count if every else candidates.capacity_of(count, width, group, batch)
+    coded = scanned.coded
+    capacity = count if every else candidates.capacity_of(count, width, group, batch, coded)
     step = min(batch, max(1, _LIST_BYTES // (_PLACE_BYTES * capacity)))
     counts, best = [], []
     for start in range(0, batch, step):
