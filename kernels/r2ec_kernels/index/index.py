@@ -50,7 +50,7 @@ class ItemIndex:
             copy of half or a quarter of a float32 table's size; "auto" keeps, on CPUs, the bf16
             copy where there are AMX tiles, else the fp16 copy, and the int8 copy for few queries
             (where the compiled scans are installed, or there is no FBGEMM); on GPUs the
-            int8 copy. It takes, batch size by batch size, the product it measured to be fastest.
+            bf16 copy. It takes, batch size by batch size, the product it measured to be fastest.
 
     Raises:
         TypeError, ValueError: wrong type, shape, range, or a value that is not finite.

@@ -44,6 +44,8 @@ def copy_kinds(scan: str, device: torch.device) -> tuple[str, ...]:
             "'bf16' runs everywhere"
         )
     if scan == "auto":
+        if device.type == "cuda":  # int8 codes list most rows of a language model's states
+            return ("bf16",)
         many = ("bf16",) if has_bf16_tiles(device) else ("fp16",) if packs else ()
         few = ("int8",) if extension.available(device) or not many else ()
         return many + few

@@ -12,6 +12,7 @@ from _support.index_worker import search_in_a_worker
 from _support.search_cases import SIMILARITIES
 
 from r2ec_kernels import ItemIndex
+from r2ec_kernels.index.scans import copy_kinds
 
 SCANS = ("none", "fp16", "bf16", "int8", "auto")
 
@@ -148,3 +149,9 @@ def test_a_copy_during_writes_is_of_one_moment(how):
         assert rows.min() == rows.max()
     done.set()
     writer.join(20)
+
+
+def test_the_copies_that_auto_keeps_on_a_gpu():
+    """int8 codes list most rows of a language model's states: docs/kernels/search.md."""
+    assert copy_kinds("auto", torch.device("cuda")) == ("bf16",)
+    assert copy_kinds("int8", torch.device("cuda")) == ("int8",)
