@@ -366,14 +366,14 @@ def test_states_that_are_off_are_caught(work, monkeypatch):
 
 
 def test_a_reasoning_that_is_not_greedy_is_caught(work, monkeypatch):
-    from r2ec_fast.rollout import transformers_engine as engine
+    from r2ec_fast.rollout import stepwise
 
-    sample = engine.sample_tokens
+    sample = stepwise.sample_tokens
 
     def other(logits, *arguments):
         return sample(-logits, *arguments)
 
-    monkeypatch.setattr(engine, "sample_tokens", other)
+    monkeypatch.setattr(stepwise, "sample_tokens", other)
     rows = measured(work)
     assert "greedy tokens" in rows["R2ec reasoned, 3 tokens"].note
     assert rows["R2ec direct"].status == "ok"
