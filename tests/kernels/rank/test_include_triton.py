@@ -4,13 +4,23 @@ import contextlib
 
 import pytest
 import torch
-from _support.search_cases import SIMILARITIES, make, make_exclude, make_include
+from _support import search_cases
+from _support.search_cases import (
+    INCLUDE_FORMS,
+    SIMILARITIES,
+    make,
+    make_exclude,
+    make_include,
+)
 
 from r2ec_kernels import ItemIndex, target_stats
 from r2ec_kernels._block_sizes import block_sizes
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("normal", "90% copies", "near ties", "row scales", "zero rows")
+EVERY_KIND = sorted(set(search_cases.KINDS) - {"huge", "wild scales"})
+PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))]
+CASES = 25  # of a part
 
 
 def small_blocks(device):
@@ -51,6 +61,46 @@ def test_ranks_are_exact(number, device):
     with small_blocks(device):
         got = target_stats(*there, exclude=exclude.to(device), impl="triton", **how)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("through", ["target_stats", "an index"])
+@pytest.mark.parametrize("part", PARTS)
+def test_many_small_cases(part, through, device, monkeypatch):
+    """Of rows and of an index, 20 parts x 25: 1,000 comparisons."""
+    if device == "cpu":
+        monkeypatch.setenv("R2EC_IMPL", "triton")
+    for number in range(part * CASES, part * CASES + CASES):
+        queries, items, targets, exclude, include = small_case(number, device)
+        how = {"similarity": SIMILARITIES[number // 2 % 3], "temperature": 2.0}
+        ours = {"exclude": exclude, "include": include}
+        want = target_stats(queries, items, targets, impl="reference", **how, **ours)
+        ours = {name: x.to(device) if torch.is_tensor(x) else x for name, x in ours.items()}
+        queries, items, targets = (x.to(device) for x in (queries, items, targets))
+        with small_blocks(device):
+            if through == "an index":
+                scan = ("none", "bf16", "int8")[number % 3]
+                index = ItemIndex(items, scan=scan, **how)
+                got = index.target_stats(queries, targets, **ours)
+            else:
+                got = target_stats(queries, items, targets, impl="triton", **how, **ours)
+        assert torch.equal(got.rank.cpu(), want.rank), f"case {number}"
+        assert torch.allclose(got.log_prob.cpu(), want.log_prob, 1e-5, 1e-3), f"case {number}"
+
+
+def small_case(number, device):
+    """(queries, items, targets, exclude, include) of any kind, form and size."""
+    count, batch = (33, 64, 90, 129)[number % 4], 1 + number % 3
+    kind, dtype = EVERY_KIND[number % len(EVERY_KIND)], DTYPES[number // 2 % 2]
+    if device == "cpu" and kind == "denormal":
+        dtype = torch.float32  # the interpreter widens bfloat16's wrongly
+    problem = make(kind, batch, count, (8, 20)[number % 2], number, dtype)
+    size = (0, 1, count // 12, count // 2, count - 1, count)[number % 6]
+    form = INCLUDE_FORMS[number // 3 % len(INCLUDE_FORMS)]
+    include, _ = make_include(count, size, form, number)
+    exclude = make_exclude(batch, count, count // 9, number)
+    targets = torch.arange(batch) * (count // 3) + number % 7
+    exclude[0, 0] = targets[0]
+    return problem.queries, problem.items, targets, exclude, include
 
 
 @pytest.mark.parametrize("size", [1, 60, 150])

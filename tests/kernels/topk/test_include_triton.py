@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from _support import search_cases
 from _support.search_cases import (
+    INCLUDE_FORMS,
     SIMILARITIES,
     as_sets,
     assert_same,
@@ -22,6 +24,8 @@ INTERPRETED_SHARE = 2
 DTYPES = (torch.float32, torch.float16)  # what the interpreter multiplies rightly
 KINDS = ("normal", "90% copies", "near ties", "wild scales", "zero rows")
 SIZES = (130, 1, 260, 40)  # of allow-lists of 260 ids
+PARTS = [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))]
+CASES = 25  # of a part
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def always_gathered(monkeypatch):
 
 
 def on(device, include):
-    return include if isinstance(include, list) else include.to(device)
+    return include.to(device) if isinstance(include, torch.Tensor) else include
 
 
 @pytest.mark.parametrize("number", range(15))
@@ -55,6 +59,69 @@ def test_exclusions_of_gathered_rows_never_cost_a_place(device, always_gathered)
     how = {"include": include.to(device), "exclude": exclude, "impl": "triton"}
     found = item_topk(queries, items, 3, **how)
     assert_same([x.cpu() for x in found], (best.scores[:, 20:], best.indices[:, 20:]))
+
+
+@pytest.mark.parametrize("way", ["as it comes", "gathered"])
+@pytest.mark.parametrize("part", PARTS)
+def test_many_small_cases(part, way, device, request):
+    """2 ways x 20 parts x 25: 1,000 comparisons of item_topk."""
+    if way == "gathered":
+        request.getfixturevalue("always_gathered")
+    for number in range(part * CASES, part * CASES + CASES):
+        problem, include, exclude, hidden, k = small_case(number)
+        how = {"similarity": SIMILARITIES[number // 2 % 3], "temperature": 0.02}
+        got = item_topk(
+            problem.queries.to(device),
+            problem.items.to(device),
+            k,
+            exclude=exclude.to(device),
+            include=on(device, include),
+            impl="triton",
+            **how,
+        )
+        want = sorted_topk(canonical(problem.queries, problem.items, *how.values()), k, hidden)
+        assert same(got, want), f"case {number}"
+
+
+@pytest.mark.parametrize("scan", ["none", "bf16", "int8"])
+@pytest.mark.parametrize("part", PARTS[:8])
+def test_many_small_indexes(part, scan, device, monkeypatch):
+    """3 scans x 8 parts x 25: 600 comparisons, with rows that are gone or were written anew."""
+    if device == "cpu":
+        monkeypatch.setenv("R2EC_IMPL", "triton")
+    for number in range(part * CASES, part * CASES + CASES):
+        problem, include, exclude, hidden, k = small_case(number, (torch.float32,))
+        items = problem.items.to(device)
+        how = {"similarity": SIMILARITIES[number // 2 % 3], "temperature": 0.5}
+        index = ItemIndex(items[::2], scan=scan, **how)
+        index.append(items[1::2])
+        gone = torch.arange(number % 3, len(items), 5)
+        index.remove(gone.to(device))
+        index.write(index.ids[::9], items[: len(index.ids[::9])])
+        got = index.search(
+            problem.queries.to(device), k, exclude=exclude.to(device), include=on(device, include)
+        )
+        hidden = [out | set(gone.tolist()) for out in hidden]
+        scores = canonical(problem.queries, index.items.cpu(), *how.values())
+        assert same(got, sorted_topk(scores, k, hidden)), f"case {number}"
+
+
+def small_case(number, dtypes=DTYPES):
+    """A problem of any kind, an allow-list of any form and size, exclusions, what both hide from
+    each query, and k up to a third of the rows."""
+    count, batch = (33, 64, 90, 129)[number % 4], 1 + number % 3
+    kind = list(search_cases.KINDS)[number % len(search_cases.KINDS)]
+    problem = make(kind, batch, count, (8, 20)[number % 2], number, dtypes[number % len(dtypes)])
+    size = (0, 1, count // 12, count // 2, count - 1, count)[number % 6]
+    form = INCLUDE_FORMS[number // 3 % len(INCLUDE_FORMS)]
+    include, named = make_include(count, size, form, number)
+    exclude = make_exclude(batch, count, count // 9, number)
+    k = (1, 3, count // 3)[number // 5 % 3]
+    return problem, include, exclude, without(named, count, as_sets(exclude)), k
+
+
+def same(got, want):
+    return all(torch.equal(found.cpu(), wanted) for found, wanted in zip(got, want, strict=True))
 
 
 def follow_the_definition(number, device):
